@@ -1,0 +1,81 @@
+# `make help` lists the commands. Each creates or refreshes the environment
+# that it needs; what is done already is not done again.
+
+SHELL := bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+WORKDIR ?= runs/demo
+CONFIG ?= configs/demo.py
+PYTHON := .venv/bin/python
+# An environment with which no other folder on PYTHONPATH interferes.
+unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV
+
+# $(call environment,FOLDER,REQUIREMENTS): pip is upgraded first, because old
+# ones take minutes to resolve. A folder without its stamp is a half-made one.
+define environment
+python=$$(launch/find_python.sh); \
+echo "creating $(1) with $$python"; \
+rm -rf $(1); \
+"$$python" -m venv $(1); \
+$(1)/bin/python -m pip install --quiet --upgrade pip; \
+$(1)/bin/python -m pip install --quiet $(addprefix -r ,$(2)); \
+$(1)/bin/python -m pip check
+endef
+
+# An environment that no longer runs, say because its Python is gone, is made
+# anew: its stamp goes before make looks at it.
+healthy = import pip, importlib.util as u; \
+  assert all(map(u.find_spec, ("jax", "flax", "grain", "optax", "pytest")))
+$(foreach folder,.venv .venv-parity,$(if $(wildcard $(folder)/.done),\
+  $(shell $(folder)/bin/python -c '$(healthy)' >&2 || rm $(folder)/.done)))
+
+.PHONY: help setup data demo test test-parity notebooks lint venv
+
+help:  ## list these commands
+	@sed -n 's/^\([a-z-]*\):.*## /\1: /p' Makefile | column -t -s:
+
+.venv/.done: requirements.txt requirements-dev.txt
+	@$(call environment,.venv,$^)
+	@touch $@
+
+.venv/.notebooks: .venv/.done requirements-notebooks.txt
+	@$(PYTHON) -m pip install --quiet -r requirements-notebooks.txt
+	@touch $@
+
+.venv-parity/.done: requirements.txt requirements-dev.txt requirements-gemma.txt
+	@$(call environment,.venv-parity,$^)
+	@touch $@
+
+venv: .venv/.done
+
+# Not a stamp: the command itself sees what is there, and redoes what is broken.
+data: venv
+	@$(PYTHON) -m bond_jax.movie_reviews --data_dir=data
+
+setup: data  ## create .venv, fetch and prepare the demo's data
+
+demo: setup  ## sft, reward model, J-BOND and evaluation, into runs/demo
+	@for stage in sft reward_model train evaluate; do \
+	  $(PYTHON) -m bond_jax.$$stage --config=$(CONFIG) --workdir=$(WORKDIR); \
+	done
+
+test: venv  ## the core test suite; needs no network and no data
+	@$(PYTHON) -m pytest
+
+test-parity: .venv-parity/.done  ## against the gemma library; own environment
+	@.venv-parity/bin/python -m pytest tests/parity
+
+notebooks: .venv/.notebooks data  ## execute colab/*.ipynb
+	@mkdir -p colab/executed
+	@shopt -s nullglob; for notebook in colab/*.ipynb; do \
+	  echo "executing $$notebook"; \
+	  PATH="$(CURDIR)/.venv/bin:$$PATH" PYTHONPATH="$(CURDIR)" \
+	    $(PYTHON) -m jupyter execute --kernel_name=python3 \
+	    --output=executed/$$(basename $$notebook) $$notebook; \
+	done
+
+lint: venv  ## ruff, as .pre-commit-config.yaml has it
+	@.venv/bin/ruff check .
+	@.venv/bin/ruff format --check .

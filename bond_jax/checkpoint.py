@@ -1,0 +1,122 @@
+"""Saving and restoring a run: the train state and the data iterator.
+
+Orbax writes asynchronously and commits a step by renaming its folder, so a
+process killed inside a save leaves the step before it intact.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from bond_jax.errors import UserError
+from bond_jax.types import Params, TrainState
+
+
+def manager(
+  folder: str, *, keep: int = 2, best: str | None = None
+) -> ocp.CheckpointManager:
+  """A CheckpointManager that keeps the last `keep` steps, and the best.
+
+  Args:
+    folder: made if absent.
+    keep: the number of newest checkpoints that stay.
+    best: the metric whose highest value marks the best; None = none.
+  """
+  policies = [ocp.checkpoint_managers.LatestN(keep)]
+  if best:
+    policies.append(
+      ocp.checkpoint_managers.BestN(
+        get_metric_fn=lambda m: m[best], reverse=False, n=1
+      )
+    )
+  options = ocp.CheckpointManagerOptions(
+    preservation_policy=ocp.checkpoint_managers.AnyPreservationPolicy(policies),
+    best_fn=(lambda m: m[best]) if best else None,
+    enable_async_checkpointing=True,
+  )
+  return ocp.CheckpointManager(os.path.abspath(folder), options=options)
+
+
+def save(
+  checkpoints: ocp.CheckpointManager,
+  step: int,
+  state: TrainState,
+  data: dict[str, Any],
+  metrics: dict[str, float],
+) -> None:
+  """Saves `state` and `data` (JSON) as `step`; returns before it is written.
+
+  The parameters are an item of their own, for readers that want them alone.
+  """
+  checkpoints.save(
+    step,
+    args=ocp.args.Composite(
+      params=ocp.args.StandardSave(state.params),
+      rest=ocp.args.StandardSave(state._replace(params={})._asdict()),
+      data=ocp.args.JsonSave(data),
+    ),
+    metrics=metrics,
+  )
+
+
+def restore(
+  checkpoints: ocp.CheckpointManager, like: TrainState
+) -> tuple[TrainState, dict[str, Any]]:
+  """Restores the last step into the shapes and shardings of `like`.
+
+  Returns the state, and the JSON dict that was saved with it.
+  """
+  rest = abstract(like._replace(params={})._asdict())
+  out = checkpoints.restore(
+    checkpoints.latest_step(),
+    args=ocp.args.Composite(
+      params=ocp.args.StandardRestore(abstract(like.params)),
+      rest=ocp.args.StandardRestore(rest),
+      data=ocp.args.JsonRestore(),
+    ),
+  )
+  state = TrainState(**{**out['rest'], 'params': out['params']})
+  return state, out['data']
+
+
+def restore_params(
+  checkpoints: ocp.CheckpointManager, like: Params, step: int
+) -> Params:
+  """Restores the policy of a step alone, into the shardings of `like`."""
+  out = checkpoints.restore(
+    step,
+    args=ocp.args.Composite(params=ocp.args.StandardRestore(abstract(like))),
+  )
+  return out['params']
+
+
+def abstract(tree: Any) -> Any:
+  """The shapes, dtypes and shardings of a tree of arrays."""
+  return jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
+    tree,
+  )
+
+
+def choose(checkpoints: ocp.CheckpointManager, which: str) -> int:
+  """The step that 'last', 'best' or a number means; a UserError if absent."""
+  steps = sorted(checkpoints.all_steps())
+  if not steps:
+    raise UserError(
+      f'{checkpoints.directory} holds no checkpoint; run the stage that'
+      ' writes it first.'
+    )
+  if which == 'last':
+    return steps[-1]
+  if which == 'best':
+    return checkpoints.best_step() or steps[-1]
+  if which.isdigit() and int(which) in steps:
+    return int(which)
+  raise UserError(
+    f'checkpoint {which!r} is not in {checkpoints.directory}; there are'
+    f' {", ".join(map(str, steps))}, and "last" and "best".'
+  )

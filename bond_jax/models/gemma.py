@@ -1,0 +1,382 @@
+"""Gemma 1, 2 and 3 (text): our forward pass over the official parameters.
+
+The tree is the official *stacked* layout. Layers repeat an attention pattern;
+`stacked_layers/attention_type_i` holds the i-th layer of every full pattern
+with a leading axis, and the layers left over keep their own names `layer_j`:
+
+    embedder/input_embedding                        [V, D]
+    stacked_layers/attention_type_i/attn/...        [G, ...]
+    layer_j/attn/...                                (remainder)
+    final_norm/scale                                [D]
+
+Training scans over the G patterns, or unrolls them; decoding always unrolls,
+so that each layer's cache is updated in place.
+
+Axes: R rows, S new positions, L cache length, N heads, K key-value heads,
+G query heads per key-value head, H head size, F feed-forward size, D features.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+from flax import linen as nn
+import jax
+import jax.numpy as jnp
+
+from bond_jax.types import Array, Params, Policy
+
+_MASKED = -2.3819763e38  # finite: a row without any valid key must not be NaN
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """Sizes and switches of one Gemma model."""
+
+  vocab_size: int  # rows of the embedding
+  features: int
+  layers: int
+  heads: int
+  kv_heads: int
+  head_size: int
+  feed_forward: int
+  pattern: tuple[str, ...] = ('global',)  # 'local' or 'global'
+  window: int = 0  # positions a local layer sees, itself included
+  qk_norm: bool = False
+  post_norms: bool = False
+  query_scale: float | None = None  # default head_size ** -0.5
+  attention_softcap: float | None = None
+  final_softcap: float | None = None
+  local_rope_base: float = 10_000.0
+  global_rope_base: float = 10_000.0
+  global_rope_scale: float = 1.0
+  gating_transposed: bool = False  # official [2, F, D] instead of [2, D, F]
+  used_vocab: int | None = None  # tokens the tokenizer knows; the rest masked
+
+
+def _gemma3(**kwargs) -> Config:
+  return Config(
+    **{
+      **dict(
+        pattern=('local',) * 5 + ('global',),
+        qk_norm=True,
+        post_norms=True,
+        global_rope_base=1_000_000.0,
+        gating_transposed=True,
+        vocab_size=262_144,
+      ),
+      **kwargs,
+    }
+  )
+
+
+CONFIGS = {
+    # The demo's: 1.1M parameters, everything of Gemma 3 but the size.
+    'gemma3_tiny': _gemma3(
+        vocab_size=1024, features=128, layers=4, heads=4, kv_heads=2,
+        head_size=32, feed_forward=512, pattern=('local', 'global'), window=16,
+    ),
+    'gemma3_270m': _gemma3(
+        features=640, layers=18, heads=4, kv_heads=1, head_size=256,
+        feed_forward=2048, window=512,
+    ),
+    'gemma3_1b': _gemma3(
+        features=1152, layers=26, heads=4, kv_heads=1, head_size=256,
+        feed_forward=6912, window=512,
+    ),
+}  # fmt: skip
+
+
+class RMSNorm(nn.Module):
+  """x / rms(x) * (1 + scale), in float32."""
+
+  @nn.compact
+  def __call__(self, x):
+    scale = self.param('scale', nn.initializers.zeros_init(), (x.shape[-1],))
+    y = x.astype(jnp.float32)
+    y *= jax.lax.rsqrt(jnp.mean(y * y, -1, keepdims=True) + 1e-6)
+    scale = scale.astype(jnp.float32).reshape((1,) * (x.ndim - 1) + (-1,))
+    return (y * (1 + scale)).astype(x.dtype)
+
+
+class Einsum(nn.Module):
+  """A parameter `w` and the product with it, in the dtype of x."""
+
+  shape: tuple[int, ...]
+  fan_in: int
+
+  @nn.compact
+  def __call__(self, equation, x):
+    init = nn.initializers.normal(self.fan_in**-0.5)
+    w = self.param('w', init, self.shape)
+    return jnp.einsum(equation, x, w.astype(x.dtype))
+
+
+def rope(x: Array, position: Array, base: float, scale: float) -> Array:
+  """Rotates x [R, S, N, H] by its positions i32[R, S]."""
+  half = x.shape[-1] // 2
+  frequency = base ** -(jnp.arange(half, dtype=jnp.float32) / half)
+  angle = position[..., None].astype(jnp.float32) * frequency[None, None]
+  angle = angle[:, :, None] / scale  # [R, S, 1, H / 2]
+  sin, cos = jnp.sin(angle), jnp.cos(angle)
+  a, b = x[..., :half].astype(jnp.float32), x[..., half:].astype(jnp.float32)
+  out = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1)
+  return out.astype(x.dtype)
+
+
+class Attention(nn.Module):
+  config: Config
+  local: bool
+
+  @nn.compact
+  def __call__(self, x, position, cache):
+    """x [R, S, D], position i32[R, S] (-1 = padding) -> same, new cache.
+
+    `cache` is None or (k, v [R, L, K, H], positions i32[R, L] with the new
+    ones already written, the slot of the first new one).
+    """
+    c = self.config
+    if c.kv_heads == c.heads:
+      qkv = Einsum((3, c.heads, c.features, c.head_size), c.features,
+                   name='qkv_einsum')  # fmt: skip
+      q, k, v = qkv('RSD,CNDH->CRSNH', x)
+    else:
+      q = Einsum((c.heads, c.features, c.head_size), c.features,
+                 name='q_einsum')('RSD,NDH->RSNH', x)  # fmt: skip
+      k, v = Einsum((2, c.kv_heads, c.features, c.head_size), c.features,
+                    name='kv_einsum')('RSD,CKDH->CRSKH', x)  # fmt: skip
+    if c.qk_norm:
+      q = RMSNorm(name='_query_norm')(q)
+      k = RMSNorm(name='_key_norm')(k)
+    base = c.local_rope_base if self.local else c.global_rope_base
+    scale = 1.0 if self.local else c.global_rope_scale
+    q, k = rope(q, position, base, scale), rope(k, position, base, scale)
+    q *= c.query_scale or c.head_size**-0.5
+
+    key_position, new_cache = position, None
+    if cache is not None:
+      old_k, old_v, key_position, slot = cache
+      put = jax.lax.dynamic_update_slice_in_dim
+      k = put(old_k, k.astype(old_k.dtype), slot, 1)
+      v = put(old_v, v.astype(old_v.dtype), slot, 1)
+      new_cache = (k, v)
+
+    # Positions alone decide what is seen: padding has none (-1).
+    mine, theirs = position[:, :, None], key_position[:, None, :]
+    seen = (theirs >= 0) & (theirs <= mine)
+    if self.local:
+      seen &= theirs > mine - c.window
+    r, s = position.shape
+    q = q.reshape(r, s, c.kv_heads, -1, c.head_size)
+    logits = jnp.einsum('RSKGH,RLKH->RKGSL', q, k).astype(jnp.float32)
+    if c.attention_softcap:
+      logits = jnp.tanh(logits / c.attention_softcap) * c.attention_softcap
+    logits = jnp.where(seen[:, None, None], logits, _MASKED)
+    probs = jax.nn.softmax(logits, -1).astype(x.dtype)
+    out = jnp.einsum('RKGSL,RLKH->RSKGH', probs, v)
+    out = out.reshape(r, s, c.heads, c.head_size)
+    shape = (c.heads, c.head_size, c.features)
+    out = Einsum(shape, c.heads * c.head_size, name='attn_vec_einsum')(
+      'RSNH,NHD->RSD', out
+    )
+    return out, new_cache
+
+
+class FeedForward(nn.Module):
+  config: Config
+
+  @nn.compact
+  def __call__(self, x):
+    c = self.config
+    shape = (c.feed_forward, c.features)
+    if not c.gating_transposed:
+      shape = shape[::-1]
+    w = self.param(
+      'gating_einsum', nn.initializers.normal(c.features**-0.5), (2, *shape)
+    ).astype(x.dtype)
+    rows = x.reshape(-1, c.features)  # one long axis: faster on CPU
+    equation = 'ND,FD->NF' if c.gating_transposed else 'ND,DF->NF'
+    gate, value = (jnp.einsum(equation, rows, w[i]) for i in (0, 1))
+    init = nn.initializers.normal(c.feed_forward**-0.5)
+    w = self.param('linear', init, (c.feed_forward, c.features))
+    return (nn.gelu(gate) * value @ w.astype(x.dtype)).reshape(x.shape)
+
+
+class Block(nn.Module):
+  config: Config
+  local: bool
+
+  @nn.compact
+  def __call__(self, x, position, cache=None):
+    """See Attention: x [R, S, D] -> x, new (k, v)."""
+    post = self.config.post_norms
+    y = RMSNorm(name='pre_attention_norm')(x)
+    y, cache = Attention(self.config, self.local, name='attn')(
+      y, position, cache
+    )
+    x += RMSNorm(name='post_attention_norm')(y) if post else y
+    y = RMSNorm(name='pre_ffw_norm')(x)
+    y = FeedForward(self.config, name='mlp')(y)
+    x += RMSNorm(name='post_ffw_norm')(y) if post else y
+    return x, cache
+
+
+def init(config: Config, key: Array) -> Params:
+  """Random float32 parameters in the official stacked layout."""
+  groups, rest = divmod(config.layers, len(config.pattern))
+
+  def block(key, kind):
+    x, position = jnp.zeros((1, 1, config.features)), jnp.zeros((1, 1), int)
+    module = Block(config, kind == 'local')
+    return module.init(key, x, position)['params']
+
+  keys = jax.random.split(key, config.layers + 1)
+  embedding = jax.random.normal(keys[-1], (config.vocab_size, config.features))
+  params = {
+    'embedder': {'input_embedding': embedding * config.features**-0.5},
+    'final_norm': {'scale': jnp.zeros((config.features,))},
+  }
+  if groups:
+    stacked = keys[: groups * len(config.pattern)].reshape(groups, -1)
+    params['stacked_layers'] = {
+      f'attention_type_{i}': jax.vmap(lambda k, kind=kind: block(k, kind))(
+        stacked[:, i]
+      )
+      for i, kind in enumerate(config.pattern)
+    }
+  for i in range(rest):
+    j = config.layers - rest + i
+    params[f'layer_{j}'] = block(keys[j], config.pattern[i])
+  return params
+
+
+def layers(config: Config, params: Params):
+  """Yields (kind, parameters) of every layer, bottom up."""
+  size = len(config.pattern)
+  for j in range(config.layers):
+    kind = config.pattern[j % size]
+    if f'layer_{j}' in params:
+      yield kind, params[f'layer_{j}']
+    else:
+      stacked = params['stacked_layers'][f'attention_type_{j % size}']
+      yield kind, jax.tree.map(lambda w, g=j // size: w[g], stacked)
+
+
+def init_cache(config: Config, rows: int, length: int, dtype) -> Any:
+  """An empty cache: k and v of every layer, the positions, the next slot."""
+  shape = (rows, length, config.kv_heads, config.head_size)
+  return dict(
+    kv=tuple(
+      (jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+      for _ in range(config.layers)
+    ),
+    position=jnp.full((rows, length), -1, jnp.int32),
+    slot=jnp.int32(0),
+  )
+
+
+def hidden(
+  config: Config,
+  params: Params,
+  tokens: Array,
+  mask: Array,
+  cache: Any,
+  *,
+  dtype,
+  scan: bool,
+  remat: bool,
+) -> tuple[Array, Any]:
+  """The model up to its head.
+
+  Args:
+    config: sizes.
+    params: the tree above, any float dtype.
+    tokens: i32[R, S].
+    mask: bool[R, S]; False = padding, anywhere: it takes no position.
+    cache: None, or what `init_cache` or an earlier call returned.
+    dtype: of the computation.
+    scan: loop over the patterns instead of unrolling them: compiles in a time
+      that does not depend on the depth; slower on CPU.
+    remat: recompute each pattern (or layer) in the backward pass.
+
+  Returns:
+    [R, S, D] in `dtype`, after the final norm, and the advanced cache.
+  """
+  before = 0 if cache is None else cache['position'].max(-1, keepdims=True) + 1
+  position = jnp.where(mask, before + jnp.cumsum(mask, -1) - 1, -1)
+  x = params['embedder']['input_embedding'].astype(dtype)[tokens]
+  x *= jnp.sqrt(config.features).astype(dtype)
+
+  def block(kind, p, x, cache=None):
+    return Block(config, kind == 'local').apply(
+      {'params': p}, x, position, cache
+    )
+
+  if cache is not None:
+    slot = cache['slot']
+    positions = jax.lax.dynamic_update_slice_in_dim(
+      cache['position'], position.astype(jnp.int32), slot, 1
+    )
+    kv = []
+    for (kind, p), old in zip(layers(config, params), cache['kv'], strict=True):
+      x, new = block(kind, p, x, (*old, positions, slot))
+      kv.append(new)
+    slot = slot + tokens.shape[1]
+    cache = dict(kv=tuple(kv), position=positions, slot=slot)
+  elif scan:
+
+    def pattern(x, params):
+      for i, kind in enumerate(config.pattern):
+        x, _ = block(kind, params[f'attention_type_{i}'], x)
+      return x, None
+
+    x, _ = jax.lax.scan(
+      jax.checkpoint(pattern) if remat else pattern,
+      x,
+      params['stacked_layers'],
+    )
+    first = config.layers - config.layers % len(config.pattern)
+    for i, j in enumerate(range(first, config.layers)):
+      x, _ = block(config.pattern[i], params[f'layer_{j}'], x)
+  else:
+    for kind, p in layers(config, params):
+      one = functools.partial(block, kind)
+      x, _ = (jax.checkpoint(one) if remat else one)(p, x)
+  x = RMSNorm().apply({'params': params['final_norm']}, x)
+  return x, cache
+
+
+def logits(
+  config: Config, params: Params, hidden: Array, temperature: float
+) -> Array:
+  """float32 logits [..., V] / temperature; rows no token uses are masked."""
+  table = params['embedder']['input_embedding'].astype(hidden.dtype)
+  out = jnp.einsum(
+    '...D,VD->...V', hidden, table, preferred_element_type=jnp.float32
+  )
+  if config.final_softcap:
+    out = jnp.tanh(out / config.final_softcap) * config.final_softcap
+  out /= temperature
+  if config.used_vocab and config.used_vocab < config.vocab_size:
+    used = jnp.arange(config.vocab_size) < config.used_vocab
+    out = jnp.where(used.reshape((1,) * (out.ndim - 1) + (-1,)), out, _MASKED)
+  return out
+
+
+def make(
+  config: Config, *, temperature: float, dtype: str, scan: bool, remat: bool
+) -> Policy:
+  """This model as a Policy; dtype 'float32' or 'bfloat16'."""
+  if temperature <= 0:
+    raise ValueError(f'temperature must be > 0, got {temperature}')
+  return Policy(
+    init=lambda key: init(config, key),
+    init_cache=lambda rows, n: init_cache(config, rows, n, dtype),
+    hidden=lambda params, tokens, mask, cache: hidden(
+      config, params, tokens, mask, cache, dtype=dtype, scan=scan, remat=remat
+    ),
+    logits=lambda params, x: logits(config, params, x, temperature),
+    vocab_size=config.vocab_size,
+  )

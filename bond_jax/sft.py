@@ -1,0 +1,132 @@
+"""The first stage: a model that writes like the data, the later reference.
+
+`python -m bond_jax.sft --config=configs/demo.py --workdir=runs/demo` trains
+the vocabulary, and then the model by maximum likelihood; it leaves them in
+tokenizer.model and sft/checkpoints.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+import optax
+
+from bond_jax import build, checkpoint, command, data, metrics, sharding
+from bond_jax import optimizer as optimizer_lib
+from bond_jax import tokenizer as tokenizer_lib
+from bond_jax.log_probs import log_probs
+from bond_jax.train import check_finite
+from bond_jax.types import Policy, TrainState
+
+
+def make_programs(policy: Policy, optimizer, chunk: int, mesh, init):
+  """init() -> state; update(state, batch) -> state, metrics; loss(params, batch).
+
+  A batch is what `data.sentences` yields; the loss is nats per token.
+  """
+
+  def loss(params, batch):
+    prompts, completion, mask = batch
+    out = log_probs(policy, params, prompts, completion, mask, chunk=chunk)
+    return -out.sum() / mask.sum()
+
+  def update(state, batch):
+    value, gradient = jax.value_and_grad(loss)(state.params, batch)
+    changes, opt_state = optimizer.update(
+      gradient, state.opt_state, state.params
+    )
+    params = optax.apply_updates(state.params, changes)
+    state = state._replace(
+      step=state.step + 1, params=params, opt_state=opt_state
+    )
+    return state, {'loss': value, 'gradient_norm': optax.global_norm(gradient)}
+
+  shards = sharding.tree_shardings(jax.eval_shape(init), mesh)
+  return (
+    jax.jit(init, out_shardings=shards),
+    jax.jit(
+      update,
+      out_shardings=(shards, sharding.replicated(mesh)),
+      donate_argnums=(0,),
+    ),
+    jax.jit(loss),
+  )
+
+
+def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
+  """Runs the stage to its end, from its last checkpoint if it has one."""
+  settings, folder = config.sft, os.path.join(workdir, 'sft')
+  mesh = sharding.make_mesh(**config.mesh)
+  sharding.check_batch('sft.batch', settings.batch, mesh, 1)
+  tokenizer = tokenizer_lib.ensure(
+    os.path.join(workdir, 'tokenizer.model'),
+    (row['text'] for row in build.rows(config, 'train')),
+    config.tokenizer.vocab_size,
+  )
+  policy = build.make_policy(config)
+  optimizer = optimizer_lib.adam(steps=settings.steps, **settings.optimizer)
+
+  def init():
+    params = policy.init(jax.random.key(config.seed))
+    opt_state = optimizer.init(params)
+    return TrainState(jax.numpy.int32(0), params, {}, opt_state, {})
+
+  start_state, update, loss = make_programs(
+    policy, optimizer, config.chunk, mesh, init
+  )
+  state = start_state()
+  batches = lambda split: data.sentences(
+      build.rows(config, split), tokenizer, length=settings.length,
+      batch=settings.batch, seed=config.seed,
+  )  # fmt: skip
+  held_out = batches('validation')
+  held_out = [next(held_out) for _ in range(settings.validation_batches)]
+  batches = batches('train')
+  checkpoints = checkpoint.manager(os.path.join(folder, 'checkpoints'))
+  start = checkpoints.latest_step()
+  if start is not None:
+    state, position = checkpoint.restore(checkpoints, state)
+    batches.set_state(position)
+    print(f'sft: goes on after step {start}')
+  show = ('loss', 'validation_loss')
+  writer = metrics.Writer(folder, 'sft', settings.steps, start, show)
+  with writer, checkpoints:
+    for step in range((start or 0) + 1, settings.steps + 1):
+      with writer.phase('update'):
+        batch = sharding.put_batch(next(batches), mesh)
+        state, row = update(state, batch)
+        row = jax.device_get(row)
+      check_finite(row, step, folder)
+      save = step % settings.save_every == 0 or step == settings.steps
+      if save:
+        with writer.phase('evaluate'):
+          values = [
+            loss(state.params, sharding.put_batch(batch, mesh))
+            for batch in held_out
+          ]
+          row['validation_loss'] = np.mean(jax.device_get(values))
+      writer.write(step, row)
+      if save:
+        checkpoint.save(checkpoints, step, state, batches.get_state(), {})
+  rows = metrics.read_rows(os.path.join(folder, 'metrics.jsonl'))
+  phases = metrics.phase_seconds(rows)
+  return {
+    'steps': settings.steps,
+    'parameters': sum(x.size for x in jax.tree.leaves(state.params)),
+    'loss': rows[-1]['loss'],
+    'validation_loss': rows[-1]['validation_loss'],
+    'seconds': round(sum(phases.values()), 3),
+    'phase_seconds': {k: round(v, 3) for k, v in phases.items()},
+  }
+
+
+def main(config: ml_collections.ConfigDict, workdir: str) -> None:
+  build.stage('sft', train, config, workdir)
+
+
+if __name__ == '__main__':
+  command.run(main, __doc__)

@@ -1,0 +1,123 @@
+"""The mesh, and where every array lives on it.
+
+Two axes: `data` splits prompts, and parameters too (fully sharded data
+parallelism); `model` splits heads, feed-forward columns and vocabulary. XLA
+inserts the collectives; the numbers do not depend on the mesh.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+import numpy as np
+
+from bond_jax.errors import UserError
+
+# The first pattern found in a parameter's path decides. A leading layer axis
+# (stacked layers) is never split.
+RULES = (
+  (r'input_embedding$', P('model', 'data')),  # [V, D]
+  (r'qkv_einsum/w$', P(None, 'model', 'data', None)),  # [3, N, D, H]
+  (r'q_einsum/w$', P('model', 'data', None)),  # [N, D, H]
+  (r'kv_einsum/w$', P(None, None, 'data', None)),  # [2, K, D, H]
+  (r'attn_vec_einsum/w$', P('model', None, 'data')),  # [N, H, D]
+  (r'gating_einsum$', P(None, 'model', 'data')),  # [2, F, D]
+  (r'linear$', P('model', 'data')),  # [F, D]
+  (r'scale$', P()),  # norms: a few hundred numbers
+  (r'^(.*/)?(step|count)$', P()),  # optimizer and step counters
+)
+
+
+def make_mesh(data: int, model: int) -> Mesh:
+  """A mesh of data x model devices; data = -1 takes all that are left."""
+  devices = jax.devices()
+  if data == -1:
+    data = max(1, len(devices) // model)
+  if data * model > len(devices) or len(devices) % (data * model):
+    raise UserError(
+      f'mesh data={data} x model={model} needs {data * model} devices, and'
+      f' there are {len(devices)}; choose data and model whose product'
+      ' divides that (data=-1 uses all).'
+    )
+  return jax.make_mesh(
+    (data, model),
+    ('data', 'model'),
+    axis_types=(AxisType.Auto,) * 2,
+    devices=devices[: data * model],
+  )
+
+
+def path_name(path) -> str:
+  """A key path as 'a/b/0/c'."""
+  names = [getattr(k, 'key', getattr(k, 'name', None)) for k in path]
+  indices = [getattr(k, 'idx', '') for k in path]
+  return '/'.join(
+    str(i if n is None else n) for n, i in zip(names, indices, strict=True)
+  )
+
+
+def spec(name: str, shape: tuple[int, ...], mesh: Mesh) -> P:
+  """The partition of one array; a UserError when no rule fits it.
+
+  An axis that the mesh does not divide stays whole: heads are few, and a
+  model axis larger than their number may still split the rest.
+  """
+  for pattern, rule in RULES:
+    if re.search(pattern, name):
+      break
+  else:
+    raise UserError(
+      f'no sharding rule matches {name!r} of shape {shape}; add one to'
+      ' bond_jax/sharding.py:RULES.'
+    )
+  axes = (None,) * (len(shape) - len(rule)) + tuple(rule)
+  return P(
+    *(
+      axis if axis and size % mesh.shape[axis] == 0 else None
+      for axis, size in zip(axes, shape, strict=True)
+    )
+  )
+
+
+def tree_shardings(tree: Any, mesh: Mesh) -> Any:
+  """A NamedSharding for every leaf of a tree of arrays or their shapes."""
+  return jax.tree_util.tree_map_with_path(
+    lambda path, x: NamedSharding(mesh, spec(path_name(path), x.shape, mesh)),
+    tree,
+  )
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+  return NamedSharding(mesh, P())
+
+
+def by_row(mesh: Mesh) -> NamedSharding:
+  """Splits the leading axis over `data`."""
+  return NamedSharding(mesh, P('data'))
+
+
+def check_batch(name: str, size: int, mesh: Mesh, micro_batches: int) -> None:
+  """Refuses a batch that the mesh or the micro-batches do not divide."""
+  n = mesh.shape['data'] * micro_batches
+  if size <= 0 or size % n:
+    low, high = size - size % n, size + -size % n
+    advice = f'{low} or {high}' if low > 0 else f'{max(high, n)}'
+    raise UserError(
+      f'{name} ({size}) must be a positive multiple of {n}, the'
+      f" {mesh.shape['data']} devices on mesh axis 'data' times"
+      f' {micro_batches} micro-batches; use {advice}.'
+    )
+
+
+def put_batch(tree: Any, mesh: Mesh) -> Any:
+  """Host arrays with a leading batch axis, onto the mesh by rows."""
+  return jax.tree.map(
+    lambda x: jax.make_array_from_process_local_data(
+      by_row(mesh), np.asarray(x)
+    ),
+    tree,
+  )

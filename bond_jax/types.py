@@ -1,0 +1,110 @@
+"""The nouns of the program: what flows through one step, and who acts on it.
+
+Axes, everywhere: B prompts, K completions of one prompt, M of them that enter
+the loss, P prompt length, T completion length, V vocabulary, D features.
+Log-probabilities are natural logarithms (nats) in float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+Array = jax.Array
+Params = Any  # a pytree of arrays
+
+# reward(prompts[B], completions[B][K]) -> float [B, K], on text, on the host.
+RewardFn = Callable[[Sequence[str], Sequence[Sequence[str]]], np.ndarray]
+
+
+class Prompts(NamedTuple):
+  """A batch of prompts, left-padded."""
+
+  tokens: Array  # i32[B, P]
+  mask: Array  # bool[B, P], True on real tokens
+  id: Array  # i32[B], the index in the data source, the same on every host
+  weight: Array  # f32[B], 0 = a filler row that no mean may see
+
+
+class Rollout(NamedTuple):
+  """K completions of each prompt: the policy's first, then the anchor's."""
+
+  completion: Array  # i32[B, K, T]
+  mask: Array  # bool[B, K, T], True up to and including EOS
+  log_prob: Array  # f32[B, K, T], under the law sampled from; 0 after EOS
+
+
+class Scores(NamedTuple):
+  """What an algorithm may look at when it weighs a whole batch."""
+
+  reward: Array  # f32[B, K]
+  win: Array  # f32[B, K, K], win[i, j] = P(i beats j); 1/2 on ties
+  index: Array  # i32[B, M], the completions that enter the loss
+  mask: Array  # bool[B, M, T], of those rows
+  log_sampled: Array  # f32[B, M, T], their log-probs when they were sampled
+  log_anchor: Array  # f32[B, len(anchor_rows), T]
+  log_reference: Array  # f32[B, len(reference_rows), T]
+  weight: Array  # f32[B]
+
+
+Rows = Any  # a pytree with leading axis B: baselines, coefficients, targets
+
+
+class AnchorRule(NamedTuple):
+  """How the anchor follows the policy; see `anchors`."""
+
+  update: Callable[[Params, Params, Array], Params]  # (anchor, params, step)
+  moves: bool  # False: the anchor is the reference, and no copy is kept
+
+
+class Algorithm(NamedTuple):
+  """All that distinguishes one algorithm from another.
+
+  `select` picks the M trained completions of each prompt. `weigh` sees the
+  whole batch and no gradient; `loss` sees one micro-batch of the policy's
+  per-token log-probs f32[b, M, T] and the matching rows, and returns f32[b].
+  """
+
+  num_policy: int  # completions per prompt from the policy
+  num_anchor: int  # completions per prompt from the anchor
+  select: Callable[[Array, Array], Array]  # reward, win -> i32[B, M]
+  anchor_rows: tuple[int, ...]  # of the M rows: scored under the anchor
+  reference_rows: tuple[int, ...]  # ... under the reference
+  weigh: Callable[[Scores], tuple[Rows, dict[str, Array]]]  # rows, metrics
+  loss: Callable[[Array, Rows], Array]
+  anchor: AnchorRule
+
+
+class Policy(NamedTuple):
+  """A language model as pure functions of its parameters.
+
+  `hidden(params, tokens i32[B, S], mask bool[B, S], cache | None)` returns
+  f32-or-bf16 [B, S, D] and the advanced cache. `logits(params, hidden)` is
+  float32 and already divided by the temperature: the law that is sampled is
+  the law that is scored.
+  """
+
+  init: Callable[[Array], Params]  # key -> params
+  init_cache: Callable[[int, int], Any]  # (rows, length) -> empty cache
+  hidden: Callable[..., tuple[Array, Any]]
+  logits: Callable[[Params, Array], Array]
+  vocab_size: int
+
+
+class Frozen(NamedTuple):
+  """Trees that no step changes and no checkpoint repeats."""
+
+  reference: Params
+
+
+class TrainState(NamedTuple):
+  """All that the next step depends on, apart from the data iterator."""
+
+  step: Array  # i32[], steps completed
+  params: Params  # the policy
+  anchor: Params  # float32, the structure of params; {} when it never moves
+  opt_state: Any
+  aux: Params  # algorithms' own models; {} where there are none

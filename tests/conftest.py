@@ -1,0 +1,66 @@
+"""Eight virtual devices, strict broadcasting, and the tiny models of tests."""
+
+import jax
+
+jax.config.update('jax_num_cpu_devices', 8)
+jax.config.update('jax_numpy_rank_promotion', 'raise')
+jax.config.update('jax_threefry_partitionable', True)
+
+import functools  # noqa: E402
+
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+
+from bond_jax.models import gemma  # noqa: E402
+
+# Every branch of the model, at sizes that compile in a second.
+TINY = {
+    # Two patterns of three layers do not fit into five: a remainder of two.
+    'gemma3': gemma.Config(
+        vocab_size=11, features=16, layers=5, heads=4, kv_heads=2,
+        head_size=8, feed_forward=24, pattern=('local', 'local', 'global'),
+        window=3, qk_norm=True, post_norms=True, global_rope_base=1e6,
+        global_rope_scale=8.0, gating_transposed=True,
+    ),
+    'gemma2': gemma.Config(
+        vocab_size=22, features=16, layers=2, heads=4, kv_heads=2,
+        head_size=4, feed_forward=24, pattern=('local', 'global'), window=3,
+        post_norms=True, query_scale=0.4, attention_softcap=1.5,
+        final_softcap=4.0, gating_transposed=True, used_vocab=17,
+    ),
+    'gemma1_multi_query': gemma.Config(
+        vocab_size=13, features=16, layers=2, heads=4, kv_heads=1,
+        head_size=4, feed_forward=24,
+    ),
+    'gemma1_multi_head': gemma.Config(
+        vocab_size=13, features=16, layers=2, heads=2, kv_heads=2,
+        head_size=8, feed_forward=24,
+    ),
+}  # fmt: skip
+
+
+def random_params(config: gemma.Config, seed: int):
+  """Parameters of which none is zero, norms included, float32."""
+  shapes = jax.eval_shape(lambda: gemma.init(config, jax.random.key(0)))
+  rng = np.random.default_rng(seed)
+  return jax.tree.map(
+    lambda x: (0.4 * rng.standard_normal(x.shape)).astype(np.float32), shapes
+  )
+
+
+@pytest.fixture(scope='session')
+def tiny():
+  """name -> (config, parameters), of TINY."""
+
+  @functools.cache
+  def model(name):
+    return TINY[name], random_params(TINY[name], len(name))
+
+  return model
+
+
+@pytest.fixture
+def x64():
+  """Double precision within one test; the rest of the suite is float32."""
+  with jax.enable_x64(True):
+    yield

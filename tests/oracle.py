@@ -1,0 +1,259 @@
+"""Exact answers: laws small enough to enumerate, and a plain Gemma in numpy.
+
+A law over sequences is a table of logits theta [T, V, V]: position, previous
+token (0 before the first), next token. Axes: Y all sequences of the law, X
+prompts (each with a table of its own), K completions, N tuples of completions.
+"""
+
+import itertools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bond_jax import ops
+from bond_jax.types import Policy, Scores
+
+# -- laws ---------------------------------------------------------------------
+
+
+def sequences(vocab: int, length: int, eos: int | None):
+  """All completions: tokens [Y, T], mask [Y, T] (EOS included, 0 after it)."""
+  rows = {}
+  for draw in itertools.product(range(vocab), repeat=length):
+    end = draw.index(eos) + 1 if eos in draw else length
+    mask = tuple(t < end for t in range(length))
+    rows[tuple(y * m for y, m in zip(draw, mask, strict=True)), mask] = None
+  tokens, mask = zip(*rows, strict=True)
+  return np.array(tokens), np.array(mask)
+
+
+def table_log_probs(theta, tokens, mask):
+  """[Y, T]: per-token log-probs of sequences under one table."""
+  previous = np.pad(tokens[:, :-1], ((0, 0), (1, 0)))
+  log_p = jax.nn.log_softmax(theta, -1)
+  out = log_p[np.arange(tokens.shape[1])[None], previous, tokens]
+  return jnp.where(mask, out, 0.0)
+
+
+def table_policy(vocab: int) -> Policy:
+  """A Policy whose parameters are a table [positions, V, V] as above.
+
+  Positions count the prompt: the law of the next token depends on the last
+  token and on how many came before it.
+  """
+
+  def hidden(params, tokens, mask, cache):
+    before = jnp.zeros(len(tokens), int) if cache is None else cache
+    at = before[:, None] + jnp.cumsum(mask, -1) - 1
+    return params[jnp.maximum(at, 0), tokens], before + mask.sum(-1)
+
+  return Policy(
+    init=lambda key: jax.random.normal(key, (8, vocab, vocab)),
+    init_cache=lambda rows, length: jnp.zeros(rows, int),
+    hidden=hidden,
+    logits=lambda params, hidden: hidden,
+    vocab_size=vocab,
+  )
+
+
+# -- Best-of-N ----------------------------------------------------------------
+
+
+def quantiles(p, reward):
+  """P(r(y') < r(y)) and P(r(y') <= r(y)) of every y, for y' from p [Y]."""
+  less = (reward[None, :] < reward[:, None]) * p[None]
+  at_most = (reward[None, :] <= reward[:, None]) * p[None]
+  return less.sum(-1), at_most.sum(-1)
+
+
+def best_of_n(p, reward, n: int):
+  """The law of the best of n draws, the first drawn among tied: [Y].
+
+  BOND, theorem 1, from the raw rewards: draw i is the first best when those
+  before it are worse and those after it no better.
+  """
+  less, at_most = quantiles(p, reward)
+  return p * sum(at_most ** (n - i) * less ** (i - 1) for i in range(1, n + 1))
+
+
+def enumerate_best_of_n(p, reward, n: int):
+  """The same, draw by draw."""
+  law = np.zeros(len(p))
+  for draws in itertools.product(range(len(p)), repeat=n):
+    best = max(draws, key=lambda y: reward[y])  # max returns the first
+    law[best] += math.prod(p[y] for y in draws)
+  return law
+
+
+# -- J-BOND -------------------------------------------------------------------
+
+
+def kl(theta, anchor, tokens, mask):
+  """KL(policy || anchor) of two tables, nats per sequence."""
+  log_p = table_log_probs(theta, tokens, mask).sum(-1)
+  log_q = table_log_probs(anchor, tokens, mask).sum(-1)
+  return (jnp.exp(log_p) * (log_p - log_q)).sum()
+
+
+def jbond_objective(theta, anchor, reward, law, *, backward, drift):
+  """What J-BOND descends at a given anchor, in closed form, for one prompt.
+
+  (1 - b) KL(Best-of-2(anchor) || pi) + b (KL(pi || anchor) - E_pi[r_J])
+  + g KL(pi || anchor), up to a constant, where r_J is already averaged over
+  the anchors: -log 16 times the probability that both beat y.
+  """
+  log_p = table_log_probs(theta, *law).sum(-1)
+  q = jnp.exp(table_log_probs(anchor, *law).sum(-1))
+  _, at_most = quantiles(q, reward)
+  floor = -math.log(16) * (1 - at_most) ** 2
+  forward = -(best_of_n(q, reward, 2) * log_p).sum()
+  apart = kl(theta, anchor, *law)
+  return (
+    (1 - backward) * forward
+    + backward * (apart - (jnp.exp(log_p) * floor).sum())
+    + drift * apart
+  )
+
+
+def expected_gradient(algorithm, theta, anchor, reward, weight, law):
+  """E[gradient] of an algorithm's batch loss, by enumeration of every batch.
+
+  Args:
+    algorithm: its select, weigh and loss are run as the training step does.
+    theta, anchor: [X, T, V, V], tables of policy and anchor for each prompt.
+    reward: [X, Y].
+    weight: [X].
+    law: what `sequences` returns.
+
+  Returns:
+    [X, T, V, V], the expectation over all (Y ** K) ** X possible batches.
+  """
+  x, y = reward.shape
+  k, split = algorithm.num_policy + algorithm.num_anchor, algorithm.num_policy
+  draws = np.stack(
+    np.unravel_index(np.arange(y ** (x * k)), (y,) * (x * k)), -1
+  ).reshape(-1, x, k)
+  prompt = np.arange(x)[:, None]
+  tables = jax.vmap(lambda t: table_log_probs(t, *law))
+
+  def loss(theta, draws, log_p, log_q):
+    """One batch: draws [X, K]."""
+    scored = jnp.concatenate(
+      [log_p[prompt, draws[:, :split]], log_q[prompt, draws[:, split:]]], 1
+    )
+    drawn = reward[prompt, draws]
+    win = ops.win_matrix(drawn)
+    index = algorithm.select(drawn, win)
+    chosen = ops.take_rows(draws, index)
+    rows, _ = algorithm.weigh(
+      Scores(
+        reward=drawn,
+        win=win,
+        index=index,
+        mask=jnp.asarray(law[1])[chosen],
+        log_sampled=ops.take_rows(scored, index),
+        log_anchor=log_q[prompt, chosen[:, list(algorithm.anchor_rows)]],
+        log_reference=jnp.zeros((x, 0, log_q.shape[-1])),
+        weight=weight,
+      )
+    )
+    log_policy = tables(theta)[prompt, chosen]
+    out = algorithm.loss(log_policy, jax.lax.stop_gradient(rows))
+    return (jnp.where(weight > 0, out, 0.0) * weight).sum() / weight.sum()
+
+  def expected_loss(theta, fixed):
+    log_p, log_q = tables(fixed), tables(anchor)
+    law_p, law_q = (jnp.exp(t.sum(-1)) for t in (log_p, log_q))
+    mass = law_p[prompt, draws[..., :split]].prod((-2, -1))
+    mass *= law_q[prompt, draws[..., split:]].prod((-2, -1))
+    losses = jax.vmap(loss, (None, 0, None, None))(theta, draws, log_p, log_q)
+    return (mass * losses).sum()
+
+  return jax.grad(expected_loss)(theta, theta)
+
+
+# -- a plain Gemma ------------------------------------------------------------
+
+
+def _norm(x, scale):
+  return x / np.sqrt((x * x).mean(-1, keepdims=True) + 1e-6) * (1 + scale)
+
+
+def _rotate(x, position, base, scale):
+  """One head of one token: x [H]."""
+  half = len(x) // 2
+  out = np.empty_like(x)
+  for i in range(half):
+    angle = position / scale / base ** (2 * i / len(x))
+    pair = x[i] + 1j * x[i + half]
+    pair *= np.exp(1j * angle)
+    out[i], out[i + half] = pair.real, pair.imag
+  return out
+
+
+def _attention(c, p, x, local):
+  """x [S, D] of consecutive tokens -> [S, D], head by head."""
+  if 'qkv_einsum' in p:
+    wq, wk, wv = p['qkv_einsum']['w']
+  else:
+    wq, (wk, wv) = p['q_einsum']['w'], p['kv_einsum']['w']
+  base = c.local_rope_base if local else c.global_rope_base
+  stretch = 1.0 if local else c.global_rope_scale
+  out = np.zeros_like(x)
+  for n in range(c.heads):
+    group = n // (c.heads // c.kv_heads)
+    q, k, v = x @ wq[n], x @ wk[group], x @ wv[group]
+    if c.qk_norm:
+      q = _norm(q, p['_query_norm']['scale'])
+      k = _norm(k, p['_key_norm']['scale'])
+    q = np.stack([_rotate(a, i, base, stretch) for i, a in enumerate(q)])
+    k = np.stack([_rotate(a, i, base, stretch) for i, a in enumerate(k)])
+    scale = c.head_size**-0.5 if c.query_scale is None else c.query_scale
+    for i in range(len(x)):
+      first = max(0, i - c.window + 1) if local else 0
+      score = k[first : i + 1] @ q[i] * scale
+      if c.attention_softcap:
+        score = c.attention_softcap * np.tanh(score / c.attention_softcap)
+      e = np.exp(score - score.max())
+      mixed = e @ v[first : i + 1] / e.sum()
+      out[i] += mixed @ p['attn_vec_einsum']['w'][n]
+  return out
+
+
+def _feed_forward(c, p, x):
+  gate, up = p['gating_einsum']
+  if c.gating_transposed:
+    gate, up = gate.T, up.T
+  g = x @ gate
+  g = 0.5 * g * (1 + np.tanh(np.sqrt(2 / np.pi) * (g + 0.044715 * g**3)))
+  return (g * (x @ up)) @ p['linear']
+
+
+def gemma_logits(c, params, tokens):
+  """Logits [S, V] of one unpadded row of tokens, in float64, layer by layer."""
+  params = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
+  table = params['embedder']['input_embedding']
+  x = table[tokens] * np.sqrt(c.features)
+  for j in range(c.layers):
+    group, i = divmod(j, len(c.pattern))
+    if f'layer_{j}' in params:
+      p = params[f'layer_{j}']
+    else:
+      p = params['stacked_layers'][f'attention_type_{i}']
+      p = jax.tree.map(lambda w, group=group: w[group], p)
+    for before, after, part in (
+      ('pre_attention_norm', 'post_attention_norm', 'attn'),
+      ('pre_ffw_norm', 'post_ffw_norm', 'mlp'),
+    ):
+      y = _norm(x, p[before]['scale'])
+      if part == 'attn':
+        y = _attention(c, p['attn'], y, c.pattern[i] == 'local')
+      else:
+        y = _feed_forward(c, p['mlp'], y)
+      x = x + (_norm(y, p[after]['scale']) if c.post_norms else y)
+  out = _norm(x, params['final_norm']['scale']) @ table.T
+  if c.final_softcap:
+    out = c.final_softcap * np.tanh(out / c.final_softcap)
+  return out[:, : c.used_vocab]

@@ -1,0 +1,234 @@
+"""Batches: their layout, order, and going on where one was."""
+
+import itertools
+import json
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from bond_jax import data, tokenizer
+from bond_jax.command import UserError
+
+TEXTS = [
+  f'{who} {verb} the {what}, {n} times.'
+  for who in ('Nobody', 'Everyone', 'The owner')
+  for verb in ('loved', 'hated', 'forgot')
+  for what in ('film', 'music', 'ending')
+  for n in ('many', 'few')
+] + ['No', 'Yes', '']
+
+
+@pytest.fixture(scope='module')
+def tok(tmp_path_factory):
+  path = tmp_path_factory.mktemp('tokenizer') / 'tokenizer.model'
+  return tokenizer.train(TEXTS, str(path), 90)
+
+
+@pytest.fixture(scope='module')
+def path(tmp_path_factory):
+  path = tmp_path_factory.mktemp('data') / 'reviews.jsonl'
+  rows = ''.join(json.dumps({'text': t}) + '\n' for t in TEXTS)
+  path.write_text(rows, encoding='utf-8')
+  return str(path)
+
+
+@pytest.fixture(scope='module')
+def rows(path):
+  return data.source(path, 'train', '')
+
+
+def _assert_equal(a, b):
+  for x, y in zip(a, b, strict=True):
+    if isinstance(x, tuple):
+      _assert_equal(x, y)
+    else:
+      assert x.dtype == y.dtype
+      np.testing.assert_array_equal(x, y)
+
+
+def test_jsonl_rows_are_in_order(rows):
+  assert [row['text'] for row in rows] == TEXTS
+
+
+def test_split_may_be_part_of_the_name(tmp_path):
+  for split in ('train', 'test'):
+    (tmp_path / f'{split}.jsonl').write_text(json.dumps({'text': split}))
+  name = str(tmp_path / '{split}.jsonl')
+  assert data.source(name, 'test', '')[0]['text'] == 'test'
+
+
+@pytest.mark.parametrize(
+  'content, line, why',
+  [
+    (b'{"text": "a"}\n{"text"\n', ':2', 'not JSON'),
+    (b'{"text": "a"}\n\n{"text": "b"}', ':2', 'not JSON'),
+    (b'{"text": "a"}\n{"txt": "b"}', ':2', 'a string "text"'),
+    (b'{"text": 3}', ':1', 'a string "text"'),
+    (b'["text"]', ':1', 'a string "text"'),
+    (b'{"text": "a"}\n{"text": "caf\xe9"}', ':2', 'UTF-8'),
+    (b'', '', 'is empty'),
+    (b'\n', '', 'is empty'),
+  ],
+)
+def test_malformed_jsonl_is_named_with_its_line(tmp_path, content, line, why):
+  path = tmp_path / 'x.jsonl'
+  path.write_bytes(content)
+  with pytest.raises(UserError) as e:
+    data.source(str(path), 'train', '')
+  assert str(e.value).startswith(f'{path}{line}')
+  assert why in str(e.value)
+  assert '\n' not in str(e.value)
+
+
+@pytest.mark.parametrize(
+  'name, why',
+  [
+    ('nope.jsonl', 'cannot read nope.jsonl'),
+    ('no_such_builder', 'neither a TFDS builder nor a .jsonl path'),
+    ('movie_reviews', 'python -m bond_jax.movie_reviews --data_dir='),
+  ],
+)
+def test_missing_data_is_one_line(tmp_path, name, why):
+  with pytest.raises(UserError, match=why):
+    data.source(name, 'train', str(tmp_path))
+
+
+def test_sentences_hold_the_text_and_its_end(rows, tok):
+  it = data.sentences(rows, tok, length=9, batch=8, seed=0)
+  cut = 0
+  for prompts, completion, mask in itertools.islice(it, 20):
+    np.testing.assert_array_equal(prompts.tokens, np.full((8, 1), 2, np.int32))
+    assert prompts.mask.all() and prompts.mask.dtype == bool
+    assert completion.shape == mask.shape == (8, 1, 9)
+    assert (completion.dtype, mask.dtype) == (np.int32, bool)
+    assert (prompts.weight == 1).all() and prompts.weight.dtype == np.float32
+    for i, row, ok in zip(prompts.id, completion[:, 0], mask[:, 0]):
+      pieces = tok.encode(TEXTS[i]) + [tok.eos_id]
+      cut += len(pieces) > 9
+      assert row[ok].tolist() == pieces[:9]
+      assert (row[~ok] == tok.pad_id).all()
+      assert not (np.diff(ok.astype(int)) > 0).any()  # padded on the right
+  assert cut  # or the test has not seen a cut sentence
+
+
+def test_each_epoch_holds_each_row_once_in_a_new_order(rows, tok):
+  n = len(TEXTS)  # 57 rows in batches of 8: batches span epochs
+  it = data.sentences(rows, tok, length=8, batch=8, seed=0)
+  ids = np.concatenate([next(it)[0].id for _ in range(3 * n // 8 + 1)])
+  epochs = [ids[k * n : (k + 1) * n].tolist() for k in range(3)]
+  for epoch in epochs:
+    assert sorted(epoch) == list(range(n))
+  assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
+
+
+def test_seeds_give_other_orders_not_shifted_epochs(rows, tok):
+  def ids(seed, count):
+    it = data.sentences(rows, tok, length=8, batch=len(TEXTS), seed=seed)
+    return [tuple(next(it)[0].id) for _ in range(count)]
+
+  assert ids(0, 2) == ids(0, 2)
+  assert not set(ids(0, 4)) & set(ids(1, 4))
+
+
+def test_openings_leave_something_to_write(rows, tok):
+  it = data.openings(rows, tok, opening=4, batch=8, seed=0)
+  seen = set()
+  for prompts in itertools.islice(it, 40):
+    assert prompts.tokens.shape == (8, 5) and prompts.tokens.dtype == np.int32
+    assert prompts.mask.all() and (prompts.weight == 1).all()
+    for i, row in zip(prompts.id, prompts.tokens):
+      pieces = tok.encode(TEXTS[i])
+      assert len(pieces) > 4
+      assert row.tolist() == [tok.bos_id, *pieces[:4]]
+      seen.add(i)
+  long = {i for i, t in enumerate(TEXTS) if len(tok.encode(t)) > 4}
+  assert seen == long and len(long) < len(TEXTS)
+
+
+def test_fixed_openings_are_distinct_and_in_order(rows, tok):
+  prompts = data.fixed_openings(rows, tok, opening=6, count=9)
+  heads = [tuple(row) for row in prompts.tokens]
+  assert len(set(heads)) == 9
+  assert (np.diff(prompts.id) > 0).all()
+  for i, head in zip(prompts.id, heads):
+    assert list(head) == [tok.bos_id, *tok.encode(TEXTS[i])[:6]]
+    earlier = [tok.encode(t)[:6] for t in TEXTS[:i]]
+    assert list(head[1:]) not in earlier  # the first of its kind
+
+
+def test_too_few_openings_are_said(rows, tok):
+  with pytest.raises(UserError, match='distinct openings of 6 pieces'):
+    data.fixed_openings(rows, tok, opening=6, count=1000)
+  with pytest.raises(UserError, match='has 0 distinct openings of 99 pieces'):
+    data.openings(rows, tok, opening=99, batch=8, seed=0)
+
+
+def test_prompts_are_padded_on_the_left(tok):
+  prompts = data._prompts([7, 9], [[2, 5], [2, 6, 8, 9]], tok)
+  np.testing.assert_array_equal(prompts.tokens, [[0, 0, 2, 5], [2, 6, 8, 9]])
+  np.testing.assert_array_equal(prompts.mask, [[0, 0, 1, 1], [1, 1, 1, 1]])
+  np.testing.assert_array_equal(prompts.id, [7, 9])
+
+
+MAKERS = {
+  'sentences': lambda rows, tok: data.sentences(
+    rows, tok, length=16, batch=8, seed=3
+  ),
+  'openings': lambda rows, tok: data.openings(
+    rows, tok, opening=4, batch=8, seed=3
+  ),
+}
+
+
+@pytest.mark.parametrize('make', MAKERS.values(), ids=MAKERS.keys())
+def test_restored_iterator_goes_on(rows, tok, make):
+  it = make(rows, tok)
+  for _ in range(10):
+    next(it)
+  state = json.loads(json.dumps(it.get_state()))
+  expected = [next(it) for _ in range(10)]
+  other = make(rows, tok)
+  next(other)
+  other.set_state(state)
+  _assert_equal([next(other) for _ in range(10)], expected)
+
+
+def test_restored_in_another_process(path, rows, tok, tmp_path):
+  (tmp_path / 'tok.model').write_bytes(tok.processor.serialized_model_proto())
+  it = MAKERS['openings'](rows, tok)
+  for _ in range(10):
+    next(it)
+  script = f"""
+import json
+from bond_jax import data, tokenizer
+it = data.openings(data.source({path!r}, '', ''),
+                   tokenizer.load({str(tmp_path / 'tok.model')!r}),
+                   opening=4, batch=8, seed=3)
+it.set_state(json.loads({json.dumps(it.get_state())!r}))
+print(json.dumps(next(it).tokens.tolist()))
+"""
+  out = subprocess.check_output([sys.executable, '-c', script], text=True)
+  assert json.loads(out.splitlines()[-1]) == next(it).tokens.tolist()
+
+
+def test_no_tensorflow(path):
+  script = f"""
+import sys
+from bond_jax import data
+data.source({path!r}, '', '')
+assert not [m for m in sys.modules if m.split('.')[0] == 'tensorflow']
+"""
+  subprocess.run([sys.executable, '-c', script], check=True)
+
+
+def test_fifty_batches_a_second(rows, tok):
+  many = list(rows) * 100  # shuffling a handful of rows is slow in Grain
+  it = data.openings(many, tok, opening=4, batch=128, seed=0)
+  next(it)
+  start = time.process_time()
+  for _ in range(25):
+    next(it)
+  assert time.process_time() - start < 0.5

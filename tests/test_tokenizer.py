@@ -1,0 +1,98 @@
+"""Text to pieces and back."""
+
+import os
+
+import pytest
+
+from bond_jax import tokenizer
+from bond_jax.command import UserError
+
+TEXTS = [
+  f'{who} {verb} the {what}, and {n} times more.'
+  for who in ('Nobody', 'Everyone', 'A café owner')
+  for verb in ('loved', 'hated', 'forgot')
+  for what in ('film', 'music', 'ending', 'popcorn')
+  for n in (3, 14)
+]
+
+
+@pytest.fixture(scope='module')
+def path(tmp_path_factory):
+  path = tmp_path_factory.mktemp('tokenizer') / 'tokenizer.model'
+  tokenizer.train(TEXTS, str(path), 96)
+  return str(path)
+
+
+def test_control_ids_are_those_of_gemma(path):
+  tok = tokenizer.load(path)
+  assert (tok.pad_id, tok.eos_id, tok.bos_id, tok.unk_id) == (0, 1, 2, 3)
+  assert tok.vocab_size == 96
+  assert tok.processor.id_to_piece([0, 1, 2, 3]) == [
+      '<pad>', '</s>', '<s>', '<unk>',
+  ]  # fmt: skip
+
+
+def test_text_survives(path):
+  tok = tokenizer.load(path)
+  for text in TEXTS + ['the  film ', ' café']:
+    ids = tok.encode(text)
+    assert not {0, 1, 2, 3} & set(ids)
+    assert tok.decode(ids) == text
+    assert tok.decode([2, *ids, 1, 0, 0]) == text
+
+
+def test_text_may_be_cut_between_any_two_pieces(path):
+  tok = tokenizer.load(path)
+  ids = tok.encode(TEXTS[0])
+  for i in range(len(ids) + 1):
+    assert tok.decode(ids[:i]) + tok.decode(ids[i:]) == TEXTS[0]
+
+
+def test_unknown_characters_become_unk(path):
+  tok = tokenizer.load(path)
+  assert tok.unk_id in tok.encode('日')
+  assert tok.decode(tok.encode('日')).strip()
+
+
+def test_same_sentences_give_the_same_file(path, tmp_path):
+  again = tokenizer.train(iter(TEXTS), str(tmp_path / 'a' / 'b.model'), 96)
+  assert again.sha256 == tokenizer.load(path).sha256
+  other = tokenizer.train(TEXTS[:12], str(tmp_path / 'c.model'), 64)
+  assert other.sha256 != again.sha256
+  assert sorted(os.listdir(tmp_path)) == ['a', 'c.model']
+
+
+def test_ensure_trains_once(tmp_path):
+  path = str(tmp_path / 'tokenizer.model')
+  first = tokenizer.ensure(path, iter(TEXTS), 80)
+
+  def untouched():
+    raise AssertionError('read again')
+    yield
+
+  assert tokenizer.ensure(path, untouched(), 80).sha256 == first.sha256
+  with pytest.raises(UserError, match='has 80 pieces, the config asks for 81'):
+    tokenizer.ensure(path, untouched(), 81)
+
+
+@pytest.mark.parametrize('content', [b'', b'not a model', b'\x0a\x80' * 40])
+def test_broken_file_is_one_line(tmp_path, content):
+  path = tmp_path / 'tokenizer.model'
+  path.write_bytes(content)
+  with pytest.raises(UserError) as e:
+    tokenizer.load(str(path))
+  assert str(e.value).startswith(f'{path} is not a SentencePiece model')
+
+
+def test_missing_file_is_one_line(tmp_path):
+  with pytest.raises(UserError, match='cannot read the tokenizer .*nope'):
+    tokenizer.load(str(tmp_path / 'nope'))
+
+
+@pytest.mark.parametrize('texts, size', [(TEXTS, 9), (TEXTS, 9999), ([], 96)])
+def test_impossible_vocabulary_is_one_line(tmp_path, texts, size):
+  with pytest.raises(UserError) as e:
+    tokenizer.train(texts, str(tmp_path / 'x.model'), size)
+  assert f'vocabulary of {size} pieces' in str(e.value)
+  assert '\n' not in str(e.value)
+  assert not os.listdir(tmp_path)
