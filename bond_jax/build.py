@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 import importlib
 import importlib.metadata
+import inspect
 import os
 from typing import Any
 
@@ -53,10 +54,22 @@ def make_algorithm(config: ml_collections.ConfigDict):
       f'algorithm.name is {name!r}; known are {", ".join(known)}.'
     )
   module = importlib.import_module(f'bond_jax.algorithms.{name}')
+  _check_arguments(f'algorithm {name}', module.make, config.algorithm.args)
   try:
     return module.make(**config.algorithm.args)
-  except (TypeError, ValueError) as e:
-    raise UserError(f'algorithm {name}: {e}') from e
+  except ValueError as e:
+    raise UserError(f'algorithm {name}: {e}.') from e
+
+
+def _check_arguments(name: str, function: Callable[..., Any], args) -> None:
+  signature = inspect.signature(function)
+  try:
+    signature.bind(**args)
+  except TypeError as e:
+    raise UserError(
+      f'{name}: {e}; args in the config are {", ".join(args) or "empty"},'
+      f' allowed are {", ".join(signature.parameters) or "none"}.'
+    ) from e
 
 
 def make_reward(section: ml_collections.ConfigDict, workdir: str) -> RewardFn:
@@ -65,10 +78,19 @@ def make_reward(section: ml_collections.ConfigDict, workdir: str) -> RewardFn:
   '{workdir}' in a string argument stands for this run's folder.
   """
   args = {
-    k: v.format(workdir=workdir) if isinstance(v, str) else v
+    k: v.replace('{workdir}', workdir) if isinstance(v, str) else v
     for k, v in section.args.items()
   }
-  return command.load(section.function)(**args)
+  factory = command.load(section.function)
+  try:
+    return factory(**args)
+  except UserError:
+    raise
+  except Exception as e:
+    reason = ' '.join(f'{type(e).__name__}: {e}'.split())
+    raise UserError(
+      f'reward {section.function} raised {reason}; --debug shows where.'
+    ) from e
 
 
 def load_tokenizer(workdir: str) -> tokenizer_lib.Tokenizer:
@@ -78,13 +100,16 @@ def load_tokenizer(workdir: str) -> tokenizer_lib.Tokenizer:
 def load_params(
   policy: Policy, workdir: str, stage: str, which: str, mesh
 ) -> Params:
-  """The parameters that a stage left, straight into their shards.
+  """The parameters that a finished stage left, straight into their shards.
 
   `which` is 'last', 'best' or a step; see `checkpoint.choose`.
   """
+  if not os.path.exists(os.path.join(workdir, stage, 'summary.json')):
+    raise UserError(
+      f'the {stage} stage has not finished in {workdir}; run "python -m'
+      f' bond_jax.{stage}" first, with the same --config and --workdir.'
+    )
   folder = os.path.join(workdir, stage, 'checkpoints')
-  if not os.path.isdir(folder):
-    raise UserError(f'there is no {folder}; run the {stage} stage first.')
   shapes = jax.eval_shape(policy.init, jax.random.key(0))
   like = jax.tree.map(
     lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
@@ -112,24 +137,76 @@ def texts(
   return [tokenizer.decode(row) for row in prompts.tokens], completions
 
 
+def check(config: ml_collections.ConfigDict) -> None:
+  """Raises a UserError for what no stage could work with, before any starts.
+
+  A setting of a late stage that is wrong must not cost the early ones.
+  """
+  train = config.train
+  mesh = sharding.make_mesh(**config.mesh)
+  for name, batch, micro_batches in (
+    ('sft.batch', config.sft.batch, 1),
+    ('train.batch', train.batch, train.micro_batches),
+    ('train.probe_prompts', train.probe_prompts, 1),
+    ('evaluate.prompts', config.evaluate.prompts, 1),
+  ):
+    sharding.check_batch(name, batch, mesh, micro_batches)
+  make_policy(config)
+  make_algorithm(config)
+  for section in (config.reward, config.gold):
+    factory = command.load(section.function)
+    _check_arguments(f'reward {section.function}', factory, section.args)
+  for split in ('train', 'validation', 'test'):
+    rows(config, split)
+
+
+def scalars(summary: dict[str, Any]) -> list[tuple]:
+  """A table of the numbers and names in a summary."""
+  plain = [(k, v) for k, v in summary.items() if not isinstance(v, dict)]
+  return [('', 'value'), *plain]
+
+
 def stage(
   name: str,
-  work: Callable[[ml_collections.ConfigDict, str], dict[str, Any]],
+  work: Callable[..., dict[str, Any]],
   config: ml_collections.ConfigDict,
   workdir: str,
+  *,
+  folder: str,
+  table: Callable[[dict[str, Any]], list[tuple]] = scalars,
+  **asked: str,
 ) -> None:
-  """Runs a stage once: its summary, in `<workdir>/<name>`, marks it done."""
-  command.claim_workdir(workdir, config)
+  """Runs a stage once: `<workdir>/<folder>/summary.json` marks it done.
+
+  Args:
+    name: of the stage, for people.
+    work: (config, workdir, **asked) -> the summary.
+    config: of the run.
+    workdir: of the run.
+    folder: in which the summary goes.
+    table: what of the summary is shown at the end.
+    **asked: flags beside the config; the summary repeats them.
+  """
   configure_jax()
-  path = os.path.join(workdir, name, 'summary.json')
+  command.check_workdir(workdir, config)
+  path = os.path.normpath(os.path.join(workdir, folder, 'summary.json'))
   if os.path.exists(path):
+    done = {k: v for k, v in command.read_json(path).items() if k in asked}
+    if changed := command.differences(done, asked):
+      raise UserError(
+        f'{path} is there, with {"; ".join(changed)} asked for now. Nothing was'
+        f' changed; move away what the {name} stage wrote to run it again.'
+      )
     print(f'{name}: finished already, see {path}')
     return
+  check(config)
+  command.claim_workdir(workdir, config)
   os.makedirs(os.path.dirname(path), exist_ok=True)
-  summary = work(config, workdir)
-  command.write_json(path, {**summary, 'versions': versions()})
-  rows = [(k, v) for k, v in summary.items() if not isinstance(v, dict)]
-  metrics.table([('', 'value'), *rows], f'{name}: done, see {path}')
+  devices = f'{jax.device_count()} {jax.default_backend()} device(s)'
+  print(f'{name}: {config.model.name} on {devices}, into {workdir}', flush=True)
+  summary = {**work(config, workdir, **asked), **asked, 'versions': versions()}
+  command.write_json(path, summary)
+  metrics.table(table(summary), f'{name}: done, see {path}')
 
 
 def versions() -> dict[str, str]:

@@ -16,26 +16,21 @@ from bond_jax.errors import UserError
 from bond_jax.types import Params, TrainState
 
 
-def manager(
-  folder: str, *, keep: int = 2, best: str | None = None
-) -> ocp.CheckpointManager:
+def manager(folder: str, *, keep: int = 2) -> ocp.CheckpointManager:
   """A CheckpointManager that keeps the last `keep` steps, and the best.
 
   Args:
     folder: made if absent.
     keep: the number of newest checkpoints that stay.
-    best: the metric whose highest value marks the best; None = none.
   """
-  policies = [ocp.checkpoint_managers.LatestN(keep)]
-  if best:
-    policies.append(
-      ocp.checkpoint_managers.BestN(
-        get_metric_fn=lambda m: m[best], reverse=False, n=1
-      )
-    )
+  score = lambda metrics: metrics['score']
+  policies = [
+    ocp.checkpoint_managers.LatestN(keep),
+    ocp.checkpoint_managers.BestN(get_metric_fn=score, n=1),
+  ]
   options = ocp.CheckpointManagerOptions(
     preservation_policy=ocp.checkpoint_managers.AnyPreservationPolicy(policies),
-    best_fn=(lambda m: m[best]) if best else None,
+    best_fn=score,
     enable_async_checkpointing=True,
   )
   return ocp.CheckpointManager(os.path.abspath(folder), options=options)
@@ -46,11 +41,12 @@ def save(
   step: int,
   state: TrainState,
   data: dict[str, Any],
-  metrics: dict[str, float],
+  score: float,
 ) -> None:
   """Saves `state` and `data` (JSON) as `step`; returns before it is written.
 
-  The parameters are an item of their own, for readers that want them alone.
+  The highest score marks the best step. The parameters are an item of their
+  own, for readers that want them alone.
   """
   checkpoints.save(
     step,
@@ -59,7 +55,7 @@ def save(
       rest=ocp.args.StandardSave(state._replace(params={})._asdict()),
       data=ocp.args.JsonSave(data),
     ),
-    metrics=metrics,
+    metrics={'score': float(score)},
   )
 
 

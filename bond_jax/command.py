@@ -6,6 +6,7 @@ from collections.abc import Callable
 import importlib
 import json
 import os
+import re
 import sys
 from typing import Any
 
@@ -17,7 +18,7 @@ from bond_jax.errors import UserError
 
 
 def load(reference: str) -> Callable[..., Any]:
-  """Returns the function named `module:function`; a UserError if it is not there."""
+  """Returns the function `module:function`; a UserError if it is not there."""
   module, _, name = reference.partition(':')
   if not module or not name:
     raise UserError(
@@ -25,18 +26,24 @@ def load(reference: str) -> Callable[..., Any]:
       ' instance "bond_jax.rewards:ridge".'
     )
   try:
-    return getattr(importlib.import_module(module), name)
+    loaded = importlib.import_module(module)
   except ModuleNotFoundError as e:
     raise UserError(
       f'{reference!r}: cannot import {e.name!r}; is it installed, and is the'
       ' folder that holds it on PYTHONPATH?'
     ) from e
-  except AttributeError as e:
-    raise UserError(f'{reference!r}: module {module!r} has no {name!r}.') from e
+  except Exception as e:
+    raise UserError(
+      f'{reference!r}: importing it raised {type(e).__name__}: {_line(e)};'
+      ' --debug shows where.'
+    ) from e
+  if not callable(getattr(loaded, name, None)):
+    raise UserError(f'{reference!r}: {module!r} has no function {name!r}.')
+  return getattr(loaded, name)
 
 
 def differences(a: dict[str, Any], b: dict[str, Any], prefix='') -> list[str]:
-  """Lists the leaves in which two nested dicts differ, as `path: old -> new`."""
+  """Lists the leaves in which nested dicts differ, as `path: old -> new`."""
   rows = []
   for key in sorted(set(a) | set(b)):
     old, new = a.get(key, '(absent)'), b.get(key, '(absent)')
@@ -47,21 +54,32 @@ def differences(a: dict[str, Any], b: dict[str, Any], prefix='') -> list[str]:
   return rows
 
 
-def claim_workdir(workdir: str, config: ml_collections.ConfigDict) -> None:
-  """Makes `workdir` belong to `config`, or refuses when it has another owner."""
-  os.makedirs(workdir, exist_ok=True)
+def check_workdir(workdir: str, config: ml_collections.ConfigDict) -> bool:
+  """True if `workdir` is this config's, False if nobody's; else a UserError."""
   path = os.path.join(workdir, 'config.json')
-  mine = json.loads(config.to_json_best_effort())
-  if os.path.exists(path):
-    with open(path, encoding='utf-8') as f:
-      rows = differences(json.load(f), mine)
-    if rows:
-      raise UserError(
-        f'{workdir} belongs to another config ({"; ".join(rows)}). Nothing'
-        ' was changed; give another --workdir, or the first config again.'
-      )
+  if not os.path.exists(path):
+    return False
+  rows = differences(read_json(path), json.loads(config.to_json_best_effort()))
+  if rows:
+    raise UserError(
+      f'{workdir} belongs to another config ({"; ".join(rows)}). Nothing'
+      ' was changed; give another --workdir, or the first config again.'
+    )
+  return True
+
+
+def claim_workdir(workdir: str, config: ml_collections.ConfigDict) -> None:
+  """Makes `workdir` belong to `config`; a UserError if it has another owner."""
+  if check_workdir(workdir, config):
     return
-  write_json(path, mine)
+  try:
+    os.makedirs(workdir, exist_ok=True)
+    path = os.path.join(workdir, 'config.json')
+    write_json(path, json.loads(config.to_json_best_effort()))
+  except OSError as e:
+    raise UserError(
+      f'cannot write to --workdir={workdir}: {e.strerror}; give another one.'
+    ) from e
 
 
 def write_json(path: str, value: Any) -> None:
@@ -102,15 +120,26 @@ def run(
       print(f'error: unexpected argument {argv[1]!r}', file=sys.stderr)
       return 2
     try:
-      main(config_file.value, os.path.normpath(workdir.value))
+      main(_loaded(config_file.value), os.path.normpath(workdir.value))
     except UserError as e:
       if debug.value:
         raise
       print(f'error: {e}', file=sys.stderr)
       return 2
+    except KeyboardInterrupt:
+      print('interrupted; the same command takes it up again', file=sys.stderr)
+      return 130
     return 0
 
   app.run(body, flags_parser=lambda args: _parse(args, doc))
+
+
+def _loaded(config: Any) -> ml_collections.ConfigDict:
+  """The config; a UserError if its file could not be read."""
+  if isinstance(config, ml_collections.ConfigDict):
+    return config
+  path = config_flags.get_config_filename(flags.FLAGS['config'])
+  raise UserError(f'cannot read --config={path}; give a configs/*.py file.')
 
 
 def _parse(args: list[str], doc: str) -> list[str]:
@@ -118,6 +147,43 @@ def _parse(args: list[str], doc: str) -> list[str]:
   sys.modules['__main__'].__doc__ = doc
   try:
     return flags.FLAGS(args)
-  except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as e:
-    print('error: ' + ' '.join(str(e).split()), file=sys.stderr)
+  except (
+    flags.Error,
+    AttributeError,
+    KeyError,
+    SyntaxError,
+    TypeError,
+    ValueError,
+  ) as e:
+    print(f'error: {_unknown_key(args) or _line(e)}', file=sys.stderr)
     sys.exit(2)
+
+
+def _unknown_key(args: list[str]) -> str | None:
+  """Finds the first override of a key that the config does not have."""
+  text = '\0'.join(args)
+  path = re.search(r'--?config[=\0]([^\0]+)', text)
+  try:
+    config = flags.FLAGS['config'].parser.parse(path[1])
+    iter(config)
+  except Exception:  # the config itself is the matter
+    return None
+  for name in re.findall(r'--?(?:no)?config\.([^=\0]+)', text):
+    node, above = config, 'config'
+    for key in re.sub(r'\[.*?\]', '', name).split('.'):
+      known = list(node) if isinstance(node, ml_collections.ConfigDict) else []
+      if key not in known:
+        return (
+          f'--config.{name}: {above} has no {key!r}; it has'
+          f' {", ".join(known) or "no keys"}.'
+        )
+      node, above = node[key], f'{above}.{key}'
+  return None
+
+
+def _line(error: Exception) -> str:
+  """The message on one line, of a traceback within it the last line alone."""
+  said, _, trace = str(error).partition('Traceback (most recent call last)')
+  line = said + (trace and trace.strip().splitlines()[-1])
+  # The name under which ml_collections imports the file says nothing.
+  return ' '.join(line.replace("module 'config_config'", '--config').split())

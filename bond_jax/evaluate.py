@@ -8,8 +8,10 @@ summary.json and report.html are computed.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
+import textwrap
 from typing import Any
 
 from absl import flags
@@ -36,14 +38,15 @@ _CHECKPOINT = flags.DEFINE_string(
 _KEY_STREAM = 2  # apart from training's and validation's keys
 
 
-def make_draw(policy, config, tokenizer, mesh, key, own, other):
+def make_draw(policy, config, tokenizer, mesh):
   """A function that samples from `own` and scores with `other` as well.
 
-  Returns `draw(prompts, num, first)`: the rollout on the host, and the summed
-  log-probs f32[B, num] under `own` and under `other`, in nats.
+  Returns `draw(own, other, prompts, key, first, num)`: the rollout on the
+  host, of `num` completions of each prompt from number `first` on, and their
+  summed log-probs f32[B, num] under `own` and under `other`, in nats.
   """
 
-  def program(own, other, prompts, first, num):
+  def evaluate(own, other, prompts, key, first, num):
     drawn = sample(
         policy, own, prompts, key, num=num, length=config.length,
         stop_ids=(tokenizer.eos_id,), first=first,
@@ -54,34 +57,34 @@ def make_draw(policy, config, tokenizer, mesh, key, own, other):
     )  # fmt: skip
     return drawn, drawn.log_prob.sum(-1), there.sum(-1)
 
-  jitted = jax.jit(
-    program, static_argnums=4, out_shardings=sharding.by_row(mesh)
+  program = jax.jit(
+    evaluate, static_argnames='num', out_shardings=sharding.by_row(mesh)
   )
 
-  def draw(prompts: Prompts, num: int, first: int):
-    return jax.device_get(
-      jitted(own, other, sharding.put_batch(prompts, mesh), first, num)
-    )
+  def draw(own, other, prompts: Prompts, key, first: int, num: int):
+    on_mesh = sharding.put_batch(prompts, mesh)
+    return jax.device_get(program(own, other, on_mesh, key, first, num=num))
 
   return draw
 
 
 def records(
-  draw, judges, tokenizer, prompts, *, who, count, chunk, writer, done
+  draw, judges, tokenizer, prompts, *, who, count, at_once, writer, done
 ):
   """Yields the rows of completions.jsonl of one side, `count` per prompt."""
-  for first in range(0, count, chunk):
+  for first in range(0, count, at_once):
+    num = min(at_once, count - first)
     with writer.phase('sample'):
-      drawn, here, there = draw(prompts, chunk, first)
+      drawn, here, there = draw(first, num)
     with writer.phase('judge'):
       texts = build.texts(tokenizer, prompts, drawn)
       scores = {k: rewards.call(f, *texts) for k, f in judges.items()}
     log_policy, log_reference = (
       (here, there) if who == 'policy' else (there, here)
     )
-    writer.advance(done + first + chunk)
+    writer.advance(done + first + num)
     for b, prompt in enumerate(texts[0]):
-      for k in range(chunk):
+      for k in range(num):
         length = int(drawn.mask[b, k].sum())
         yield dict(
           id=int(prompts.id[b]),
@@ -98,15 +101,16 @@ def records(
         )
 
 
-def evaluate(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
+def evaluate(
+  config: ml_collections.ConfigDict, workdir: str, checkpoint: str
+) -> dict[str, Any]:
   """Draws, judges and reports; returns the summary of the whole run."""
   settings = config.evaluate
   mesh = sharding.make_mesh(**config.mesh)
-  sharding.check_batch('evaluate.prompts', settings.prompts, mesh, 1)
   tokenizer = build.load_tokenizer(workdir)
   policy = build.make_policy(config)
   reference = build.load_params(policy, workdir, 'sft', 'last', mesh)
-  trained = build.load_params(policy, workdir, 'train', _CHECKPOINT.value, mesh)
+  trained = build.load_params(policy, workdir, 'train', checkpoint, mesh)
   judges = dict(
     reward=build.make_reward(config.reward, workdir),
     vader=build.make_reward(config.gold, workdir),
@@ -124,14 +128,14 @@ def evaluate(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
   total = sum(count for _, count, _, _ in sides)
   rows, done = [], 0
   with metrics.Writer(folder, 'evaluate', total) as writer:
+    draw = make_draw(policy, config, tokenizer, mesh)
     for i, (who, count, own, other) in enumerate(sides):
-      draw = make_draw(
-          policy, config, tokenizer, mesh, jax.random.fold_in(key, i), own,
-          other,
-      )  # fmt: skip
+      side = functools.partial(
+        draw, own, other, prompts, jax.random.fold_in(key, i)
+      )
       rows += records(
-          draw, judges, tokenizer, prompts, who=who, count=count,
-          chunk=settings.at_once, writer=writer, done=done,
+          side, judges, tokenizer, prompts, who=who, count=count,
+          at_once=settings.at_once, writer=writer, done=done,
       )  # fmt: skip
       done += count
     with writer.phase('report'):
@@ -152,30 +156,31 @@ def write_records(path: str, rows: list[dict[str, Any]]) -> None:
 
 def history(workdir: str) -> dict[str, Any]:
   """What the earlier stages, and this one, took and left behind."""
-  stages = ('sft', 'reward', 'train')
-  summaries = {
-    name: command.read_json(os.path.join(workdir, name, 'summary.json'))
-    for name in stages
-  }
+  read = lambda name: command.read_json(
+    os.path.join(workdir, name, 'summary.json')
+  )
+  sft, train = read('sft'), read('train')
   own = metrics.phase_seconds(stage_rows(workdir, 'evaluate'))
   phases = {
-    f'{name}/{phase}': seconds
-    for name in ('sft', 'train')
-    for phase, seconds in summaries[name]['phase_seconds'].items()
+    **{f'sft/{k}': v for k, v in sft['phase_seconds'].items()},
+    **{f'train/{k}': v for k, v in train['phase_seconds'].items()},
+    **{f'evaluate/{k}': round(v, 3) for k, v in own.items()},
   }
-  phases['reward/fit'] = summaries['reward']['seconds']
-  phases |= {f'evaluate/{k}': round(v, 3) for k, v in own.items()}
-  keys = (
-      'steps', 'anchor_drift', 'signal_fires', 'compilations_after_first_step',
-  )  # fmt: skip
-  return {
-    **{k: summaries['train'][k] for k in keys},
-    'parameters': summaries['sft']['parameters'],
-    'sft_validation_loss': summaries['sft']['validation_loss'],
-    'reward_test_pearson': summaries['reward']['test_pearson'],
-    'seconds': round(sum(phases.values()), 3),
-    'phase_seconds': phases,
+  row = {
+    'steps': train['steps'],
+    'anchor_drift': train['anchor_drift'],
+    'signal_fires': train['signal_fires'],
+    'compilations_after_first_step': train['compilations_after_first_step'],
+    'parameters': sft['parameters'],
+    'sft_validation_loss': sft['validation_loss'],
   }
+  # A reward of the user's own needs no stage.
+  if os.path.exists(os.path.join(workdir, 'reward', 'summary.json')):
+    reward = read('reward')
+    phases['reward/fit'] = reward['seconds']
+    row['reward_test_pearson'] = reward['test_pearson']
+  row['seconds'] = round(sum(phases.values()), 3)
+  return {**row, 'phase_seconds': phases}
 
 
 def stage_rows(workdir: str, stage: str) -> list[dict[str, Any]]:
@@ -194,11 +199,25 @@ def draw_report(config, workdir, rows, summary) -> None:
     curve=measures.best_of_n_curve(rewards_),
     samples=report.side_by_side(rows, config.evaluate.samples_shown),
   )
-  print(f'the report is {path}')
+  print(f'\n{textwrap.fill(report.sentence(summary), 80)}')
+  print(f'The report is {path}')
+
+
+def headlines(summary: dict[str, Any]) -> list[tuple]:
+  """The table of the measures that the report opens with."""
+  shown = {**summary, 'seconds': metrics.clock(summary['seconds'])}
+  rows = [
+    (label, shown[key], shown[extra] if extra else '')
+    for label, key, extra in report.HEADLINES
+  ]
+  return [('', 'value', 'interval or error'), *rows]
 
 
 def main(config: ml_collections.ConfigDict, workdir: str) -> None:
-  build.stage('.', evaluate, config, workdir)
+  build.stage(
+      'evaluate', evaluate, config, workdir, folder='.', table=headlines,
+      checkpoint=_CHECKPOINT.value,
+  )  # fmt: skip
 
 
 if __name__ == '__main__':

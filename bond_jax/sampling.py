@@ -41,24 +41,11 @@ def sample(
   """
   b = prompts.tokens.shape[0]
   rows = b * num
-  keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(prompts.id)
-  index = first + jnp.arange(num)
-  keys = jax.vmap(  # [B, num]
-    lambda k: jax.vmap(lambda i: jax.random.fold_in(k, i))(index)
-  )(keys).reshape(rows)
-
-  def draw(hidden, t):
-    """One token per row: hidden [rows, D] -> token i32, log_prob f32."""
-    logits = policy.logits(params, hidden)  # f32: see types.Policy
-    token = jax.vmap(
-      lambda k, row: jax.random.categorical(jax.random.fold_in(k, t), row)
-    )(keys, logits)
-    chosen = jnp.take_along_axis(logits, token[:, None], -1)[:, 0]
-    return token.astype(jnp.int32), chosen - jax.nn.logsumexp(logits, -1)
+  keys = _row_keys(key, prompts.id, first + jnp.arange(num))
 
   def put(state, hidden, t):
     """Draws column t and writes it to the rows that have not ended."""
-    token, log_prob = draw(hidden, t)
+    token, log_prob = _draw(keys, policy.logits(params, hidden), t)
     alive = ~state['done']
     stopped = jnp.isin(token, jnp.array(stop_ids, jnp.int32))
     return dict(
@@ -94,3 +81,21 @@ def sample(
   _, state, _ = jax.lax.while_loop(more, body, (jnp.int32(1), state, cache))
   shape = lambda x: x.reshape(b, num, length)
   return Rollout(*(shape(state[k]) for k in ('token', 'mask', 'log_prob')))
+
+
+def _row_keys(key: Array, ids: Array, index: Array) -> Array:
+  """The keys of all completions of all prompts, in row order: [B * num]."""
+  fold = jax.random.fold_in
+  keys = jax.vmap(lambda x: jax.vmap(lambda k: fold(fold(key, x), k))(index))(
+    ids
+  )
+  return keys.reshape(-1)
+
+
+def _draw(keys: Array, logits: Array, t: Array) -> tuple[Array, Array]:
+  """The t-th token of each row: f32 logits [rows, V] -> token, log_prob."""
+  token = jax.vmap(
+    lambda k, row: jax.random.categorical(jax.random.fold_in(k, t), row)
+  )(keys, logits)
+  chosen = jnp.take_along_axis(logits, token[:, None], -1)[:, 0]
+  return token.astype(jnp.int32), chosen - jax.nn.logsumexp(logits, -1)

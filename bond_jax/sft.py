@@ -24,9 +24,10 @@ from bond_jax.types import Policy, TrainState
 
 
 def make_programs(policy: Policy, optimizer, chunk: int, mesh, init):
-  """init() -> state; update(state, batch) -> state, metrics; loss(params, batch).
+  """init() -> state; update(state, batch) -> state, metrics; and the loss.
 
-  A batch is what `data.sentences` yields; the loss is nats per token.
+  loss(params, batch) is in nats per token; a batch is what `data.sentences`
+  yields.
   """
 
   def loss(params, batch):
@@ -100,7 +101,6 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
         batch = sharding.put_batch(next(batches), mesh)
         state, row = update(state, batch)
         row = jax.device_get(row)
-      check_finite(row, step, folder)
       save = step % settings.save_every == 0 or step == settings.steps
       if save:
         with writer.phase('evaluate'):
@@ -109,9 +109,11 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
             for batch in held_out
           ]
           row['validation_loss'] = np.mean(jax.device_get(values))
+      check_finite(row, step, checkpoints.directory)
       writer.write(step, row)
       if save:
-        checkpoint.save(checkpoints, step, state, batches.get_state(), {})
+        score = -row['validation_loss']
+        checkpoint.save(checkpoints, step, state, batches.get_state(), score)
   rows = metrics.read_rows(os.path.join(folder, 'metrics.jsonl'))
   phases = metrics.phase_seconds(rows)
   return {
@@ -125,7 +127,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
 
 
 def main(config: ml_collections.ConfigDict, workdir: str) -> None:
-  build.stage('sft', train, config, workdir)
+  build.stage('sft', train, config, workdir, folder='sft')
 
 
 if __name__ == '__main__':

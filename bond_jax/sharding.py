@@ -66,10 +66,8 @@ def spec(name: str, shape: tuple[int, ...], mesh: Mesh) -> P:
   An axis that the mesh does not divide stays whole: heads are few, and a
   model axis larger than their number may still split the rest.
   """
-  for pattern, rule in RULES:
-    if re.search(pattern, name):
-      break
-  else:
+  rule = next((r for pattern, r in RULES if re.search(pattern, name)), None)
+  if rule is None:
     raise UserError(
       f'no sharding rule matches {name!r} of shape {shape}; add one to'
       ' bond_jax/sharding.py:RULES.'

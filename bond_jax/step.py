@@ -180,12 +180,12 @@ def update(
   if algorithm.anchor.moves:
     anchor = algorithm.anchor.update(anchor, params, state.step)
     moved = jax.tree.map(jnp.subtract, anchor, frozen.reference)
-    drift = optax.global_norm(moved) / optax.global_norm(frozen.reference)
+    drift = optax.tree.norm(moved) / optax.tree.norm(frozen.reference)
   metrics = {
     **metrics,
     **rollout_metrics(setup, prompts, drawn, reward, scores.win),
     'loss': loss.sum(),
-    'gradient_norm': optax.global_norm(gradient),
+    'gradient_norm': optax.tree.norm(gradient),
     'anchor/drift': drift,
     'sampler_gap': sampler_gap(setup, scores, _join(log_policy)),
   }

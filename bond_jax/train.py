@@ -117,9 +117,13 @@ def run_step(
 
 
 def check_finite(row: dict[str, Any], step: int, folder: str) -> None:
-  """Stops the run before a broken state can be saved."""
-  for name in ('loss', 'gradient_norm'):
-    if not np.isfinite(row[name]):
+  """Stops the run before a broken state can be saved.
+
+  The loss is of the parameters before the step; those that are about to be
+  saved are in the validation numbers, which are there when they are saved.
+  """
+  for name in ('loss', 'gradient_norm', 'validation_loss', 'kl/reference'):
+    if name in row and not np.isfinite(row[name]):
       raise UserError(
         f'step {step}: {name} is {row[name]}. Nothing was saved after the'
         f' last checkpoint in {folder}; a lower learning rate is the usual'
@@ -152,9 +156,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
       build.rows(config, 'train'), tokenizer, opening=config.opening,
       batch=settings.batch, seed=config.seed,
   )  # fmt: skip
-  checkpoints = checkpoint.manager(
-    os.path.join(folder, 'checkpoints'), best='win_rate/reference'
-  )
+  checkpoints = checkpoint.manager(os.path.join(folder, 'checkpoints'))
   start = checkpoints.latest_step()
   if start is not None:
     state, position = checkpoint.restore(checkpoints, state)
@@ -168,13 +170,10 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
     return rewards.call(reward, *build.texts(tokenizer, prompts, drawn))
 
   def draw(params, prompts, stream):
+    on_mesh = sharding.put_batch(prompts, mesh)
+    key = jax.random.fold_in(probe_key, stream)
     drawn, log_ratio = jax.device_get(
-      programs.probe(
-        params,
-        frozen,
-        sharding.put_batch(prompts, mesh),
-        jax.random.fold_in(probe_key, stream),
-      )  # fmt: skip
+      programs.probe(params, frozen, on_mesh, key)
     )
     return reward_of(prompts, drawn), log_ratio
 
@@ -193,17 +192,19 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
           programs, state, frozen, next(batches), reward_of, key, mesh,
           writer.phase,
       )  # fmt: skip
-      check_finite(row, step, folder)
       compiled.append(metrics.compilations('rollout', 'update'))
       save = step % settings.save_every == 0 or step == settings.steps
       if save:
         with writer.phase('evaluate'):
           row |= probe(state.params)
+      check_finite(row, step, checkpoints.directory)
       writer.write(step, row)
       if save:
         with writer.phase('save'):
-          best = {'win_rate/reference': row['win_rate/reference']}
-          checkpoint.save(checkpoints, step, state, batches.get_state(), best)
+          checkpoint.save(
+              checkpoints, step, state, batches.get_state(),
+              row['win_rate/reference'],
+          )  # fmt: skip
   rows = metrics.read_rows(os.path.join(folder, 'metrics.jsonl'))
   return summarise(rows, compiled[-1] - compiled[0] if compiled else 0)
 
@@ -233,7 +234,7 @@ def summarise(rows: list[dict[str, Any]], compilations: int) -> dict[str, Any]:
 
 
 def main(config: ml_collections.ConfigDict, workdir: str) -> None:
-  build.stage('train', train, config, workdir)
+  build.stage('train', train, config, workdir, folder='train')
 
 
 if __name__ == '__main__':

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from bond_jax import data, tokenizer
-from bond_jax.command import UserError
+from bond_jax.errors import UserError
 
 TEXTS = [
   f'{who} {verb} the {what}, {n} times.'
@@ -149,13 +149,14 @@ def test_openings_leave_something_to_write(rows, tok):
 
 
 def test_fixed_openings_are_distinct_and_in_order(rows, tok):
-  prompts = data.fixed_openings(rows, tok, opening=6, count=9)
+  prompts = data.fixed_openings(rows, tok, opening=4, count=9)
   heads = [tuple(row) for row in prompts.tokens]
   assert len(set(heads)) == 9
   assert (np.diff(prompts.id) > 0).all()
+  assert prompts.id[-1] > 8  # or the test has not seen a repeated opening
   for i, head in zip(prompts.id, heads):
-    assert list(head) == [tok.bos_id, *tok.encode(TEXTS[i])[:6]]
-    earlier = [tok.encode(t)[:6] for t in TEXTS[:i]]
+    assert list(head) == [tok.bos_id, *tok.encode(TEXTS[i])[:4]]
+    earlier = [tok.encode(t)[:4] for t in TEXTS[:i]]
     assert list(head[1:]) not in earlier  # the first of its kind
 
 
@@ -164,6 +165,14 @@ def test_too_few_openings_are_said(rows, tok):
     data.fixed_openings(rows, tok, opening=6, count=1000)
   with pytest.raises(UserError, match='has 0 distinct openings of 99 pieces'):
     data.openings(rows, tok, opening=99, batch=8, seed=0)
+
+
+def test_one_piece_must_be_left_to_write(tok):
+  rows = [{'text': TEXTS[0]}]
+  n = len(tok.encode(TEXTS[0]))
+  data.fixed_openings(rows, tok, opening=n - 1, count=1)
+  with pytest.raises(UserError, match=f'0 distinct openings of {n} pieces'):
+    data.fixed_openings(rows, tok, opening=n, count=1)
 
 
 def test_prompts_are_padded_on_the_left(tok):

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from bond_jax import data, movie_reviews
-from bond_jax.command import UserError
+from bond_jax.errors import UserError
 
 ROWS = [(i, i / 50 - 1, f'Sentence number  {i}, “quoted”. ') for i in range(99)]
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from bond_jax import command, reward_model, rewards
-from bond_jax.command import UserError
+from bond_jax.errors import UserError
 
 WORDS = {'great': 2.5, 'fine': 1.0, 'odd': -0.5, 'dull': -1.5, 'awful': -3.0}
 WHATS = ('film', 'music', 'ending', 'plot', 'cast', 'script', 'sound', 'light')

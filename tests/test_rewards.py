@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from bond_jax import reward_model, rewards, tokenizer
-from bond_jax.command import UserError
+from bond_jax.errors import UserError
 
 GOOD = ('great', 'lovely', 'superb', 'moving')
 BAD = ('awful', 'dull', 'silly', 'boring')

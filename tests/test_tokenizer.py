@@ -5,7 +5,7 @@ import os
 import pytest
 
 from bond_jax import tokenizer
-from bond_jax.command import UserError
+from bond_jax.errors import UserError
 
 TEXTS = [
   f'{who} {verb} the {what}, and {n} times more.'

@@ -332,11 +332,9 @@ def hidden(
         x, _ = block(kind, params[f'attention_type_{i}'], x)
       return x, None
 
-    x, _ = jax.lax.scan(
-      jax.checkpoint(pattern) if remat else pattern,
-      x,
-      params['stacked_layers'],
-    )
+    if 'stacked_layers' in params:  # else fewer layers than the pattern has
+      body = jax.checkpoint(pattern) if remat else pattern
+      x, _ = jax.lax.scan(body, x, params['stacked_layers'])
     first = config.layers - config.layers % len(config.pattern)
     for i, j in enumerate(range(first, config.layers)):
       x, _ = block(config.pattern[i], params[f'layer_{j}'], x)

@@ -1,0 +1,311 @@
+"""J-BOND against enumeration of every batch it can meet, in double precision.
+
+Two laws: one-token completions over four actions, and sequences of at most
+two tokens over three, the second of which is EOS. Where batches of two or three
+prompts are enumerated, the sequences are over two tokens.
+"""
+
+import functools
+import itertools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+
+from bond_jax import ops
+from bond_jax.algorithms import jbond
+from bond_jax.types import Scores
+
+ONE_TOKEN = oracle.sequences(4, 1, None)
+TWO_TOKENS = oracle.sequences(3, 2, 1)
+SMALL = oracle.sequences(2, 2, 1)
+REWARDS = {
+  'distinct': (0.1, 2.0, -1.0, 0.5, 3.0, 0.7, 1.1),
+  'tied': (0.0, 1.0, 1.0, 0.0, 2.0, 1.0, 0.0),
+}
+
+make = functools.partial(
+  jbond.make, backward_weight=0.5, anchor_rate=0.02, drift_weight=0.7
+)
+
+
+def tables(seed, prompts, law):
+  """Logits of two different laws, policy and anchor: [X, T, V, V] each."""
+  tokens, _ = law
+  size = tokens.shape[1], tokens.max() + 1, tokens.max() + 1
+  rng = np.random.default_rng(seed)
+  return 0.7 * rng.standard_normal((2, prompts, *size))
+
+
+def expected_gradient(algorithm, theta, anchor, reward, weight, law):
+  f = functools.partial(oracle.expected_gradient, algorithm, law=law)
+  return jax.jit(f)(theta, anchor, jnp.asarray(reward), jnp.asarray(weight))
+
+
+def objective(theta, anchor, reward, law, **weights):
+  """Summed over prompts."""
+  f = functools.partial(oracle.jbond_objective, law=law, **weights)
+  return jax.vmap(f)(theta, anchor, jnp.asarray(reward)).sum()
+
+
+def objective_gradient(theta, anchor, reward, law):
+  f = functools.partial(objective, law=law, backward=0.5, drift=0.7)
+  return jax.jit(jax.grad(f))(theta, anchor, jnp.asarray(reward))
+
+
+def test_the_laws_are_laws():
+  tokens, mask = TWO_TOKENS
+  assert [tuple(y[m]) for y, m in zip(tokens, mask, strict=True)] == [
+      (0, 0), (0, 1), (0, 2), (1,), (2, 0), (2, 1), (2, 2),
+  ]  # fmt: skip
+  theta, _ = tables(0, 1, TWO_TOKENS)
+  mass = jnp.exp(oracle.table_log_probs(theta[0], *TWO_TOKENS).sum(-1)).sum()
+  np.testing.assert_allclose(mass, 1, rtol=1e-6)
+
+
+# -- the gradient -------------------------------------------------------------
+
+
+@pytest.mark.parametrize('drift', [0.0, 0.7])
+@pytest.mark.parametrize('backward', [0.0, 0.5, 1.0])
+def test_expected_gradient_is_the_objective_s(x64, backward, drift):
+  """On sequences: sums, masks, and the reward-to-go form of the log-ratio."""
+  algorithm = make(backward_weight=backward, drift_weight=drift)
+  weights = dict(backward=backward, drift=drift)
+  theta, anchor = tables(1, 1, TWO_TOKENS)
+
+  @jax.jit
+  def both(reward):
+    mine = oracle.expected_gradient(
+      algorithm, theta, anchor, reward, jnp.ones(1), TWO_TOKENS
+    )
+    return mine, jax.grad(objective)(
+      theta, anchor, reward, TWO_TOKENS, **weights
+    )
+
+  for reward in REWARDS.values():
+    mine, exact = both(jnp.array([reward]))
+    assert jnp.abs(exact).max() > 0.01
+    np.testing.assert_allclose(mine, exact, rtol=0, atol=1e-12)
+
+
+def test_expected_gradient_of_one_token_completions(x64):
+  theta, anchor = tables(2, 1, ONE_TOKEN)
+  for reward in ([[0.0, 1.0, 2.0, 3.0]], [[1.0, 0.0, 1.0, 0.0]]):
+    mine = expected_gradient(make(), theta, anchor, reward, [1.0], ONE_TOKEN)
+    exact = objective_gradient(theta, anchor, reward, ONE_TOKEN)
+    np.testing.assert_allclose(mine, exact, rtol=0, atol=1e-12)
+
+
+def test_expected_gradient_is_the_finite_difference(x64):
+  """papers.md's closed form, differentiated without any autodiff."""
+  reward = [REWARDS['distinct']]
+  theta, anchor = tables(3, 1, TWO_TOKENS)
+  mine = expected_gradient(make(), theta, anchor, reward, [1.0], TWO_TOKENS)
+  h = 1e-5
+  moves = h * np.eye(theta.size).reshape(-1, *theta.shape)
+  values = jax.jit(
+    jax.vmap(
+      lambda move: objective(
+        theta + move, anchor, reward, TWO_TOKENS, backward=0.5, drift=0.7
+      )
+    )
+  )(np.concatenate([moves, -moves]))
+  up, down = np.split(values, 2)
+  np.testing.assert_allclose(mine.ravel(), (up - down) / (2 * h), atol=1e-9)
+
+
+def test_descending_the_drift_term_shrinks_the_drift(x64):
+  """gamma's sign: a public re-implementation has it wrong."""
+  reward = [REWARDS['distinct']]
+  theta, anchor = tables(4, 1, TWO_TOKENS)
+  with_drift, without = (
+    expected_gradient(
+      make(drift_weight=g), theta, anchor, reward, [1.0], TWO_TOKENS
+    )
+    for g in (0.7, 0.0)
+  )
+  g_drift = (with_drift - without) / 0.7
+  kl = jax.jit(
+    jax.value_and_grad(lambda t: oracle.kl(t[0], anchor[0], *TWO_TOKENS))
+  )
+  now, exact = kl(theta)
+  np.testing.assert_allclose(g_drift, exact, atol=1e-12)
+  assert kl(theta - 0.1 * g_drift)[0] < now - 1e-3
+
+
+def test_the_sum_to_go_form_has_the_sequence_form_s_expectation(x64):
+  """E[sum_t grad log pi(y_t) L] = E[sum_t grad log pi(y_t) L_{>= t}], where
+  draw by draw the two differ."""
+  (theta,), (anchor,) = tables(5, 1, TWO_TOKENS)
+
+  @jax.jit
+  def both(theta):
+    log_p = oracle.table_log_probs(theta, *TWO_TOKENS)
+    mass = jnp.exp(log_p.sum(-1))
+    ratio = log_p - oracle.table_log_probs(anchor, *TWO_TOKENS)
+    score = jax.jacobian(lambda t: oracle.table_log_probs(t, *TWO_TOKENS))(
+      theta
+    )  # [Y, T, *theta.shape]
+    signals = jnp.broadcast_to(ratio.sum(-1, keepdims=True), ratio.shape)
+    forms = [
+      jnp.einsum('yt...,yt->y...', score, s)
+      for s in (signals, ops.sum_to_go(ratio))
+    ]
+    return forms, [jnp.einsum('y...,y->...', f, mass) for f in forms]
+
+  (whole, to_go), (mean_whole, mean_to_go) = both(theta)
+  assert jnp.abs(whole - to_go).max() > 0.1
+  np.testing.assert_allclose(mean_to_go, mean_whole, rtol=0, atol=1e-12)
+
+
+def test_the_baseline_leaves_the_expectation_alone(x64):
+  """Two prompts, all pairs of their tuples: the mean of their gradients."""
+  theta, anchor = tables(6, 2, SMALL)
+  reward = np.array([[0.0, 1, 2], [1, 0, 1]])
+  mine = expected_gradient(make(), theta, anchor, reward, [1.0, 1], SMALL)
+  exact = objective_gradient(theta, anchor, reward, SMALL)
+  np.testing.assert_allclose(mine, exact / 2, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize('garbage', [np.nan, -np.inf, 1e30])
+def test_a_filler_row_changes_nothing(x64, garbage):
+  """Two prompts and a filler: every batch of the three is enumerated."""
+  theta, anchor = tables(7, 3, SMALL)
+  anchor[2] *= 1e3
+  reward = np.array([[0.0, 1, 2], [1, 0, 1], [garbage, 5, garbage]])
+  mine = expected_gradient(make(), theta, anchor, reward, [1.0, 1, 0], SMALL)
+  exact = objective_gradient(theta[:2], anchor[:2], reward[:2], SMALL)
+  np.testing.assert_allclose(mine[:2], exact / 2, rtol=0, atol=1e-12)
+  np.testing.assert_array_equal(mine[2], 0)
+
+
+# -- the pieces ---------------------------------------------------------------
+
+
+def scores(reward, *, log_sampled=None, log_anchor=None, weight=None):
+  """Scores of a batch of B prompts, T = 2."""
+  b = len(reward)
+  return Scores(
+    reward=jnp.asarray(reward, jnp.float32),
+    win=ops.win_matrix(jnp.asarray(reward, jnp.float32)),
+    index=jnp.tile(jnp.array([[0, 1]]), (b, 1)),
+    mask=jnp.ones((b, 2, 2), bool),
+    log_sampled=jnp.zeros((b, 2, 2)) if log_sampled is None else log_sampled,
+    log_anchor=jnp.zeros((b, 1, 2)) if log_anchor is None else log_anchor,
+    log_reference=jnp.zeros((b, 0, 2)),
+    weight=jnp.ones(b) if weight is None else jnp.asarray(weight),
+  )
+
+
+def test_a_batch_of_one_has_no_baseline():
+  weigh = jax.jit(lambda r: make().weigh(scores(r))[0])
+  rows = weigh(np.array([[0.0, 1, 1]]))
+  np.testing.assert_array_equal(rows.baseline, 0)
+  assert rows.floor[0] < 0  # so that a mean with itself would show
+
+
+def test_the_baseline_is_the_others_whole_signal():
+  """gamma's part included; from each position on."""
+  rng = np.random.default_rng(0)
+  log_sampled, log_anchor = rng.standard_normal((2, 3, 2, 2))
+  reward = np.array([[0.0, 1, 1], [2, 1, 1], [0, 3, 1]])
+  rows = jax.jit(
+    lambda *x: make().weigh(
+      scores(x[0], log_sampled=x[1], log_anchor=x[2][:, :1])
+    )[0]
+  )(reward, log_sampled, log_anchor)
+  ratio = (log_sampled - log_anchor)[:, 0]
+  to_go = np.stack([ratio.sum(-1), ratio[:, 1]], -1)
+  floor = -math.log(16) * np.array([[1], [0], [1]])
+  signal = 0.5 * floor - (0.5 + 0.7) * to_go
+  others = (signal.sum(0) - signal) / 2
+  np.testing.assert_allclose(rows.baseline, others, atol=1e-5)
+
+
+def test_the_floor_is_strict():
+  """A completion as good as the worse anchor's is not punished."""
+  reward = np.array(
+    [[1.0, 1, 1], [1, 1, 2], [1, 2, 1], [0, 1, 2], [0, 1, 1], [1, 0, 2]]
+  )
+  expected = -math.log(16) * np.array([0, 0, 0, 1, 1, 0])
+  np.testing.assert_allclose(jax.jit(jbond.floor)(reward), expected, rtol=1e-6)
+
+
+def test_the_floor_fires_on_a_third_of_distinct_rewards():
+  """Policy = anchor, no ties: every order of three is as likely."""
+  orders = np.array(list(itertools.permutations([1.0, 2, 3])))
+  values, metrics = jax.jit(
+    lambda r: (jbond.floor(r), make().weigh(scores(r))[1])
+  )(orders)
+  np.testing.assert_allclose(np.mean(values < 0), 1 / 3)
+  np.testing.assert_allclose(np.mean(values), -math.log(16) / 3, rtol=1e-6)
+  np.testing.assert_allclose(np.mean(values), -0.9242, atol=5e-5)
+  np.testing.assert_allclose(np.var(values), 1.708, atol=1e-3)
+  np.testing.assert_allclose(metrics['signal/fires'], 1 / 3, rtol=1e-6)
+
+
+def test_the_floor_is_calibrated_at_the_median():
+  """There, p_<= = 1/2: its mean is the log-quantile, log(1/2)."""
+  anchors = np.array(list(itertools.product([0.0, 1], repeat=2)))
+  reward = np.concatenate([np.zeros((4, 1)), anchors], 1)
+  values = jax.jit(jbond.floor)(reward)
+  np.testing.assert_allclose(np.mean(values), math.log(0.5), rtol=1e-6)
+
+
+def test_select_takes_the_policy_s_and_the_first_of_the_best():
+  reward = np.array([[9.0, 1, 2], [0, 2, 1], [0, 1, 1], [5, 5, 5]])
+  index = jax.jit(lambda r: make().select(r, ops.win_matrix(r)))(reward)
+  np.testing.assert_array_equal(index, [[0, 2], [0, 1], [0, 1], [0, 1]])
+
+
+def test_fires_and_kl_metrics_leave_out_filler_rows():
+  log_sampled = np.zeros((3, 2, 2), np.float32)
+  log_sampled[:, 0] = [[1.0, 2], [0, 1], [np.nan, 0]]
+  metrics = jax.jit(
+      lambda r, s, w: make().weigh(scores(r, log_sampled=s, weight=w))[1]
+  )(np.array([[0.0, 1, 1], [1, 1, 1], [0, 1, 1]]), log_sampled,
+    np.array([1.0, 1, 0]))  # fmt: skip
+  np.testing.assert_allclose(metrics['signal/fires'], 0.5)
+  np.testing.assert_allclose(metrics['kl/policy_anchor'], 2.0)
+
+
+def test_make_refuses_weights_out_of_range():
+  for wrong in (
+      dict(backward_weight=-0.1), dict(backward_weight=1.1),
+      dict(drift_weight=-1.0), dict(anchor_rate=2.0),
+  ):  # fmt: skip
+    with pytest.raises(ValueError, match=next(iter(wrong)).replace('_', '.')):
+      make(**wrong)
+
+
+# -- Best-of-N ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize('n', [1, 2, 3, 4])
+def test_best_of_n_formula_is_enumeration_with_ties(x64, n):
+  p = np.array([0.1, 0.3, 0.2, 0.05, 0.35])
+  for reward in ([3.0, 1, 2, 5, 4], [1.0, 0, 1, 1, 0], [2.0] * 5):
+    law = oracle.best_of_n(p, np.array(reward), n)
+    np.testing.assert_allclose(
+      law, oracle.enumerate_best_of_n(p, reward, n), atol=1e-14
+    )
+
+
+def test_best_of_two_is_twice_the_win_rate(x64):
+  """Bo2(y) = 2 p(y) P(y > p), from select and the win matrix themselves."""
+  p = np.array([0.1, 0.3, 0.2, 0.4])
+  reward = np.array([1.0, 0, 1, 2])
+  pairs = np.array(list(itertools.product(range(4), repeat=2)))
+  drawn = np.concatenate([np.zeros((16, 1)), reward[pairs]], 1)
+  best, win = jax.jit(
+    lambda r, d: (make().select(d, None)[:, 1], ops.win_matrix(r))
+  )(reward, drawn)
+  law = np.zeros(4)
+  winner = pairs[np.arange(16), np.asarray(best) - 1]
+  np.add.at(law, winner, p[pairs].prod(-1))
+  np.testing.assert_allclose(law, 2 * p * (np.asarray(win) @ p), atol=1e-15)
+  np.testing.assert_allclose(law, oracle.best_of_n(p, reward, 2), atol=1e-15)

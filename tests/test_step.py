@@ -1,0 +1,309 @@
+"""The step: micro-batches, devices, filler rows, the anchor, donation."""
+
+import dataclasses
+import functools
+
+from conftest import random_params, TINY
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from bond_jax import anchors, sharding
+from bond_jax import step as step_lib
+from bond_jax.algorithms import jbond
+from bond_jax.models import gemma
+from bond_jax.types import Frozen, Prompts
+
+STOPS, BATCH, RATE = (1, 4, 8), 8, 0.05
+# One layer: what the step adds to the model does not depend on the depth.
+CONFIG = dataclasses.replace(TINY['gemma2'], layers=1)
+
+
+@pytest.fixture(scope='module')
+def setup():
+  return step_lib.Setup(
+    policy=gemma.make(
+      CONFIG, temperature=1.0, dtype='float32', scan=False, remat=False
+    ),
+    algorithm=jbond.make(
+      backward_weight=0.5, anchor_rate=RATE, drift_weight=0.3
+    ),
+    optimizer=optax.sgd(0.1),
+    length=5,
+    stop_ids=STOPS,
+    micro_batches=1,
+    chunk=3,
+  )
+
+
+@pytest.fixture(scope='module')
+def frozen():
+  return Frozen(jax.tree.map(jnp.asarray, random_params(CONFIG, 0)))
+
+
+@pytest.fixture(scope='module')
+def prompts():
+  rng = np.random.default_rng(0)
+  mask = np.arange(4)[None] >= rng.integers(0, 4, BATCH)[:, None]
+  return Prompts(
+    rng.integers(2, 17, mask.shape),
+    mask,
+    np.arange(BATCH, dtype=np.int32),
+    np.ones(BATCH, np.float32),
+  )
+
+
+@pytest.fixture(scope='module')
+def draw(setup):
+  return jax.jit(functools.partial(step_lib.rollout, setup))
+
+
+@pytest.fixture(scope='module')
+def update(setup):
+  """micro_batches -> the compiled update, which donates the state."""
+
+  @functools.cache
+  def program(micro_batches):
+    f = setup._replace(micro_batches=micro_batches)
+    return jax.jit(functools.partial(step_lib.update, f), donate_argnums=(0,))
+
+  return program
+
+
+@pytest.fixture(scope='module')
+def drawn(setup, draw, frozen, prompts):
+  """A rollout of a policy that is its own anchor, on the host, rewarded."""
+  state = step_lib.init_state(setup, frozen.reference)
+  drawn = jax.device_get(draw(state, frozen, prompts, jax.random.key(3)))
+  return drawn, reward_of(drawn)
+
+
+def reward_of(drawn):
+  """Some function of the tokens of a completion: f32[B, K]."""
+  weight = np.sin(1 + np.arange(drawn.completion.shape[-1]))
+  tokens = np.cos(np.asarray(drawn.completion)) * np.asarray(drawn.mask)
+  return (tokens @ weight).astype(np.float32)
+
+
+def start(setup, frozen, mix=0.0):
+  """A fresh state; its policy is `mix` of the way to another one."""
+  state = step_lib.init_state(setup, frozen.reference)
+  other = jax.tree.map(lambda x: x[::-1], state.params)
+  move = lambda x, y: (1 - mix) * x + mix * y
+  return state._replace(params=jax.tree.map(move, state.params, other))
+
+
+def close(a, b, **tolerance):
+  f = functools.partial(np.testing.assert_allclose, **tolerance)
+  jax.tree.map(f, jax.device_get(a), jax.device_get(b))
+
+
+def test_rollout_is_the_policy_s_and_then_the_anchor_s(
+  draw, frozen, setup, prompts, drawn
+):
+  """With streams of their own, though policy = anchor; new ones every step."""
+  (one, _) = drawn
+  assert one.completion.shape == (BATCH, 3, 5)
+  for i, j in ((0, 1), (0, 2), (1, 2)):
+    assert (one.completion[:, i] != one.completion[:, j]).any()
+  state = start(setup, frozen, mix=0.5)
+  two = draw(state, frozen, prompts, jax.random.key(3))
+  assert (two.completion[:, 0] != one.completion[:, 0]).any()
+  np.testing.assert_array_equal(two.completion[:, 1:], one.completion[:, 1:])
+  later = state._replace(step=jnp.int32(1))
+  three = draw(later, frozen, prompts, jax.random.key(3))
+  assert (three.completion != two.completion).any((1, 2)).all()
+
+
+def test_micro_batches_change_nothing(setup, update, frozen, prompts, drawn):
+  prompts = prompts._replace(weight=np.float32([1, 1, 0, 1, 1, 1, 1, 1]))
+  runs = [
+    update(n)(start(setup, frozen), frozen, prompts, *drawn) for n in (1, 2, 4)
+  ]
+  (state, metrics), *others = jax.device_get(runs)
+  assert metrics['gradient_norm'] > 0.1
+  for other, other_metrics in others:
+    close(other, state, rtol=0, atol=1e-6)
+    close(other_metrics, metrics, rtol=1e-4, atol=1e-6)
+
+
+def test_the_anchor_takes_its_step_after_the_policy(
+  setup, update, frozen, prompts, drawn
+):
+  before = jax.device_get(start(setup, frozen))
+  state, metrics = update(1)(start(setup, frozen), frozen, prompts, *drawn)
+  expected = jax.tree.map(
+      lambda a, p: (1 - RATE) * a + RATE * np.asarray(p),
+      before.anchor, state.params,
+  )  # fmt: skip
+  close(state.anchor, expected, rtol=1e-6, atol=1e-7)
+  moved = jax.tree.map(np.subtract, expected, before.anchor)
+  np.testing.assert_allclose(
+    metrics['anchor/drift'],
+    optax.tree.norm(moved) / optax.tree.norm(before.anchor),
+    rtol=1e-3,
+  )
+  assert metrics['anchor/drift'] > 1e-5
+  assert int(state.step) == 1
+
+
+def test_the_gradient_is_that_of_the_formula(
+  setup, update, frozen, prompts, drawn
+):
+  """The trained rows, coefficients and baselines, written out once more."""
+  one, reward = drawn
+  b, b_drift = 0.5, 0.3
+  best = 1 + reward[:, 1:].argmax(-1)
+  rows = np.stack([np.zeros_like(best), best], -1)[..., None]
+  pick = lambda x: np.take_along_axis(x, rows, 1)
+  completion, mask = pick(one.completion), pick(one.mask)
+  floor = -np.log(16) * (reward[:, 0] < reward[:, 1:].min(-1))
+  state = start(setup, frozen, mix=0.3)
+
+  @jax.jit
+  def gradient(params, anchor):
+    score = lambda p: step_lib.log_probs(
+      setup.policy, p, prompts, completion, mask, chunk=5
+    )
+    log_p, log_q = score(params), score(anchor)
+    to_go = jnp.cumsum((log_p - log_q)[:, 0, ::-1], -1)[:, ::-1]
+    signal = b * floor[:, None] - (b + b_drift) * to_go
+    sampled = jnp.cumsum((pick(one.log_prob) - log_q)[:, 0, ::-1], -1)[:, ::-1]
+    others = b * floor[:, None] - (b + b_drift) * sampled
+    others = (others.sum(0, keepdims=True) - others) / (BATCH - 1)
+
+    def loss(params):
+      own, best = jnp.moveaxis(score(params), 1, 0)
+      forward = -(1 - b) * best.sum()
+      return (forward - (own * (signal - others)).sum()) / BATCH
+
+    return jax.grad(loss)(params)
+
+  expected = jax.device_get(gradient(state.params, state.anchor))
+  before = jax.device_get(state.params)
+  state, _ = update(1)(state, frozen, prompts, one, reward)
+  change = jax.tree.map(lambda p, q: (q - p) / 0.1, state.params, before)
+  close(change, expected, rtol=1e-3, atol=1e-5)
+
+
+def test_filler_rows_do_not_matter(setup, update, frozen, prompts, drawn):
+  """Whatever they hold: tokens, masks, NaN rewards and log-probs."""
+  one, reward = drawn
+  prompts = prompts._replace(weight=np.float32([1] * 6 + [0] * 2))
+  plain = update(1)(start(setup, frozen), frozen, prompts, one, reward)
+
+  def spoil(x, value):
+    x = np.array(x)
+    x[6:] = value
+    return x
+
+  garbage = prompts._replace(
+    tokens=spoil(prompts.tokens, 0), mask=spoil(prompts.mask, False)
+  )
+  spoiled = one._replace(
+    completion=spoil(one.completion, 16),
+    mask=spoil(one.mask, True),
+    log_prob=spoil(one.log_prob, np.nan),
+  )
+  other = update(1)(
+    start(setup, frozen), frozen, garbage, spoiled, spoil(reward, np.nan)
+  )
+  close(other, plain, rtol=0, atol=1e-6)
+  full = update(1)(
+      start(setup, frozen), frozen,
+      prompts._replace(weight=np.ones(BATCH, np.float32)), one, reward,
+  )  # fmt: skip
+  assert abs(full[1]['loss'] - plain[1]['loss']) > 1e-3
+
+
+def test_metrics_say_what_was_drawn(setup, update, frozen, prompts, drawn):
+  one, reward = drawn
+  _, metrics = jax.device_get(
+    update(1)(start(setup, frozen), frozen, prompts, one, reward)
+  )
+  assert metrics['sampler_gap'] < 1e-4
+  ends = np.isin(one.completion, STOPS).any(-1)
+  expected = {
+      'reward/policy': reward[:, 0].mean(),
+      'reward/anchor': reward[:, 1:].mean(),
+      'truncated': 1 - ends.mean(),
+      'length/completion': one.mask.sum(-1).mean(),
+      'tie_rate': np.mean([
+          reward[:, i] == reward[:, j]
+          for i in range(3) for j in range(3) if i != j
+      ]),
+      'signal/fires': (reward[:, 0] < reward[:, 1:].min(-1)).mean(),
+      'kl/policy_anchor': 0,
+  }  # fmt: skip
+  assert 0 < expected['truncated'] < 1 and 0 < expected['signal/fires'] < 1
+  for name, value in expected.items():
+    np.testing.assert_allclose(
+      metrics[name], value, rtol=1e-4, atol=1e-5, err_msg=name
+    )
+  # Scored by another policy than the one that drew, the gap is wide.
+  _, metrics = update(1)(
+    start(setup, frozen, mix=0.3), frozen, prompts, one, reward
+  )
+  assert metrics['sampler_gap'] > 0.1
+
+
+def test_donated_state_shares_no_buffer(setup, update, frozen, prompts, drawn):
+  adam = setup._replace(optimizer=optax.adam(1e-3))
+  for init in (
+    step_lib.init_state,
+    jax.jit(step_lib.init_state, static_argnums=0),
+  ):
+    state = init(adam, frozen.reference)
+    leaves = jax.tree.leaves((state, frozen))
+    pointers = {x.unsafe_buffer_pointer() for x in leaves}
+    assert len(pointers) == len(leaves)
+  state = start(setup, frozen)
+  update(1)(state, frozen, prompts, *drawn)
+  assert all(x.is_deleted() for x in jax.tree.leaves(state.anchor))
+  assert not any(x.is_deleted() for x in jax.tree.leaves(frozen))
+
+
+def test_a_fixed_anchor_is_the_reference_and_no_copy(setup, frozen):
+  fixed = setup._replace(
+    algorithm=setup.algorithm._replace(anchor=anchors.fixed())
+  )
+  assert step_lib.init_state(fixed, frozen.reference).anchor == {}
+
+
+def test_eight_devices_are_one(setup, draw, update, frozen, prompts):
+  """Three steps on a 4 x 2 mesh: the same tokens, the same parameters."""
+
+  def run(state, frozen, put, program):
+    tokens = []
+    for _ in range(3):
+      drawn = draw(state, frozen, put(prompts), jax.random.key(5))
+      host = jax.device_get(drawn)
+      tokens.append(host.completion)
+      state, _ = program(
+        state, frozen, put(prompts), drawn, put(reward_of(host))
+      )
+    return tokens, state
+
+  tokens, state = run(start(setup, frozen), frozen, lambda x: x, update(2))
+  mesh = sharding.make_mesh(4, 2)
+  shards = sharding.tree_shardings(start(setup, frozen), mesh)
+  on_mesh = jax.device_put(start(setup, frozen), shards)
+  f = setup._replace(micro_batches=2)
+  program = jax.jit(
+      functools.partial(step_lib.update, f), donate_argnums=(0,),
+      out_shardings=(shards, sharding.replicated(mesh)),
+  )  # fmt: skip
+  tokens8, state8 = run(
+    on_mesh,
+    Frozen(jax.device_put(frozen.reference, shards.params)),
+    functools.partial(sharding.put_batch, mesh=mesh),
+    program,
+  )
+  for one, eight in zip(tokens, tokens8, strict=True):
+    np.testing.assert_array_equal(eight, one)
+  close(state8, state, rtol=1e-5, atol=1e-6)
+  assert program._cache_size() == 1  # nothing is compiled after step one
+  embedding = state8.params['embedder']['input_embedding']
+  assert embedding.sharding.shard_shape(embedding.shape) == (11, 4)
