@@ -10,6 +10,7 @@ import os
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 import ml_collections
 
 from bond_jax import checkpoint, command, data, metrics, sharding
@@ -137,10 +138,10 @@ def texts(
   return [tokenizer.decode(row) for row in prompts.tokens], completions
 
 
-def check(config: ml_collections.ConfigDict) -> None:
-  """Raises a UserError for what no stage could work with, before any starts.
+def check(config: ml_collections.ConfigDict) -> Mesh:
+  """The mesh of a config; a UserError for what no stage could work with.
 
-  A setting of a late stage that is wrong must not cost the early ones.
+  A wrong setting of a late stage must not cost the early ones.
   """
   train = config.train
   mesh = sharding.make_mesh(**config.mesh)
@@ -158,6 +159,7 @@ def check(config: ml_collections.ConfigDict) -> None:
     _check_arguments(f'reward {section.function}', factory, section.args)
   for split in ('train', 'validation', 'test'):
     rows(config, split)
+  return mesh
 
 
 def scalars(summary: dict[str, Any]) -> list[tuple]:
@@ -199,10 +201,9 @@ def stage(
       )
     print(f'{name}: finished already, see {path}')
     return
-  check(config)
+  devices = f'{check(config).size} {jax.default_backend()} device(s)'
   command.claim_workdir(workdir, config)
   os.makedirs(os.path.dirname(path), exist_ok=True)
-  devices = f'{jax.device_count()} {jax.default_backend()} device(s)'
   print(f'{name}: {config.model.name} on {devices}, into {workdir}', flush=True)
   summary = {**work(config, workdir, **asked), **asked, 'versions': versions()}
   command.write_json(path, summary)

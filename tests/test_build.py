@@ -1,0 +1,170 @@
+"""The pieces that a config names, and what is said of a wrong one."""
+
+import json
+import os
+
+import pytest
+import toy
+
+from bond_jax import build, command, sharding
+from bond_jax.errors import UserError
+
+
+@pytest.fixture
+def config(tmp_path):
+  toy.write_data(tmp_path)
+  return toy.get_config(str(tmp_path))
+
+
+def change(config, path, value):
+  """Sets `path` (a.b.c) of a config, also one that the demo does not have."""
+  *sections, key = path.split('.')
+  for section in sections:
+    config = config[section]
+  with config.unlocked(), config.ignore_type():
+    config[key] = value
+
+
+def test_the_toy_passes(config):
+  config.mesh.data = 8
+  assert dict(build.check(config).shape) == {'data': 8, 'model': 1}
+
+
+@pytest.mark.parametrize(
+  'path, value, says',
+  [
+    ('mesh.data', 3, 'mesh data=3 x model=1 needs 3 devices'),
+    ('sft.batch', 12, r'sft.batch \(12\) .* multiple of 8.*use 8 or 16'),
+    ('train.batch', 4, r'train.batch \(4\) .* multiple of 8.*use 8'),
+    ('train.micro_batches', 3, r'train.batch \(8\) .* multiple of 24'),
+    ('train.probe_prompts', 9, r'train.probe_prompts \(9\) .* use 8 or 16'),
+    ('evaluate.prompts', 0, r'evaluate.prompts \(0\) .* use 8'),
+    ('model.name', 'gemma9', "model.name is 'gemma9'; known are gemma3_tiny"),
+    ('tokenizer.vocab_size', 97, r'vocab_size \(97\) is larger than the 96'),
+    ('algorithm.name', 'ppo', "algorithm.name is 'ppo'; known are .*jbond"),
+    ('algorithm.name', '../jbond', r"is '../jbond'; known are .*jbond"),
+    (
+      'algorithm.args.gamma',
+      0.5,
+      "'gamma'.* allowed are backward_weight, anchor_rate, drift_weight",
+    ),
+    ('algorithm.args.backward_weight', 2, r'must lie in \[0, 1\], got 2'),
+    ('reward.function', 'toy', 'write it as "module:function"'),
+    ('reward.function', 'no_such_module:f', "cannot import 'no_such_module'"),
+    ('reward.function', 'toy:prize', "'toy' has no function 'prize'"),
+    ('reward.args.scale', 3, "toy:reward: .*'scale'.* allowed are path, fuse"),
+    ('gold.args.x', 3, 'rewards:vader: .* allowed are none'),
+  ],
+)
+def test_a_wrong_setting_is_said_before_anything_is_written(
+  config, tmp_path, path, value, says
+):
+  config.mesh.data = 8
+  change(config, path, value)
+  workdir = str(tmp_path / 'run')
+  for stage in ('sft', 'train', 'evaluate'):
+    with pytest.raises(UserError, match=says) as e:
+      toy.run(stage, config, workdir)
+    assert '\n' not in str(e.value)
+    # So that the mended config is not refused in favour of the wrong one.
+    assert not os.path.exists(workdir)
+
+
+@pytest.mark.parametrize('split', ['train', 'validation', 'test'])
+@pytest.mark.parametrize(
+  'content, says',
+  [
+    (b'', '{}.jsonl is empty'),
+    (b'{"text": "a"}\nnot json\n', '{}.jsonl:2: not JSON in UTF-8'),
+    (b'{"text": "a"}\n\n{"text": "b"}\n', '{}.jsonl:2: not JSON in UTF-8'),
+    (b'{"text": "a"}\n{"text": 3}\n', '{}.jsonl:2: expected .* string "text"'),
+    (b'{"text": "\xff"}\n', '{}.jsonl:1: not JSON in UTF-8'),
+    (None, 'cannot read .*{}.jsonl: No such file'),
+  ],
+)
+def test_broken_data_is_said_with_its_line(
+  config, tmp_path, split, content, says
+):
+  path = tmp_path / f'{split}.jsonl'
+  path.unlink() if content is None else path.write_bytes(content)
+  with pytest.raises(UserError, match=says.format(split)) as e:
+    toy.run('sft', config, str(tmp_path / 'run'))
+  assert '\n' not in str(e.value)
+  assert not os.path.exists(tmp_path / 'run')
+
+
+def test_a_reward_knows_the_workdir(config):
+  with pytest.raises(UserError, match='no reward model at here/reward/model'):
+    build.make_reward(config.reward, 'here')
+
+
+def test_a_reward_that_cannot_be_made_is_one_line(
+  config, tmp_path, monkeypatch
+):
+  (tmp_path / 'mine.py').write_text(
+    'def f():\n  raise OSError("the judge\\nis out")\n'
+    'def g(*, braces): return braces\n'
+  )
+  monkeypatch.syspath_prepend(str(tmp_path))
+  change(config, 'reward.args', {})
+  config.reward.function = 'mine:f'
+  with pytest.raises(UserError, match='mine:f raised OSError: the judge is'):
+    build.make_reward(config.reward, 'here')
+  config.reward.function = 'mine:g'
+  change(config, 'reward.args', {'braces': '{x} {workdir}'})
+  assert build.make_reward(config.reward, 'here') == '{x} here'
+
+
+def test_a_stage_works_once(config, tmp_path, capsys):
+  workdir = str(tmp_path / 'run')
+  calls = []
+
+  def work(config, workdir, **asked):
+    calls.append(asked)
+    return {'loss': 0.25, 'phases': {'a': 1}}
+
+  run = lambda **asked: build.stage(
+    'sft', work, config, workdir, folder='sft', **asked
+  )
+  run(checkpoint='last')
+  written = toy.listing(workdir)
+  assert sorted(written) == ['config.json', 'sft/summary.json']
+  summary = json.loads(written['sft/summary.json'])
+  assert summary['loss'] == 0.25
+  assert summary['checkpoint'] == 'last'
+  assert summary['versions']['jax']
+  assert 'loss' in capsys.readouterr().out
+  run(checkpoint='last')
+  assert capsys.readouterr().out == (
+    f'sft: finished already, see {workdir}/sft/summary.json\n'
+  )
+  with pytest.raises(UserError, match="checkpoint: 'last' -> 'best' asked"):
+    run(checkpoint='best')
+  config.seed = 1
+  with pytest.raises(UserError, match='another config .seed: 0 -> 1.'):
+    run(checkpoint='last')
+  assert calls == [{'checkpoint': 'last'}]
+  assert toy.listing(workdir) == written
+
+
+def test_a_stage_that_fails_is_not_done(config, tmp_path):
+  workdir = str(tmp_path / 'run')
+
+  def work(config, workdir):
+    raise UserError('no')
+
+  for _ in range(2):
+    with pytest.raises(UserError, match='no'):
+      build.stage('sft', work, config, workdir, folder='sft')
+  assert list(toy.listing(workdir)) == ['config.json']
+
+
+def test_params_of_an_unfinished_stage_are_refused(config, tmp_path):
+  policy = build.make_policy(config)
+  mesh = sharding.make_mesh(**config.mesh)
+  (tmp_path / 'sft' / 'checkpoints').mkdir(parents=True)
+  with pytest.raises(UserError, match='the sft stage has not finished'):
+    build.load_params(policy, str(tmp_path), 'sft', 'last', mesh)
+  command.write_json(str(tmp_path / 'sft' / 'summary.json'), {})
+  with pytest.raises(UserError, match='holds no checkpoint'):
+    build.load_params(policy, str(tmp_path), 'sft', 'last', mesh)

@@ -1,0 +1,129 @@
+"""The first stage: what it learns, and that a kill costs nothing."""
+
+import os
+import shutil
+import time
+
+import jax
+import numpy as np
+import pytest
+import toy
+
+from bond_jax import build, data, sft
+from bond_jax.errors import UserError
+
+
+@pytest.fixture
+def config():
+  return toy.get_config(toy.folder())
+
+
+@pytest.fixture
+def workdir(tmp_path):
+  return str(tmp_path / 'run')
+
+
+def test_the_loss_is_nats_per_token_and_falls(config):
+  first, *_, last = rows = toy.rows(toy.finished(), 'sft')
+  assert [row['step'] for row in rows] == [1, 2, 3, 4, 5, 6]
+  tokenizer = build.load_tokenizer(toy.finished())
+  policy = build.make_policy(config)
+  batches = data.sentences(
+      build.rows(config, 'train'), tokenizer, length=config.sft.length,
+      batch=config.sft.batch, seed=config.seed,
+  )  # fmt: skip
+  prompts, completion, mask = next(batches)
+  # The whole row through the model at once, and a plain mean over its tokens.
+  params = policy.init(jax.random.key(config.seed))
+  tokens = np.concatenate([prompts.tokens, completion[:, 0, :-1]], 1)
+  seen = np.concatenate([prompts.mask, mask[:, 0, :-1]], 1)
+  hidden, _ = policy.hidden(params, tokens, seen, None)
+  table = jax.nn.log_softmax(policy.logits(params, hidden))
+  log_probs = np.take_along_axis(table, completion[:, 0, :, None], -1)[..., 0]
+  expected = -log_probs[mask[:, 0]].mean()
+  assert first['loss'] == pytest.approx(expected, rel=1e-5)
+  assert last['loss'] < first['loss'] - 0.1
+
+
+def test_resuming_is_going_on(config, workdir, monkeypatch):
+  check = sft.check_finite
+
+  def fails_at_5(row, step, folder):
+    check(row, step, folder)
+    if step == 5:
+      raise RuntimeError('interrupted')
+
+  with monkeypatch.context() as m:
+    m.setattr(sft, 'check_finite', fails_at_5)
+    with pytest.raises(RuntimeError, match='interrupted'):
+      toy.run('sft', config, workdir)
+  assert toy.steps(workdir, 'sft') == [3]
+  assert not os.path.exists(f'{workdir}/sft/summary.json')
+  toy.run('sft', config, workdir)
+  toy.same_end(workdir, toy.finished(), 'sft')
+
+
+def test_kill_9_from_outside(config, tmp_path):
+  """Long enough that the kill lands somewhere within, also within a save."""
+  args = [
+    f'--config={toy.TESTS}/toy.py:{toy.folder()}',
+    '--config.sft.steps=400',
+    '--config.sft.save_every=10',
+  ]
+  killed, whole = str(tmp_path / 'killed'), str(tmp_path / 'whole')
+  run = toy.command('sft', *args, f'--workdir={killed}')
+  undisturbed = toy.command('sft', *args, f'--workdir={whole}')
+  while not os.path.exists(f'{killed}/sft/checkpoints/50'):
+    assert run.poll() is None, run.communicate()
+    time.sleep(0.002)
+  run.kill()
+  assert run.wait() == -9
+  run.communicate()
+  assert not os.path.exists(f'{killed}/sft/summary.json')
+  run = toy.command('sft', *args, f'--workdir={killed}')
+  out, err = run.communicate()
+  assert run.returncode == 0, err
+  assert 'sft: goes on after step ' in out
+  out, err = undisturbed.communicate()
+  assert undisturbed.returncode == 0, err
+  toy.same_end(killed, whole, 'sft', step=400)
+
+
+@pytest.mark.parametrize(
+  'rate, says, saved',
+  [
+    (1e30, 'step 3: gradient_norm is nan', [1, 2]),  # huge, then broken
+    (1e39, 'step 2: validation_loss is nan', [1]),  # broken before it is saved
+  ],
+)
+def test_a_loss_that_is_no_number_stops_the_run(
+  config, workdir, rate, says, saved
+):
+  config.sft.optimizer.learning_rate = rate
+  config.sft.optimizer.warmup_steps = 2  # the rate of the first step is 0
+  config.sft.save_every = 1
+  with pytest.raises(UserError, match=says) as e:
+    toy.run('sft', config, workdir)
+  assert '\n' not in str(e.value)
+  assert toy.steps(workdir, 'sft') == saved
+  for value in jax.tree.leaves(toy.saved(workdir, 'sft', saved[-1])['params']):
+    assert np.isfinite(value).all()
+  assert [row['step'] for row in toy.rows(workdir, 'sft')] == saved
+
+
+@pytest.mark.parametrize('content', [b'', b'no model', None])
+def test_a_corrupt_tokenizer_is_one_line(config, workdir, content):
+  os.mkdir(workdir)
+  path = os.path.join(workdir, 'tokenizer.model')
+  shutil.copy(os.path.join(toy.finished(), 'tokenizer.model'), path)
+  if content is None:
+    os.truncate(path, 200)
+  else:
+    with open(path, 'wb') as f:
+      f.write(content)
+  before = toy.listing(workdir)
+  with pytest.raises(UserError, match=r'tokenizer.model is not a Sentence'):
+    toy.run('sft', config, workdir)
+  after = toy.listing(workdir)
+  assert after.pop('config.json')
+  assert after == before

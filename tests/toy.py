@@ -1,0 +1,267 @@
+"""The smallest run that has everything: data, a model, a config, a reward.
+
+Also a config file: `--config=tests/toy.py:FOLDER`, FOLDER being where
+`write_data` has written.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import functools
+import importlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+
+from absl import flags
+import jax
+from jax.experimental.compilation_cache import compilation_cache
+import ml_collections
+import numpy as np
+import orbax.checkpoint as ocp
+
+from bond_jax import rewards
+from bond_jax.models import gemma
+
+TESTS = os.path.dirname(os.path.abspath(__file__))
+ROOT = os.path.dirname(TESTS)
+STAGES = ('sft', 'reward_model', 'train', 'evaluate')
+
+MODEL = gemma.Config(
+    vocab_size=96, features=16, layers=2, heads=2, kv_heads=1, head_size=8,
+    feed_forward=32, pattern=('local', 'global'), window=4, qk_norm=True,
+    post_norms=True, gating_transposed=True,
+)  # fmt: skip
+
+SUBJECTS = 'the film a story this plot some scene one actor every joke no song'
+VERBS = 'is was seems feels looks stays'
+PRAISE, BLAME = (
+  'good great warm fine bright rich',
+  'bad dull cold poor weak thin',
+)
+
+
+def write_data(folder: str) -> None:
+  """Writes train, validation and test.jsonl; praise makes ratings high."""
+  rng = np.random.default_rng(0)
+  draw = lambda words: str(rng.choice(words.split()))
+  for split, count in (('train', 300), ('validation', 60), ('test', 60)):
+    with open(os.path.join(folder, f'{split}.jsonl'), 'w') as f:
+      for _ in range(count):
+        good = rng.random(2) < 0.5
+        clauses = [
+          f'{draw(SUBJECTS)} {draw(VERBS)} {draw(PRAISE if g else BLAME)}'
+          for g in good
+        ]
+        rating = float(good.sum() - 1 + rng.normal() / 4)
+        row = {'text': ' and '.join(clauses), 'rating': rating}
+        f.write(json.dumps(row) + '\n')
+
+
+def get_config(folder: str) -> ml_collections.ConfigDict:
+  """The demo's config at the size of a test; saves at step 3 and step 6."""
+  path = os.path.join(ROOT, 'configs', 'demo.py')
+  spec = importlib.util.spec_from_file_location('demo', path)
+  demo = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(demo)
+  config = demo.get_config()
+  gemma.CONFIGS['toy'] = MODEL
+  config.mesh.data = 1
+  config.data.name = os.path.join(folder, '{split}.jsonl')
+  config.model.name = 'toy'
+  config.tokenizer.vocab_size = 96
+  config.opening, config.length, config.chunk = 2, 6, 3
+  config.sft.update(
+    dict(steps=6, batch=8, length=8, save_every=3, validation_batches=1)
+  )
+  config.train.update(
+    dict(steps=6, batch=8, save_every=3, probe_prompts=8, probe_completions=2)
+  )
+  config.train.optimizer.learning_rate = 1e-2
+  config.evaluate.update(
+      dict(prompts=16, policy_completions=6, reference_completions=8,
+           at_once=4, samples_shown=5)
+  )  # fmt: skip
+  config.reward.function = 'toy:reward'
+  config.reward.args.fuse = '{workdir}/fuse'
+  return config
+
+
+def reward(path: str, fuse: str):
+  """The ridge reward, which fails when a fuse has burnt down; see `light`."""
+  ridge = rewards.ridge(path)
+
+  def toy_reward(prompts, completions):
+    if os.path.exists(fuse):
+      _burn(fuse)
+    return ridge(prompts, completions)
+
+  return toy_reward
+
+
+def light(workdir: str, calls: int, how: str) -> None:
+  """Makes a reward fail at its call number `calls`: 'raise' or 'kill' -9.
+
+  The first call is of the probe's reference; each step calls once, and each
+  save once more.
+  """
+  with open(os.path.join(workdir, 'fuse'), 'w') as f:
+    f.write(f'{calls} {how}')
+
+
+def _burn(fuse: str) -> None:
+  with open(fuse) as f:
+    calls, how = f.read().split()
+  if int(calls) > 1:
+    light(os.path.dirname(fuse), int(calls) - 1, how)
+    return
+  os.remove(fuse)
+  if how == 'raise':
+    raise RuntimeError('the fuse has burnt down')
+  while not steps(os.path.dirname(fuse), 'train'):
+    time.sleep(0.01)  # else a fast machine dies before the first save is whole
+  os.kill(os.getpid(), signal.SIGKILL)
+
+
+@contextlib.contextmanager
+def _compile_once():
+  """Programs come from, and go to, a cache that the subprocesses share."""
+  jax.config.update('jax_compilation_cache_dir', cache())
+  jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)
+  compilation_cache.reset_cache()
+  try:
+    yield
+  finally:
+    jax.config.update('jax_compilation_cache_dir', None)
+    jax.config.update('jax_persistent_cache_min_compile_time_secs', 1.0)
+    compilation_cache.reset_cache()
+
+
+def run(stage: str, config, workdir: str) -> None:
+  """Runs a stage in this process."""
+  if not flags.FLAGS.is_parsed():
+    flags.FLAGS.mark_as_parsed()
+  with _compile_once():
+    importlib.import_module(f'bond_jax.{stage}').main(config, workdir)
+
+
+def command(stage: str, *args: str) -> subprocess.Popen:
+  """Starts a stage as its users do, on 8 devices, with pipes for its output."""
+  env = {
+    'PYTHONPATH': TESTS,
+    'JAX_NUM_CPU_DEVICES': '8',
+    'JAX_DISABLE_MOST_OPTIMIZATIONS': str(
+      jax.config.values['jax_disable_most_optimizations']
+    ),
+    'JAX_COMPILATION_CACHE_DIR': cache(),
+    'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
+  }
+  return subprocess.Popen(
+    [sys.executable, '-m', f'bond_jax.{stage}', *args],
+    cwd=ROOT,
+    env={**os.environ, **env},
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+  )
+
+
+@functools.cache
+def folder() -> str:
+  """A folder that lives as long as this process, with the data in it."""
+  path = tempfile.mkdtemp(prefix='toy')
+  atexit.register(shutil.rmtree, path, ignore_errors=True)
+  write_data(path)
+  return path
+
+
+def cache() -> str:
+  return os.path.join(folder(), 'programs')
+
+
+@functools.cache
+def finished() -> str:
+  """A workdir in which all four stages have run: copy it, do not change it."""
+  workdir = os.path.join(folder(), 'finished')
+  for stage in STAGES:
+    run(stage, get_config(folder()), workdir)
+  return workdir
+
+
+def before(stage: str, workdir: str, config=None) -> str:
+  """Fills `workdir` with what `finished` held just before a stage ran."""
+  parts = {'train': ('sft', 'reward'), 'evaluate': ('sft', 'reward', 'train')}
+  for part in parts[stage]:
+    shutil.copytree(os.path.join(finished(), part), f'{workdir}/{part}')
+  shutil.copy(os.path.join(finished(), 'tokenizer.model'), workdir)
+  config = config or get_config(folder())
+  with open(os.path.join(workdir, 'config.json'), 'w') as f:
+    f.write(config.to_json_best_effort())
+  return str(workdir)
+
+
+def steps(workdir: str, stage: str) -> list[int]:
+  """The steps of which there is a whole checkpoint."""
+  path = os.path.join(workdir, stage, 'checkpoints')
+  names = os.listdir(path) if os.path.isdir(path) else []
+  return sorted(int(name) for name in names if name.isdigit())
+
+
+def saved(workdir: str, stage: str, step: int):
+  """All that a checkpoint holds, as numpy arrays and JSON."""
+  path = os.path.join(os.path.abspath(workdir), stage, 'checkpoints')
+  with ocp.CheckpointManager(path) as manager:
+    out = manager.restore(
+      step,
+      args=ocp.args.Composite(
+        params=ocp.args.StandardRestore(),
+        rest=ocp.args.StandardRestore(),
+        data=ocp.args.JsonRestore(),
+      ),
+    )
+  return jax.device_get(dict(out.items()))
+
+
+def same_end(workdir: str, other: str, stage: str, step: int = 6) -> None:
+  """Asserts that a stage left bit for bit the same in two workdirs."""
+  a, b = (saved(w, stage, step) for w in (workdir, other))
+  assert a['rest']['step'] == step
+  assert a['data'] == b['data']
+  assert jax.tree.structure(a) == jax.tree.structure(b)
+  jax.tree.map(np.testing.assert_array_equal, a, b)
+  assert rows(workdir, stage) == rows(other, stage)
+  assert steps(workdir, stage) == steps(other, stage)
+  assert summary(workdir, stage) == summary(other, stage)
+
+
+def rows(workdir: str, stage: str) -> list[dict]:
+  """The rows of metrics.jsonl, without the times."""
+  with open(os.path.join(workdir, stage, 'metrics.jsonl')) as f:
+    found = [json.loads(line) for line in f]
+  return [
+    {k: v for k, v in row.items() if not k.startswith('seconds/')}
+    for row in found
+  ]
+
+
+def summary(*path: str) -> dict:
+  """A summary.json, without the times."""
+  with open(os.path.join(*path, 'summary.json')) as f:
+    found = json.load(f)
+  return {k: v for k, v in found.items() if 'seconds' not in k}
+
+
+def listing(path: str) -> dict[str, bytes]:
+  """Every file below a folder, and its content."""
+  found = {}
+  for where, _, names in os.walk(path):
+    for name in names:
+      with open(os.path.join(where, name), 'rb') as f:
+        found[os.path.relpath(f.name, path)] = f.read()
+  return found
