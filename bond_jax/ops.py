@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import jax
 import jax.numpy as jnp
 
 from bond_jax.types import Array
@@ -58,3 +61,13 @@ def take_rows(x: Array, index: Array) -> Array:
   """Picks completions: x [B, K, ...], index i32[B, M] -> [B, M, ...]."""
   index = index.reshape(index.shape + (1,) * (x.ndim - 2))
   return jnp.take_along_axis(x, index, axis=1)
+
+
+def keep_rows(tree: Any, keep: Array) -> Any:
+  """Zeroes the rows of every leaf [B, ...] where keep, bool[B], is False."""
+
+  def one(x):
+    rows = keep.reshape(keep.shape + (1,) * (x.ndim - 1))
+    return jnp.where(rows, x, jnp.zeros_like(x))
+
+  return jax.tree.map(one, tree)

@@ -44,7 +44,7 @@ def make_programs(policy: Policy, optimizer, chunk: int, mesh, init):
     state = state._replace(
       step=state.step + 1, params=params, opt_state=opt_state
     )
-    return state, {'loss': value, 'gradient_norm': optax.global_norm(gradient)}
+    return state, {'loss': value, 'gradient_norm': optax.tree.norm(gradient)}
 
   shards = sharding.tree_shardings(jax.eval_shape(init), mesh)
   # Optimizing the random numbers of `init` takes 10 s on CPU, and saves none.

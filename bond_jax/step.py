@@ -150,15 +150,15 @@ def update(
   algorithm = setup.algorithm
   chosen, scores = score(setup, state, frozen, prompts, drawn, reward)
   rows, metrics = algorithm.weigh(scores)
-  rows = jax.lax.stop_gradient(rows)
+  # A filler row may hold anything, and 0 * NaN is NaN, in gradients too.
+  rows = ops.keep_rows(jax.lax.stop_gradient(rows), prompts.weight > 0)
   total = jnp.maximum(prompts.weight.sum(), 1e-9)
 
   def loss_fn(params, prompts, completion, mask, rows):
     log_policy = log_probs(
       setup.policy, params, prompts, completion, mask, chunk=setup.chunk
     )
-    # where: 0 * NaN is NaN, and a filler row may hold anything.
-    loss = jnp.where(prompts.weight > 0, algorithm.loss(log_policy, rows), 0.0)
+    loss = algorithm.loss(log_policy, rows)
     return (prompts.weight * loss).sum() / total, log_policy
 
   def accumulate(gradient, batch):

@@ -159,9 +159,9 @@ def expected_gradient(algorithm, theta, anchor, reward, weight, law):
         weight=weight,
       )
     )
+    rows = ops.keep_rows(jax.lax.stop_gradient(rows), weight > 0)
     log_policy = tables(theta)[prompt, chosen]
-    out = algorithm.loss(log_policy, jax.lax.stop_gradient(rows))
-    return (jnp.where(weight > 0, out, 0.0) * weight).sum() / weight.sum()
+    return (weight * algorithm.loss(log_policy, rows)).sum() / weight.sum()
 
   def expected_loss(theta, fixed):
     log_p, log_q = tables(fixed), tables(anchor)

@@ -101,7 +101,7 @@ def test_expected_gradient_of_one_token_completions(x64):
 
 
 def test_expected_gradient_is_the_finite_difference(x64):
-  """papers.md's closed form, differentiated without any autodiff."""
+  """The closed form, differentiated without any autodiff."""
   reward = [REWARDS['distinct']]
   theta, anchor = tables(3, 1, TWO_TOKENS)
   mine = expected_gradient(make(), theta, anchor, reward, [1.0], TWO_TOKENS)

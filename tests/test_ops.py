@@ -77,3 +77,16 @@ def test_take_rows():
   expected = np.stack([x[0, [0, 2]], x[1, [1, 1]]])
   np.testing.assert_array_equal(deep, expected)
   np.testing.assert_array_equal(flat, expected[..., 0])
+
+
+def test_keep_rows_blanks_the_others_in_every_dtype():
+  tree = {
+    'f': np.array([[np.nan, 1], [2, 3]], np.float32),
+    'i': np.array([4, 5]),
+    'b': np.array([True, True]),
+  }
+  out = jax.jit(ops.keep_rows)(tree, np.array([False, True]))
+  np.testing.assert_array_equal(out['f'], [[0, 0], [2, 3]])
+  np.testing.assert_array_equal(out['i'], [0, 5])
+  np.testing.assert_array_equal(out['b'], [False, True])
+  assert out['b'].dtype == bool

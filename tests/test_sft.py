@@ -41,7 +41,7 @@ def test_the_loss_is_nats_per_token_and_falls(config):
   table = jax.nn.log_softmax(policy.logits(params, hidden))
   log_probs = np.take_along_axis(table, completion[:, 0, :, None], -1)[..., 0]
   expected = -log_probs[mask[:, 0]].mean()
-  assert first['loss'] == pytest.approx(expected, rel=1e-5)
+  assert first['loss'] == pytest.approx(float(expected), rel=1e-5)
   assert last['loss'] < first['loss'] - 0.1
 
 
@@ -67,33 +67,33 @@ def test_kill_9_from_outside(config, tmp_path):
   """Long enough that the kill lands somewhere within, also within a save."""
   args = [
     f'--config={toy.TESTS}/toy.py:{toy.folder()}',
-    '--config.sft.steps=400',
+    '--config.sft.steps=120',
     '--config.sft.save_every=10',
   ]
   killed, whole = str(tmp_path / 'killed'), str(tmp_path / 'whole')
   run = toy.command('sft', *args, f'--workdir={killed}')
-  undisturbed = toy.command('sft', *args, f'--workdir={whole}')
-  while not os.path.exists(f'{killed}/sft/checkpoints/50'):
+  while not os.path.exists(f'{killed}/sft/checkpoints/20'):
     assert run.poll() is None, run.communicate()
     time.sleep(0.002)
   run.kill()
   assert run.wait() == -9
   run.communicate()
   assert not os.path.exists(f'{killed}/sft/summary.json')
+  undisturbed = toy.command('sft', *args, f'--workdir={whole}')
   run = toy.command('sft', *args, f'--workdir={killed}')
   out, err = run.communicate()
   assert run.returncode == 0, err
   assert 'sft: goes on after step ' in out
   out, err = undisturbed.communicate()
   assert undisturbed.returncode == 0, err
-  toy.same_end(killed, whole, 'sft', step=400)
+  toy.same_end(killed, whole, 'sft', step=120)
 
 
 @pytest.mark.parametrize(
   'rate, says, saved',
   [
     (1e30, 'step 3: gradient_norm is nan', [1, 2]),  # huge, then broken
-    (1e39, 'step 2: validation_loss is nan', [1]),  # broken before it is saved
+    (1e39, 'step 1: validation_loss is nan', []),  # the loss is still good
   ],
 )
 def test_a_loss_that_is_no_number_stops_the_run(
@@ -106,8 +106,9 @@ def test_a_loss_that_is_no_number_stops_the_run(
     toy.run('sft', config, workdir)
   assert '\n' not in str(e.value)
   assert toy.steps(workdir, 'sft') == saved
-  for value in jax.tree.leaves(toy.saved(workdir, 'sft', saved[-1])['params']):
-    assert np.isfinite(value).all()
+  for step in saved:
+    params = toy.saved(workdir, 'sft', step)['params']
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(params))
   assert [row['step'] for row in toy.rows(workdir, 'sft')] == saved
 
 

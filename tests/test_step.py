@@ -23,13 +23,21 @@ CONFIG = dataclasses.replace(TINY['gemma2'], layers=1)
 
 @pytest.fixture(scope='module')
 def setup():
+  algorithm = jbond.make(
+    backward_weight=0.5, anchor_rate=RATE, drift_weight=0.3
+  )
+
+  def weigh(scores):
+    """An algorithm may leave anything in the rows of fillers."""
+    rows, metrics = algorithm.weigh(scores)
+    floor = jnp.where(scores.weight > 0, rows.floor, jnp.nan)
+    return rows._replace(floor=floor), metrics
+
   return step_lib.Setup(
     policy=gemma.make(
       CONFIG, temperature=1.0, dtype='float32', scan=False, remat=False
     ),
-    algorithm=jbond.make(
-      backward_weight=0.5, anchor_rate=RATE, drift_weight=0.3
-    ),
+    algorithm=algorithm._replace(weigh=weigh),
     optimizer=optax.sgd(0.1),
     length=5,
     stop_ids=STOPS,
@@ -160,6 +168,8 @@ def test_the_gradient_is_that_of_the_formula(
   pick = lambda x: np.take_along_axis(x, rows, 1)
   completion, mask = pick(one.completion), pick(one.mask)
   floor = -np.log(16) * (reward[:, 0] < reward[:, 1:].min(-1))
+  weight = np.float32([1, 0.5, 2, 1, 1, 0, 1, 3])
+  w, total = weight[:, None], weight.sum()
   state = start(setup, frozen, mix=0.3)
 
   @jax.jit
@@ -172,17 +182,18 @@ def test_the_gradient_is_that_of_the_formula(
     signal = b * floor[:, None] - (b + b_drift) * to_go
     sampled = jnp.cumsum((pick(one.log_prob) - log_q)[:, 0, ::-1], -1)[:, ::-1]
     others = b * floor[:, None] - (b + b_drift) * sampled
-    others = (others.sum(0, keepdims=True) - others) / (BATCH - 1)
+    others = ((w * others).sum(0, keepdims=True) - w * others) / (total - w)
 
     def loss(params):
       own, best = jnp.moveaxis(score(params), 1, 0)
-      forward = -(1 - b) * best.sum()
-      return (forward - (own * (signal - others)).sum()) / BATCH
+      forward = -(1 - b) * (w * best).sum()
+      return (forward - (w * own * (signal - others)).sum()) / total
 
     return jax.grad(loss)(params)
 
   expected = jax.device_get(gradient(state.params, state.anchor))
   before = jax.device_get(state.params)
+  prompts = prompts._replace(weight=weight)
   state, _ = update(1)(state, frozen, prompts, one, reward)
   change = jax.tree.map(lambda p, q: (q - p) / 0.1, state.params, before)
   close(change, expected, rtol=1e-3, atol=1e-5)

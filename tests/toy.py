@@ -85,7 +85,7 @@ def get_config(folder: str) -> ml_collections.ConfigDict:
   )
   config.train.optimizer.learning_rate = 1e-2
   config.evaluate.update(
-      dict(prompts=16, policy_completions=6, reference_completions=8,
+      dict(prompts=16, policy_completions=4, reference_completions=8,
            at_once=4, samples_shown=5)
   )  # fmt: skip
   config.reward.function = 'toy:reward'
@@ -94,7 +94,7 @@ def get_config(folder: str) -> ml_collections.ConfigDict:
 
 
 def reward(path: str, fuse: str):
-  """The ridge reward, which fails when a fuse has burnt down; see `light`."""
+  """The ridge reward, and a fuse; see `light`."""
   ridge = rewards.ridge(path)
 
   def toy_reward(prompts, completions):
@@ -106,10 +106,10 @@ def reward(path: str, fuse: str):
 
 
 def light(workdir: str, calls: int, how: str) -> None:
-  """Makes a reward fail at its call number `calls`: 'raise' or 'kill' -9.
+  """Lets something happen at a reward's call number `calls`.
 
-  The first call is of the probe's reference; each step calls once, and each
-  save once more.
+  'raise', 'kill' (-9), or 'forget' all compiled programs. The first call is
+  of the probe's reference; each step calls once, and each save once more.
   """
   with open(os.path.join(workdir, 'fuse'), 'w') as f:
     f.write(f'{calls} {how}')
@@ -124,6 +124,9 @@ def _burn(fuse: str) -> None:
   os.remove(fuse)
   if how == 'raise':
     raise RuntimeError('the fuse has burnt down')
+  if how == 'forget':
+    jax.clear_caches()
+    return
   while not steps(os.path.dirname(fuse), 'train'):
     time.sleep(0.01)  # else a fast machine dies before the first save is whole
   os.kill(os.getpid(), signal.SIGKILL)

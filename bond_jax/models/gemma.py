@@ -73,10 +73,10 @@ def _gemma3(**kwargs) -> Config:
 
 
 CONFIGS = {
-    # The demo's: 1.1M parameters, everything of Gemma 3 but the size.
+    # The demo's: 1.02M parameters, everything of Gemma 3 but the size.
     'gemma3_tiny': _gemma3(
-        vocab_size=1024, features=128, layers=4, heads=4, kv_heads=2,
-        head_size=32, feed_forward=512, pattern=('local', 'global'), window=16,
+        vocab_size=1024, features=128, layers=3, heads=4, kv_heads=2,
+        head_size=32, feed_forward=640, pattern=('local', 'global'), window=16,
     ),
     'gemma3_270m': _gemma3(
         features=640, layers=18, heads=4, kv_heads=1, head_size=256,

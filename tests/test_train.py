@@ -1,0 +1,172 @@
+"""The third stage as a whole: what goes wrong in it, and what it survives."""
+
+import json
+import os
+
+import jax
+import numpy as np
+import pytest
+import toy
+
+from bond_jax import checkpoint, train
+from bond_jax.errors import UserError
+from bond_jax.types import TrainState
+
+# The reward's call at step 5: the probe's reference, five steps, one save.
+CALL_OF_STEP_5 = 7
+
+
+@pytest.fixture
+def config():
+  return toy.get_config(toy.folder())
+
+
+@pytest.fixture
+def workdir(tmp_path):
+  path = tmp_path / 'run'
+  path.mkdir()
+  return str(path)
+
+
+def test_rows_tell_what_users_watch():
+  rows = toy.rows(toy.finished(), 'train')
+  assert [row['step'] for row in rows] == [1, 2, 3, 4, 5, 6]
+  for row in rows:
+    assert 0 <= row['signal/fires'] <= 1
+    assert row['sampler_gap'] < 1e-4
+    assert {'loss', 'reward/policy', 'reward/anchor', 'tie_rate'} <= set(row)
+  assert rows[0]['anchor/drift'] < 1e-6  # the rate of the first step is 0
+  assert rows[-1]['anchor/drift'] > 1e-3
+  probed = [row['step'] for row in rows if 'win_rate/reference' in row]
+  assert probed == [3, 6]
+
+
+def test_a_reward_that_raises_costs_nothing(config, workdir):
+  toy.before('train', workdir)
+  toy.light(workdir, CALL_OF_STEP_5, 'raise')
+  with pytest.raises(UserError, match='RuntimeError: the fuse has') as e:
+    toy.run('train', config, workdir)
+  assert '\n' not in str(e.value)
+  assert toy.steps(workdir, 'train') == [3]
+  assert not os.path.exists(f'{workdir}/train/summary.json')
+  assert [row['step'] for row in toy.rows(workdir, 'train')] == [1, 2, 3, 4]
+  toy.run('train', config, workdir)
+  toy.same_end(workdir, toy.finished(), 'train')
+
+
+def test_compilations_are_counted(config, workdir):
+  assert toy.summary(toy.finished(), 'train')[
+    'compilations_after_first_step'
+  ] == 0  # fmt: skip
+  toy.before('train', workdir)
+  toy.light(workdir, CALL_OF_STEP_5, 'forget')
+  toy.run('train', config, workdir)
+  found = toy.summary(workdir, 'train')
+  assert found['compilations_after_first_step'] == 2  # rollout and update
+  assert toy.rows(workdir, 'train') == toy.rows(toy.finished(), 'train')
+
+
+def test_eight_devices_are_one(config, workdir):
+  config.mesh.data = 8
+  toy.before('train', workdir, config)
+  toy.run('train', config, workdir)
+  one, eight = (toy.rows(w, 'train') for w in (toy.finished(), workdir))
+  for a, b in zip(one[:3], eight[:3], strict=True):
+    assert a.keys() == b.keys()
+    for key in a:
+      assert b[key] == pytest.approx(a[key], rel=1e-4, abs=2e-5), key
+  assert one[2]['gradient_norm'] > 0.01
+
+
+BAD = """
+import numpy as np
+
+def reward(kind):
+  def bad(prompts, completions):
+    n, k = len(prompts), len(completions[0])
+    return {
+        'nan': np.full((n, k), np.nan),
+        'count': np.zeros((n, k - 1)),
+        'text': np.full((n, k), 'good'),
+    }[kind]
+  return bad
+"""
+
+
+@pytest.mark.parametrize(
+  'kind, says',
+  [
+    ('nan', 'reward bad returned nan for completion 0'),
+    ('count', r'reward bad returned \[8, 1\], expected .* \[8, 2\]'),
+    ('text', 'reward bad returned <U4, expected numbers'),
+  ],
+)
+def test_a_bad_reward_is_one_line(
+  config, workdir, tmp_path, monkeypatch, kind, says
+):
+  (tmp_path / 'bad_rewards.py').write_text(BAD)
+  monkeypatch.syspath_prepend(str(tmp_path))
+  with config.unlocked():
+    config.reward = dict(function='bad_rewards:reward', args=dict(kind=kind))
+  toy.before('train', workdir, config)
+  before = toy.listing(workdir)
+  with pytest.raises(UserError, match=says) as e:
+    toy.run('train', config, workdir)
+  assert '\n' not in str(e.value)
+  after = toy.listing(workdir)
+  assert {k: after[k] for k in before} == before
+  assert toy.steps(workdir, 'train') == []
+
+
+def test_a_poisoned_parameter_stops_the_run(config, workdir):
+  toy.before('train', workdir)
+  params = jax.tree.map(np.copy, toy.saved(workdir, 'sft', 6)['params'])
+  params['final_norm']['scale'][3] = np.nan
+  state = TrainState(np.int32(7), params, {}, {}, {})
+  with checkpoint.manager(f'{workdir}/sft/checkpoints') as checkpoints:
+    checkpoint.save(checkpoints, 7, jax.device_put(state), {}, 0.0)
+  with pytest.raises(UserError, match='step 1: loss is nan') as e:
+    toy.run('train', config, workdir)
+  assert '\n' not in str(e.value)
+  assert toy.steps(workdir, 'train') == []
+
+
+@pytest.mark.parametrize(
+  'row, name',
+  [
+    ({'loss': np.inf}, 'loss'),
+    ({'gradient_norm': np.float32('nan')}, 'gradient_norm'),
+    ({'kl/reference': -np.inf}, 'kl/reference'),
+    ({'validation_loss': np.nan}, 'validation_loss'),
+  ],
+)
+def test_check_finite(row, name):
+  good = {'loss': 1.0, 'gradient_norm': 0.0}
+  train.check_finite({**good, 'other': np.nan}, 3, 'there')
+  with pytest.raises(UserError, match=rf'step 3: {name} is .* in there;'):
+    train.check_finite({**good, **row}, 3, 'there')
+
+
+def test_what_an_earlier_stage_should_have_left(config, workdir):
+  with pytest.raises(UserError, match='run the sft stage'):
+    toy.run('train', config, workdir)
+  toy.before('train', workdir)
+  os.rename(f'{workdir}/sft/summary.json', f'{workdir}/kept')
+  with pytest.raises(UserError, match='the sft stage has not finished'):
+    toy.run('train', config, workdir)
+  os.rename(f'{workdir}/kept', f'{workdir}/sft/summary.json')
+  os.remove(f'{workdir}/reward/model.npz')
+  with pytest.raises(UserError, match='run the reward_model stage'):
+    toy.run('train', config, workdir)
+  assert toy.steps(workdir, 'train') == []
+
+
+def test_another_config_is_refused(config, workdir):
+  toy.before('train', workdir)
+  before = toy.listing(workdir)
+  config.train.optimizer.learning_rate = 0.5
+  with pytest.raises(UserError) as e:
+    toy.run('train', config, workdir)
+  assert '(train.optimizer.learning_rate: 0.01 -> 0.5)' in str(e.value)
+  assert toy.listing(workdir) == before
+  assert json.loads(before['config.json'])['train']['batch'] == 8
