@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+import dataclasses
 import importlib
 import importlib.metadata
 import inspect
@@ -39,6 +40,8 @@ def make_policy(config: ml_collections.ConfigDict) -> Policy:
       f'tokenizer.vocab_size ({config.tokenizer.vocab_size}) is larger than'
       f' the {sizes.vocab_size} embedding rows of {name}.'
     )
+  # Rows of the embedding that no piece uses are never drawn.
+  sizes = dataclasses.replace(sizes, used_vocab=config.tokenizer.vocab_size)
   kwargs = {k: v for k, v in config.model.items() if k != 'name'}
   return gemma.make(sizes, **kwargs)
 

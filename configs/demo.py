@@ -2,8 +2,8 @@ r"""The demo: J-BOND of a tiny Gemma 3 on movie-review sentences.
 
     make demo
 
-Hardware: any laptop; two CPU cores take about five minutes. Real settings
-differ in size alone: see the fields below.
+Hardware: any laptop; two CPU cores take about five minutes. A real run
+differs in sizes alone.
 """
 
 import ml_collections
@@ -11,73 +11,81 @@ import ml_collections
 
 def get_config() -> ml_collections.ConfigDict:
   """Returns the settings of all four stages."""
-  return ml_collections.ConfigDict(
-    dict(
-      seed=0,
-      mesh=dict(data=-1, model=1),
-      data=dict(name='movie_reviews', data_dir='data'),
-      tokenizer=dict(vocab_size=1024),
-      model=dict(
-        name='gemma3_tiny',
-        temperature=1.0,
-        dtype='float32',
-        scan=False,  # loops are slow on CPU
-        remat=False,
-      ),
-      opening=4,  # pieces of a sentence that make a prompt
-      length=24,  # new tokens at most
-      chunk=24,  # positions whose logits exist at one time
-      sft=dict(
-        steps=700,
-        batch=128,
-        length=28,  # an opening and its completion
-        optimizer=dict(
-          learning_rate=2e-3,
-          warmup_steps=30,
-          decay_to=0.0,
-          b1=0.9,
-          b2=0.99,
-          epsilon=1e-8,
-          weight_decay=0.1,
-          clip=1.0,
-        ),
-        save_every=100,
-        validation_batches=4,
-      ),
-      reward_model=dict(order=2, min_count=2, alphas=(0.3, 1.0, 3.0)),
-      reward=dict(
-        function='bond_jax.rewards:ridge',
-        args=dict(path='{workdir}/reward/model.npz'),
-      ),
-      gold=dict(function='bond_jax.rewards:vader', args=dict()),
-      algorithm=dict(
-        name='jbond',
-        args=dict(backward_weight=0.5, anchor_rate=0.05, drift_weight=0.5),
-      ),
-      train=dict(
-        steps=120,
-        batch=128,
-        micro_batches=1,
-        optimizer=dict(
-          learning_rate=1e-4,
-          warmup_steps=5,
-          decay_to=0.1,
-          b1=0.9,
-          b2=0.99,
-          epsilon=1e-8,
-          weight_decay=0.0,
-          clip=1.0,
-        ),
-        save_every=20,
-        probe_prompts=128,
-        probe_completions=4,
-      ),
-      evaluate=dict(
-        prompts=256,
-        policy_completions=32,
-        reference_completions=64,
-        at_once=8,  # completions of each prompt in one call
-        samples_shown=20,
-      ),
-    )
+  config = ml_collections.ConfigDict()
+  config.seed = 0
+  # Devices along each axis; data=-1 takes all.
+  config.mesh = dict(data=-1, model=1)
+  # A TFDS builder, or a path with {split} that ends in .jsonl.
+  config.data = dict(name='movie_reviews', data_dir='data')
+  config.tokenizer = dict(vocab_size=1024)
+  config.model = dict(
+    name='gemma3_tiny',  # see models/gemma.py:CONFIGS
+    temperature=1.0,  # of sampling and of scoring alike
+    dtype='float32',  # of the computation; parameters are float32 always
+    scan=False,  # loop over layers: compiles faster, runs slower on CPU
+    remat=False,  # recompute activations in the backward pass
   )
+  config.opening = 4  # pieces of a sentence that make a prompt
+  config.length = 24  # new tokens at most
+  config.chunk = 24  # positions whose logits exist at one time
+
+  config.sft = dict(
+    steps=320,
+    batch=64,
+    length=48,  # pieces of a sentence, EOS included; longer ones are cut
+    optimizer=dict(
+      learning_rate=8e-3,
+      warmup_steps=30,
+      decay_to=0.0,  # share of the rate that is left at the end
+      b1=0.9,
+      b2=0.99,
+      epsilon=1e-8,
+      weight_decay=0.0,
+      clip=1.0,  # global norm
+    ),
+    save_every=80,
+    validation_batches=4,
+  )
+
+  config.reward_model = dict(
+    order=3,  # pieces of the longest n-grams
+    min_count=2,  # texts that an n-gram must be in
+    alphas=(0.25, 0.5, 1.0, 2.0),  # ridge penalties to choose from
+  )
+  config.reward = dict(
+    function='bond_jax.rewards:ridge',
+    args=dict(path='{workdir}/reward/model.npz'),
+  )
+  # A judge that nothing is trained on.
+  config.gold = dict(function='bond_jax.rewards:vader', args=dict())
+
+  config.algorithm = dict(
+    name='jbond',  # a file in bond_jax/algorithms
+    args=dict(backward_weight=0.5, anchor_rate=0.03, drift_weight=0.0),
+  )
+  config.train = dict(
+    steps=200,
+    batch=128,  # prompts per step
+    micro_batches=1,
+    optimizer=dict(
+      learning_rate=2.2e-4,
+      warmup_steps=20,
+      decay_to=0.1,
+      b1=0.9,
+      b2=0.99,
+      epsilon=1e-8,
+      weight_decay=0.0,
+      clip=1.0,
+    ),
+    save_every=20,
+    probe_prompts=128,  # validation openings that the curves are made of
+    probe_completions=4,
+  )
+  config.evaluate = dict(
+    prompts=256,  # openings of the test split
+    policy_completions=32,  # of each
+    reference_completions=64,  # of each; the Best-of-N curve needs them
+    at_once=8,  # completions of each prompt in one call
+    samples_shown=20,
+  )
+  return config

@@ -80,8 +80,10 @@ def test_kill_9_and_again_ends_as_an_undisturbed_run(tmp_path):
   a, b = toy.listing(workdir), toy.listing(toy.finished())
   for name in ('completions.jsonl', 'tokenizer.model', 'config.json'):
     assert a[name] == b[name], name
-  # Nothing of the libraries: only our progress line is on stderr.
-  assert all(line.startswith('evaluate ') for line in err.splitlines())
+  # Nothing of the libraries: only our progress line is on stderr. (A cache of
+  # programs, which the tests have and users do not, makes jax 0.10 talk.)
+  lines = [x for x in err.splitlines() if 'cpu_aot_loader' not in x]
+  assert [x for x in lines if not x.startswith('evaluate ')] == []
 
 
 def test_mistakes_are_one_line_and_status_2(tmp_path):

@@ -89,6 +89,7 @@ def test_kill_9_from_outside(config, tmp_path):
   toy.same_end(killed, whole, 'sft', step=120)
 
 
+@pytest.mark.filterwarnings('ignore:overflow')
 @pytest.mark.parametrize(
   'rate, says, saved',
   [
