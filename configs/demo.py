@@ -34,7 +34,7 @@ def get_config() -> ml_collections.ConfigDict:
     batch=64,
     length=48,  # pieces of a sentence, EOS included; longer ones are cut
     optimizer=dict(
-      learning_rate=8e-3,
+      learning_rate=2e-2,
       warmup_steps=30,
       decay_to=0.0,  # share of the rate that is left at the end
       b1=0.9,
@@ -64,11 +64,11 @@ def get_config() -> ml_collections.ConfigDict:
     args=dict(backward_weight=0.5, anchor_rate=0.03, drift_weight=0.0),
   )
   config.train = dict(
-    steps=200,
+    steps=240,
     batch=128,  # prompts per step
     micro_batches=1,
     optimizer=dict(
-      learning_rate=2.2e-4,
+      learning_rate=5e-4,
       warmup_steps=20,
       decay_to=0.1,
       b1=0.9,

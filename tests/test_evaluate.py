@@ -65,7 +65,7 @@ def test_prompts_are_openings_of_the_test_split(config):
     assert row['prompt'] != ''
 
 
-def test_rewards_and_judges_are_of_the_whole_text(config):
+def test_scores_belong_to_the_texts_beside_them(config):
   rows = completions(toy.finished())[::17]
   for key, section in (('reward', config.reward), ('vader', config.gold)):
     judge = build.make_reward(section, toy.finished())

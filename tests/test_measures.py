@@ -1,4 +1,4 @@
-"""Measures against exact values: closed forms, and enumeration of small laws."""
+"""Measures against exact values: closed forms, and enumerated small laws."""
 
 import itertools
 import json
@@ -308,11 +308,9 @@ def test_summary_refuses_rows_that_are_no_table():
     measures.summarise(rows[1:])
   with pytest.raises(ValueError, match='none at all'):
     measures.summarise([r for r in rows if r['who'] == 'policy'])
+  short = {k: v for k, v in rows[1].items() if k != 'reward'}
   with pytest.raises(ValueError, match='completion 2 lacks reward'):
-    short = {k: v for k, v in rows[1].items() if k != 'reward'}
     measures.summarise([rows[0], short, *rows[2:]])
+  moved = [r | {'id': r['id'] + 1} if r['who'] == 'policy' else r for r in rows]
   with pytest.raises(ValueError, match='different prompts'):
-    moved = [
-      r | {'id': r['id'] + 1} if r['who'] == 'policy' else r for r in rows
-    ]
     measures.summarise(moved)

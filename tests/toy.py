@@ -39,6 +39,11 @@ MODEL = gemma.Config(
     post_norms=True, gating_transposed=True,
 )  # fmt: skip
 
+OPTIMIZER = dict(
+    learning_rate=1e-2, warmup_steps=4, decay_to=0.1, b1=0.9, b2=0.99,
+    epsilon=1e-8, weight_decay=0.0, clip=1.0,
+)  # fmt: skip
+
 SUBJECTS = 'the film a story this plot some scene one actor every joke no song'
 VERBS = 'is was seems feels looks stays'
 PRAISE, BLAME = (
@@ -83,7 +88,12 @@ def get_config(folder: str) -> ml_collections.ConfigDict:
   config.train.update(
     dict(steps=6, batch=8, save_every=3, probe_prompts=8, probe_completions=2)
   )
-  config.train.optimizer.learning_rate = 1e-2
+  config.sft.optimizer.update(OPTIMIZER)
+  config.train.optimizer.update(OPTIMIZER)
+  config.algorithm.args.update(
+    dict(backward_weight=0.5, anchor_rate=0.05, drift_weight=0.5)
+  )
+  config.reward_model.update(dict(order=2, min_count=2, alphas=(0.3, 1.0)))
   config.evaluate.update(
       dict(prompts=16, policy_completions=4, reference_completions=8,
            at_once=4, samples_shown=5)

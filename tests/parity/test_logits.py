@@ -4,19 +4,19 @@ import os
 
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 
-from gemma import gm  # noqa: E402
-from gemma.gm.nn import _config as library_config  # noqa: E402
-from gemma.gm.nn import _modules as library_modules  # noqa: E402
-import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
-import numpy as np  # noqa: E402
-import pytest  # noqa: E402
+from gemma import gm
+from gemma.gm.nn import _config as library_config
+from gemma.gm.nn import _modules as library_modules
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
 
-from bond_jax.models import gemma  # noqa: E402
+from bond_jax.models import gemma
 
 _KIND = {
-    'local': library_modules.AttentionType.LOCAL_SLIDING,
-    'global': library_modules.AttentionType.GLOBAL,
+  'local': library_modules.AttentionType.LOCAL_SLIDING,
+  'global': library_modules.AttentionType.GLOBAL,
 }
 _SIZES = dict(vocab_size=37, features=24, head_size=8, feed_forward=40)
 CONFIGS = {
@@ -42,30 +42,29 @@ CONFIGS = {
 def library(config: gemma.Config) -> gm.nn.Transformer:
   """The library's model of the same sizes."""
   kinds = [
-      _KIND[config.pattern[i % len(config.pattern)]]
-      for i in range(config.layers)
+    _KIND[config.pattern[i % len(config.pattern)]] for i in range(config.layers)
   ]
   return gm.nn.Transformer(
-      config=library_config.TransformerConfig(
-          num_embed=config.vocab_size,
-          embed_dim=config.features,
-          hidden_dim=config.feed_forward,
-          num_heads=config.heads,
-          head_dim=config.head_size,
-          num_kv_heads=config.kv_heads,
-          final_logit_softcap=config.final_softcap,
-          attn_logits_soft_cap=config.attention_softcap,
-          use_post_attn_norm=config.post_norms,
-          use_post_ffw_norm=config.post_norms,
-          attention_types=kinds,
-          sliding_window_size=config.window or None,
-          transpose_gating_einsum=config.gating_transposed,
-          use_qk_norm=config.qk_norm,
-          local_base_frequency=int(config.local_rope_base),
-          global_base_frequency=int(config.global_rope_base),
-          global_scale_factor=config.global_rope_scale,
-      ),
-      dtype=jnp.float32,
+    config=library_config.TransformerConfig(
+      num_embed=config.vocab_size,
+      embed_dim=config.features,
+      hidden_dim=config.feed_forward,
+      num_heads=config.heads,
+      head_dim=config.head_size,
+      num_kv_heads=config.kv_heads,
+      final_logit_softcap=config.final_softcap,
+      attn_logits_soft_cap=config.attention_softcap,
+      use_post_attn_norm=config.post_norms,
+      use_post_ffw_norm=config.post_norms,
+      attention_types=kinds,
+      sliding_window_size=config.window or None,
+      transpose_gating_einsum=config.gating_transposed,
+      use_qk_norm=config.qk_norm,
+      local_base_frequency=int(config.local_rope_base),
+      global_base_frequency=int(config.global_rope_base),
+      global_scale_factor=config.global_rope_scale,
+    ),
+    dtype=jnp.float32,
   )
 
 
@@ -82,7 +81,7 @@ def random_params(config: gemma.Config):
   shapes = jax.eval_shape(lambda: gemma.init(config, jax.random.key(0)))
   rng = np.random.default_rng(0)
   return jax.tree.map(
-      lambda x: (0.3 * rng.standard_normal(x.shape)).astype(np.float32), shapes
+    lambda x: (0.3 * rng.standard_normal(x.shape)).astype(np.float32), shapes
   )
 
 
@@ -102,19 +101,23 @@ def test_logits_with_padding_and_long_sequences(name, side):
   tokens = rng.integers(4, config.vocab_size, (3, 12)).astype(np.int32)
   mask = mask_of([12, 9, 5], 12, side)
   policy = gemma.make(
-      config, temperature=1.0, dtype='float32', scan=True, remat=False
+    config, temperature=1.0, dtype='float32', scan=True, remat=False
   )
   hidden, _ = policy.hidden(params, tokens, mask, None)
   ours = policy.logits(params, hidden)
 
   positions = np.maximum(np.cumsum(mask, -1) - 1, 0)
   causal = np.tril(np.ones((12, 12), bool))[None] & mask[:, None, :]
-  theirs = library(config).apply(
+  theirs = (
+    library(config)
+    .apply(
       {'params': nested(config, params)},
       tokens,
       positions=positions,
       attention_mask=causal,
-  ).logits
+    )
+    .logits
+  )
   scale = np.abs(theirs[mask]).max()
   np.testing.assert_allclose(ours[mask], theirs[mask], atol=1e-5 * scale)
 
@@ -124,9 +127,9 @@ def test_parameter_trees_are_the_same(name):
   config = CONFIGS[name]
   ours = nested(config, random_params(config))
   theirs = jax.eval_shape(
-      lambda: library(config).init(
-          jax.random.key(0), np.zeros((1, 2), np.int32)
-      )['params']
+    lambda: library(config).init(jax.random.key(0), np.zeros((1, 2), np.int32))[
+      'params'
+    ]
   )
   shapes = lambda tree: jax.tree.map(lambda x: x.shape, tree)
   assert shapes(ours) == shapes(theirs)
@@ -137,16 +140,14 @@ def test_official_sizes(name):
   """Every shape of the library's own model of that name, layer by layer."""
   config = gemma.CONFIGS[name]
   model = {
-      'gemma3_270m': gm.nn.Gemma3_270M,
-      'gemma3_1b': gm.nn.Gemma3_1B,
+    'gemma3_270m': gm.nn.Gemma3_270M,
+    'gemma3_1b': gm.nn.Gemma3_1B,
   }[name]()
   theirs = jax.eval_shape(
-      lambda: model.init(jax.random.key(0), np.zeros((1, 2), np.int32))[
-          'params'
-      ]
+    lambda: model.init(jax.random.key(0), np.zeros((1, 2), np.int32))['params']
   )
   ours = jax.eval_shape(
-      lambda: nested(config, gemma.init(config, jax.random.key(0)))
+    lambda: nested(config, gemma.init(config, jax.random.key(0)))
   )
   shapes = lambda tree: jax.tree.map(lambda x: x.shape, tree)
   assert shapes(ours) == shapes(theirs)
