@@ -61,7 +61,7 @@ def get_config() -> ml_collections.ConfigDict:
 
   config.algorithm = dict(
     name='jbond',  # a file in bond_jax/algorithms
-    args=dict(backward_weight=0.5, anchor_rate=0.03, drift_weight=0.0),
+    args=dict(backward_weight=0.5, anchor_rate=0.022, drift_weight=0.0),
   )
   config.train = dict(
     steps=240,
