@@ -291,10 +291,10 @@ def reward_by_length(
     Per bucket: its lengths, and each side's share and mean reward there.
   """
   cuts = np.unique(np.percentile(reference[1], [25, 50, 75]).astype(int))
-  edges = [0, *cuts.tolist(), None]
+  edges = [0, *cuts[cuts < max(policy[1].max(), reference[1].max())], None]
   buckets = []
   for low, high in itertools.pairwise(edges):
-    bucket = {'longer_than': low, 'up_to': high}
+    bucket = {'longer_than': int(low), 'up_to': high and int(high)}
     for who, (reward, length) in (('policy', policy), ('reference', reference)):
       inside = (length > low) & (high is None or length <= high)
       bucket[f'share_{who}'] = float(inside.mean())

@@ -227,6 +227,9 @@ def test_reward_by_length():
   assert [b['up_to'] for b in buckets] == [1, 2, 3, None]
   assert [b['reward_policy'] for b in buckets] == [None, None, None, 2.0]
   assert [b['share_reference'] for b in buckets] == [0.25] * 4
+  # Where most are cut at the limit, no bucket lies beyond it.
+  cut = (np.ones(4), np.array([1, 4, 4, 4]))
+  assert [b['up_to'] for b in measures.reward_by_length(cut, cut)] == [3, None]
 
 
 def best_of_n_records(n, prompts=200, size=64, levels=None):
