@@ -17,7 +17,7 @@ import numpy as np
 import scipy.stats
 from sklearn import linear_model
 
-from bond_jax import command, data, rewards
+from bond_jax import command, data, metrics, rewards
 from bond_jax import tokenizer as tokenizer_lib
 from bond_jax.errors import UserError
 
@@ -193,9 +193,9 @@ def main(config: ml_collections.ConfigDict, workdir: str) -> None:
   packages = ('numpy', 'scipy', 'scikit-learn', 'sentencepiece')
   versions = {p: importlib.metadata.version(p) for p in packages}
   command.write_json(path, {'asked': asked, **report, 'versions': versions})
-  print('reward model of human ratings')
-  for key, value in report.items():
-    print(f'  {key:20} {value}')
+  shown = [(k, v) for k, v in report.items() if k != 'tokenizer_sha256']
+  rows = [('', 'value'), *shown]
+  metrics.table(rows, f'reward_model: done, see {path}')
 
 
 if __name__ == '__main__':
