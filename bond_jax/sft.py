@@ -65,7 +65,6 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
   """Runs the stage to its end, from its last checkpoint if it has one."""
   settings, folder = config.sft, os.path.join(workdir, 'sft')
   mesh = sharding.make_mesh(**config.mesh)
-  sharding.check_batch('sft.batch', settings.batch, mesh, 1)
   rows = build.rows(config, 'train')
   tokenizer = tokenizer_lib.ensure(
     os.path.join(workdir, 'tokenizer.model'),

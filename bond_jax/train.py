@@ -135,10 +135,6 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
   """Runs the stage to its end, from its last checkpoint if it has one."""
   settings, folder = config.train, os.path.join(workdir, 'train')
   mesh = sharding.make_mesh(**config.mesh)
-  sharding.check_batch(
-    'train.batch', settings.batch, mesh, settings.micro_batches
-  )
-  sharding.check_batch('train.probe_prompts', settings.probe_prompts, mesh, 1)
   tokenizer = build.load_tokenizer(workdir)
   reward = build.make_reward(config.reward, workdir)
   setup = step_lib.Setup(

@@ -36,9 +36,11 @@ from bond_jax.types import Algorithm, Array, Scores
 
 
 class Rows(NamedTuple):
+  """What the loss needs of each prompt, without gradient."""
+
   floor: Array  # f32[B], r_J
   log_anchor: Array  # f32[B, T], of the policy's row
-  baseline: Array  # f32[B, T]
+  baseline: Array  # f32[B, T], of the signal at each position
 
 
 def floor(reward: Array) -> Array:
