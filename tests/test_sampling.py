@@ -105,6 +105,15 @@ def test_completions_of_a_prompt_differ(drawn):
     assert (completion[:, i] != completion[:, j]).any(-1).mean() > 0.5
 
 
+def test_the_id_of_a_prompt_and_nothing_else_sets_its_draw(draw, prompts):
+  """Equal texts: those of equal ids draw alike, others on their own."""
+  ids = np.array([4, 9, 4, 1, 9, 2, 7, 4], np.int32)
+  alike = take(prompts, [1] * 8)._replace(id=ids)
+  completion = np.asarray(draw(alike).completion).reshape(8, -1)
+  equal = (completion[:, None] == completion[None]).all(-1)
+  np.testing.assert_array_equal(equal, ids[:, None] == ids[None])
+
+
 def test_order_does_not_matter(draw, prompts, drawn):
   order = [3, 0, 7, 5, 1, 2, 6, 4]
   same(draw(take(prompts, order)), take(drawn, order))
