@@ -147,6 +147,32 @@ def test_records_of_a_side(tmp_path, who, own, other):
     assert row['reward'] == len(words)
 
 
+def test_a_policy_equal_to_its_reference(config, workdir, monkeypatch):
+  """No KL, no effective N but the reason, and draws of its own."""
+  load = build.load_params
+  monkeypatch.setattr(
+    build,
+    'load_params',
+    lambda policy, workdir, stage, which, mesh: load(
+      policy, workdir, 'sft', 'last', mesh
+    ),
+  )
+  judge(config, workdir, 'last')
+  summary = toy.summary(workdir)
+  assert abs(summary['kl']) < 1e-4
+  assert summary['frontier_efficiency'] is None
+  assert 'does not lie above 0.5' in summary['frontier_reason']
+  texts = {'policy': {}, 'reference': {}}
+  for row in completions(workdir):
+    texts[row['who']].setdefault(row['id'], []).append(row['completion'])
+  pairs = [
+    mine == other
+    for i, first in texts['policy'].items()
+    for mine, other in zip(first, texts['reference'][i], strict=False)
+  ]
+  assert np.mean(pairs) < 0.1  # with one key for both it would be 1
+
+
 def test_the_checkpoint_that_is_asked_for(config, workdir, monkeypatch):
   monkeypatch.setattr(evaluate, 'draw_report', lambda *_: None)  # slow
   judge(config, workdir, '3')

@@ -170,3 +170,14 @@ def test_another_config_is_refused(config, workdir):
   assert '(train.optimizer.learning_rate: 0.01 -> 0.5)' in str(e.value)
   assert toy.listing(workdir) == before
   assert json.loads(before['config.json'])['train']['batch'] == 8
+
+
+def test_the_probe_draws_the_two_sides_apart():
+  """Of one policy, so that equal keys would give equal rewards: all ties."""
+
+  def draw(params, prompts, stream):
+    rewards = np.random.default_rng(stream).random((4, 8))
+    return rewards + params, np.zeros((4, 8))
+
+  assert train.make_probe(draw, None, 0.0)(0.0)['win_rate/reference'] != 0.5
+  assert train.make_probe(draw, None, 0.0)(2.0)['win_rate/reference'] == 1
