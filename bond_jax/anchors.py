@@ -1,4 +1,7 @@
-"""How the anchor follows the policy.
+"""How the anchor follows the policy, after every iteration.
+
+An iteration is one optimizer step, or all the steps on one set of rollouts
+where an algorithm draws more than one batch at a time.
 
 The anchor is float32 whatever the compute dtype: at rate 0.02 a bfloat16
 anchor loses most increments to rounding and does not move.
@@ -7,6 +10,7 @@ anchor loses most increments to rounding and does not move.
 from __future__ import annotations
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from bond_jax.types import AnchorRule
@@ -14,11 +18,13 @@ from bond_jax.types import AnchorRule
 
 def fixed() -> AnchorRule:
   """The anchor is the reference for the whole run."""
-  return AnchorRule(update=lambda anchor, params, step: anchor, moves=False)
+  return AnchorRule(
+    update=lambda anchor, params, iteration: anchor, moves=False
+  )
 
 
 def ema(rate: float) -> AnchorRule:
-  """anchor <- (1 - rate) anchor + rate params, after every optimizer step.
+  """anchor <- (1 - rate) anchor + rate params, after every iteration.
 
   BOND, equation (18): the exponential moving average of J-BOND, whose eta is
   `rate`. A ValueError unless 0 <= rate <= 1.
@@ -26,10 +32,46 @@ def ema(rate: float) -> AnchorRule:
   if not 0 <= rate <= 1:
     raise ValueError(f'anchor rate must lie in [0, 1], got {rate}')
 
-  def update(anchor, params, step):
-    del step
+  def update(anchor, params, iteration):
+    del iteration
     # Else rate * params is rounded before it is added, and the limit is off.
     params = jax.tree.map(lambda p, a: p.astype(a.dtype), params, anchor)
     return optax.incremental_update(params, anchor, rate)
 
   return AnchorRule(update=update, moves=True)
+
+
+def periodic(every: int) -> AnchorRule:
+  """anchor <- params after every `every` iterations, and stays in between.
+
+  Iterative BOND's hard update; with every = 1, the policy before the current
+  iteration, as in SPPO and WIND. A ValueError unless every >= 1.
+  """
+  if every < 1:
+    raise ValueError(f'an anchor moves every 1 or more iterations, got {every}')
+
+  def update(anchor, params, iteration):
+    now = iteration % every == 0
+    return jax.tree.map(
+      lambda a, p: jnp.where(now, p.astype(a.dtype), a), anchor, params
+    )
+
+  return AnchorRule(update=update, moves=True)
+
+
+def named(name: str) -> AnchorRule:
+  """The rule of a name: 'fixed', 'periodic:ITERATIONS' or 'ema:RATE'."""
+  kind, _, number = name.partition(':')
+  try:
+    if kind == 'periodic':
+      return periodic(int(number))
+    if kind == 'ema':
+      return ema(float(number))
+  except ValueError as e:
+    raise ValueError(f'anchor {name!r}: {e}') from e
+  if name != 'fixed':
+    raise ValueError(
+      "anchor must be 'fixed', 'periodic:ITERATIONS' or 'ema:RATE', got"
+      f' {name!r}'
+    )
+  return fixed()

@@ -8,11 +8,13 @@ import importlib
 import importlib.metadata
 import inspect
 import os
-from typing import Any
+from typing import Any, NamedTuple
+import zlib
 
 import jax
 from jax.sharding import Mesh
 import ml_collections
+import numpy as np
 
 from bond_jax import checkpoint, command, data, metrics, sharding
 from bond_jax import tokenizer as tokenizer_lib
@@ -27,22 +29,64 @@ def configure_jax() -> None:
   jax.config.update('jax_numpy_rank_promotion', 'raise')
 
 
-def make_policy(config: ml_collections.ConfigDict) -> Policy:
-  """The model that `config.model` names, with the run's vocabulary."""
-  name = config.model.name
-  if name not in gemma.CONFIGS:
+class Task(NamedTuple):
+  """What the train stage trains on, and how it is watched.
+
+  Built by the module that `config.task` names, from `make(config, workdir,
+  mesh)`; its `check(config, mesh)` refuses a config before any stage starts.
+  """
+
+  policy: Policy
+  reference: Params  # in its shards
+  stop_ids: tuple[int, ...]
+  batches: Any  # iterator of Prompts, with get_state() and set_state(state)
+  reward: Callable[[Prompts, Rollout], np.ndarray]  # on the host: f32[B, K]
+  # () -> probe, a function from params to validation numbers, among them
+  # win_rate/reference and kl/reference
+  make_probe: Callable[[], Callable[[Params], dict[str, float]]]
+
+
+def task(config: ml_collections.ConfigDict):
+  """The module that `config.task` names."""
+  try:
+    return importlib.import_module(config.task)
+  except ModuleNotFoundError as e:
     raise UserError(
-      f'model.name is {name!r}; known are {", ".join(gemma.CONFIGS)}.'
-    )
-  sizes = gemma.CONFIGS[name]
-  if config.tokenizer.vocab_size > sizes.vocab_size:
+      f'task is {config.task!r}: cannot import {e.name!r}; the tasks here are'
+      ' bond_jax.text_task and bond_jax.enumerable.'
+    ) from e
+
+
+def key(seed: int, stream: str) -> jax.Array:
+  """The random key of one purpose: no two streams or seeds share draws."""
+  return jax.random.fold_in(
+    jax.random.key(seed), zlib.crc32(stream.encode('utf-8'))
+  )
+
+
+def make_policy(model: ml_collections.ConfigDict, used_vocab: int) -> Policy:
+  """The model that `config.model` describes, drawing the first tokens alone.
+
+  Rows of the embedding from `used_vocab` on may be read and are never drawn.
+  """
+  if model.name not in gemma.CONFIGS:
     raise UserError(
-      f'tokenizer.vocab_size ({config.tokenizer.vocab_size}) is larger than'
-      f' the {sizes.vocab_size} embedding rows of {name}.'
+      f'model.name is {model.name!r}; known are {", ".join(gemma.CONFIGS)}.'
     )
-  # Rows of the embedding that no piece uses are never drawn.
-  sizes = dataclasses.replace(sizes, used_vocab=config.tokenizer.vocab_size)
-  kwargs = {k: v for k, v in config.model.items() if k != 'name'}
+  try:
+    sizes = dataclasses.replace(gemma.CONFIGS[model.name], **model.sizes)
+  except TypeError as e:
+    raise UserError(
+      f'model.sizes: {e}; known are'
+      f' {", ".join(f.name for f in dataclasses.fields(gemma.Config))}.'
+    ) from e
+  if used_vocab > sizes.vocab_size:
+    raise UserError(
+      f'tokenizer.vocab_size ({used_vocab}) is larger than the'
+      f' {sizes.vocab_size} embedding rows of {model.name}.'
+    )
+  sizes = dataclasses.replace(sizes, used_vocab=used_vocab)
+  kwargs = {k: v for k, v in model.items() if k not in ('name', 'sizes')}
   return gemma.make(sizes, **kwargs)
 
 
@@ -76,18 +120,34 @@ def _check_arguments(name: str, function: Callable[..., Any], args) -> None:
     ) from e
 
 
-def make_reward(section: ml_collections.ConfigDict, workdir: str) -> RewardFn:
+def reference_dir(config: ml_collections.ConfigDict, workdir: str) -> str:
+  """The run whose sft and reward stages this one starts from."""
+  return config.reference.replace('{workdir}', workdir)
+
+
+def check_reward(section: ml_collections.ConfigDict) -> None:
+  factory = command.load(section.function)
+  _check_arguments(f'reward {section.function}', factory, section.args)
+
+
+def make_reward(
+  config: ml_collections.ConfigDict, section, workdir: str
+) -> RewardFn:
   """The reward `section.function`, called with `section.args`.
 
-  '{workdir}' in a string argument stands for this run's folder.
+  In a string argument '{workdir}' stands for this run's folder, '{reference}'
+  for that of the run it starts from.
   """
-  args = {
-    k: v.replace('{workdir}', workdir) if isinstance(v, str) else v
-    for k, v in section.args.items()
-  }
+
+  def filled(value):
+    if not isinstance(value, str):
+      return value
+    value = value.replace('{reference}', reference_dir(config, workdir))
+    return value.replace('{workdir}', workdir)
+
   factory = command.load(section.function)
   try:
-    return factory(**args)
+    return factory(**{k: filled(v) for k, v in section.args.items()})
   except UserError:
     raise
   except Exception as e:
@@ -97,8 +157,17 @@ def make_reward(section: ml_collections.ConfigDict, workdir: str) -> RewardFn:
     ) from e
 
 
-def load_tokenizer(workdir: str) -> tokenizer_lib.Tokenizer:
-  return tokenizer_lib.load(os.path.join(workdir, 'tokenizer.model'))
+def load_tokenizer(
+  config: ml_collections.ConfigDict, workdir: str
+) -> tokenizer_lib.Tokenizer:
+  folder = reference_dir(config, workdir)
+  return tokenizer_lib.load(os.path.join(folder, 'tokenizer.model'))
+
+
+def load_reference(config, policy: Policy, workdir: str, mesh) -> Params:
+  """The parameters that the sft stage left."""
+  folder = reference_dir(config, workdir)
+  return load_params(policy, folder, 'sft', 'last', mesh)
 
 
 def load_params(
@@ -142,26 +211,31 @@ def texts(
 
 
 def check(config: ml_collections.ConfigDict) -> Mesh:
-  """The mesh of a config; a UserError for what no stage could work with.
-
-  A wrong setting of a late stage must not cost the early ones.
-  """
-  train = config.train
+  """The mesh of a config; a UserError for what no stage could work with."""
+  settings = config.train
   mesh = sharding.make_mesh(**config.mesh)
-  for name, batch, micro_batches in (
-    ('sft.batch', config.sft.batch, 1),
-    ('train.batch', train.batch, train.micro_batches),
-    ('train.probe_prompts', train.probe_prompts, 1),
-    ('evaluate.prompts', config.evaluate.prompts, 1),
-  ):
-    sharding.check_batch(name, batch, mesh, micro_batches)
-  make_policy(config)
-  make_algorithm(config)
-  for section in (config.reward, config.gold):
-    factory = command.load(section.function)
-    _check_arguments(f'reward {section.function}', factory, section.args)
-  for split in ('train', 'validation', 'test'):
-    rows(config, split)
+  sharding.check_batch(
+    'train.batch', settings.batch, mesh, settings.micro_batches
+  )
+  algorithm = make_algorithm(config)
+  steps = settings.rollouts * settings.epochs
+  if steps < 1:
+    raise UserError(
+      f'train.rollouts ({settings.rollouts}) and train.epochs'
+      f' ({settings.epochs}) must both be 1 or more.'
+    )
+  for name in ('steps', 'save_every'):
+    if settings[name] % steps:
+      raise UserError(
+        f'train.{name} ({settings[name]}) must be a multiple of train.rollouts'
+        f' x train.epochs = {steps}: a checkpoint holds no half iteration.'
+      )
+  if steps > 1 and algorithm.num_policy:
+    raise UserError(
+      f"algorithm {config.algorithm.name} trains on the policy's completions,"
+      ' which one update makes stale; set train.rollouts and train.epochs to 1.'
+    )
+  task(config).check(config, mesh)
   return mesh
 
 
@@ -204,6 +278,14 @@ def stage(
       )
     print(f'{name}: finished already, see {path}')
     return
+  if (
+    name in ('sft', 'reward_model')
+    and (start := reference_dir(config, workdir)) != workdir
+  ):
+    raise UserError(
+      f'this config starts from the sft and reward stages of {start}: its'
+      f' {name} stage is run there, not in {workdir}.'
+    )
   devices = f'{check(config).size} {jax.default_backend()} device(s)'
   command.claim_workdir(workdir, config)
   os.makedirs(os.path.dirname(path), exist_ok=True)

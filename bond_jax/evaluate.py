@@ -35,7 +35,6 @@ from bond_jax.types import Prompts
 _CHECKPOINT = flags.DEFINE_string(
   'checkpoint', 'last', 'The step to judge: "last", "best" or a number.'
 )
-_KEY_STREAM = 2  # apart from training's and validation's keys
 
 
 def make_draw(policy, config, tokenizer, mesh):
@@ -107,19 +106,19 @@ def evaluate(
   """Draws, judges and reports; returns the summary of the whole run."""
   settings = config.evaluate
   mesh = sharding.make_mesh(**config.mesh)
-  tokenizer = build.load_tokenizer(workdir)
-  policy = build.make_policy(config)
-  reference = build.load_params(policy, workdir, 'sft', 'last', mesh)
+  tokenizer = build.load_tokenizer(config, workdir)
+  policy = build.make_policy(config.model, config.tokenizer.vocab_size)
+  reference = build.load_reference(config, policy, workdir, mesh)
   trained = build.load_params(policy, workdir, 'train', checkpoint, mesh)
   judges = dict(
-    reward=build.make_reward(config.reward, workdir),
-    vader=build.make_reward(config.gold, workdir),
+    reward=build.make_reward(config, config.reward, workdir),
+    vader=build.make_reward(config, config.gold, workdir),
   )
   prompts = data.fixed_openings(
       build.rows(config, 'test'), tokenizer, opening=config.opening,
       count=settings.prompts,
   )  # fmt: skip
-  key = jax.random.key(config.seed + _KEY_STREAM)
+  key = build.key(config.seed, 'evaluate')
   sides = (
     ('policy', settings.policy_completions, trained, reference),
     ('reference', settings.reference_completions, reference, trained),
@@ -142,7 +141,7 @@ def evaluate(
       write_records(os.path.join(workdir, 'completions.jsonl'), rows)
       summary = measures.summarise(rows)
     writer.write(total, {})
-  summary |= history(workdir)
+  summary |= history(config, workdir)
   draw_report(config, workdir, rows, summary)
   return summary
 
@@ -154,12 +153,13 @@ def write_records(path: str, rows: list[dict[str, Any]]) -> None:
   os.replace(path + '.tmp', path)
 
 
-def history(workdir: str) -> dict[str, Any]:
+def history(config, workdir: str) -> dict[str, Any]:
   """What the earlier stages, and this one, took and left behind."""
-  read = lambda name: command.read_json(
-    os.path.join(workdir, name, 'summary.json')
+  read = lambda folder, name: command.read_json(
+    os.path.join(folder, name, 'summary.json')
   )
-  sft, train = read('sft'), read('train')
+  start = build.reference_dir(config, workdir)
+  sft, train = read(start, 'sft'), read(workdir, 'train')
   own = metrics.phase_seconds(stage_rows(workdir, 'evaluate'))
   phases = {
     **{f'sft/{k}': v for k, v in sft['phase_seconds'].items()},
@@ -175,8 +175,8 @@ def history(workdir: str) -> dict[str, Any]:
     'sft_validation_loss': sft['validation_loss'],
   }
   # A reward of the user's own needs no stage.
-  if os.path.exists(os.path.join(workdir, 'reward', 'summary.json')):
-    reward = read('reward')
+  if os.path.exists(os.path.join(start, 'reward', 'summary.json')):
+    reward = read(start, 'reward')
     phases['reward/fit'] = reward['seconds']
     row['reward_test_pearson'] = reward['test_pearson']
   row['seconds'] = round(sum(phases.values()), 3)
@@ -194,7 +194,7 @@ def draw_report(config, workdir, rows, summary) -> None:
     workdir,
     settings=config.to_dict(),
     train=stage_rows(workdir, 'train'),
-    sft=stage_rows(workdir, 'sft'),
+    sft=stage_rows(build.reference_dir(config, workdir), 'sft'),
     summary=summary,
     curve=measures.best_of_n_curve(rewards_),
     samples=report.side_by_side(rows, config.evaluate.samples_shown),

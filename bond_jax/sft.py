@@ -72,11 +72,11 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
     (rows[i]['text'] for i in range(len(rows))),
     config.tokenizer.vocab_size,
   )
-  policy = build.make_policy(config)
+  policy = build.make_policy(config.model, config.tokenizer.vocab_size)
   optimizer = optimizer_lib.adam(steps=settings.steps, **settings.optimizer)
 
   def init():
-    params = policy.init(jax.random.key(config.seed))
+    params = policy.init(build.key(config.seed, 'sft'))
     opt_state = optimizer.init(params)
     return TrainState(jax.numpy.int32(0), params, {}, opt_state, {})
 

@@ -27,6 +27,7 @@ RULES = (
   (r'attn_vec_einsum/w$', P('model', None, 'data')),  # [N, H, D]
   (r'gating_einsum$', P(None, 'model', 'data')),  # [2, F, D]
   (r'linear$', P('model', 'data')),  # [F, D]
+  (r'scalar_head/[wb]$', P()),
   (r'scale$', P()),  # norms: a few hundred numbers
   (r'^(.*/)?(step|count)$', P()),  # optimizer and step counters
 )

@@ -2,8 +2,11 @@
 
     sample -> reward -> select -> score -> update -> move the anchor
 
-`rollout` and `update` run on the device; the reward, on the host, stands
-between them. Nothing here knows which algorithm runs.
+`rollout`, `weigh` (select and score), `update` and `move_anchor` run on the
+device; the reward, on the host, comes after the first. An iteration is one of
+each, or, for an algorithm that trains on the anchor's completions alone,
+several rollouts, several epochs of updates on them, and one move of the
+anchor. Nothing here knows which algorithm runs.
 """
 
 from __future__ import annotations
@@ -15,8 +18,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bond_jax import ops
+from bond_jax import ops, quantiles
 from bond_jax.log_probs import log_probs
+from bond_jax.models import scalar_head
 from bond_jax.sampling import sample
 from bond_jax.types import (
   Algorithm,
@@ -26,6 +30,7 @@ from bond_jax.types import (
   Policy,
   Prompts,
   Rollout,
+  Rows,
   Scores,
   TrainState,
 )
@@ -39,8 +44,22 @@ class Setup(NamedTuple):
   optimizer: optax.GradientTransformation
   length: int  # T, new tokens at most
   stop_ids: tuple[int, ...]
+  rollouts: int  # batches drawn per iteration
+  epochs: int  # updates on each of them
   micro_batches: int
   chunk: int  # completion positions whose logits exist at one time
+
+
+class Batch(NamedTuple):
+  """One batch, weighed: all that an update looks at."""
+
+  prompts: Prompts
+  completion: Array  # i32[B, M, T]
+  mask: Array  # bool[B, M, T]
+  log_sampled: Array  # f32[B, M, T]
+  own: Array  # bool[B, M], drawn from the policy
+  rows: Rows
+  quantile_target: Array  # f32[B, len(quantile_rows)], for the learned one
 
 
 def init_state(setup: Setup, params: Params) -> TrainState:
@@ -48,21 +67,34 @@ def init_state(setup: Setup, params: Params) -> TrainState:
   anchor = {}
   if setup.algorithm.anchor.moves:
     anchor = jax.tree.map(lambda x: x.astype(jnp.float32), params)
+  aux = {}
+  if setup.algorithm.quantile_rows:
+    model = scalar_head.init(setup.policy, params)
+    aux = {'params': model, 'opt_state': setup.optimizer.init(model)}
   return TrainState(
     step=jnp.int32(0),
     params=jax.tree.map(jnp.copy, params),
     anchor=jax.tree.map(jnp.copy, anchor),
     opt_state=setup.optimizer.init(params),
-    aux={},
+    aux=aux,
   )
 
 
 def rollout(
-  setup: Setup, state: TrainState, frozen: Frozen, prompts: Prompts, key
+  setup: Setup,
+  state: TrainState,
+  frozen: Frozen,
+  prompts: Prompts,
+  key: Array,
+  index: Array,
 ) -> Rollout:
-  """Samples K completions of each prompt: the policy's, then the anchor's."""
+  """Samples K completions of each prompt: the policy's, then the anchor's.
+
+  `index` counts the rollouts of an iteration from 0. An iteration has at least
+  as many steps, so that no two rollouts of a run share a key.
+  """
   algorithm = setup.algorithm
-  key = jax.random.fold_in(key, state.step)
+  key = jax.random.fold_in(key, state.step + index)
   anchor = state.anchor if algorithm.anchor.moves else frozen.reference
   parts = [
     sample(
@@ -102,95 +134,143 @@ def score(
   index = algorithm.select(reward, win)
   chosen = jax.tree.map(lambda x: ops.take_rows(x, index), drawn)
 
-  def log_of(params, rows):
-    """f32[B, len(rows), T] of the selected rows, a micro-batch at a time."""
+  def of_rows(f, rows, *shape):
+    """f32[B, len(rows), *shape] of the selected rows, by micro-batches."""
     if not rows:
-      b, _, t = chosen.mask.shape
-      return jnp.zeros((b, 0, t), jnp.float32)
+      return jnp.zeros((len(reward), 0, *shape), jnp.float32)
     some = jax.tree.map(lambda x: x[:, list(rows)], chosen)
     batches = _split((prompts, some.completion, some.mask), setup)
-    return _join(
-      jax.lax.map(
-        lambda x: log_probs(setup.policy, params, *x, chunk=setup.chunk),
-        batches,
-      )
-    )
+    return _join(jax.lax.map(lambda x: f(*x), batches))
 
+  def log_of(params):
+    return lambda *x: log_probs(setup.policy, params, *x, chunk=setup.chunk)
+
+  def quantile(*x):
+    params = state.aux['params']
+    return jax.nn.sigmoid(scalar_head.logits(setup.policy, params, *x))
+
+  t = drawn.mask.shape[-1]
   anchor = state.anchor if algorithm.anchor.moves else frozen.reference
   scores = Scores(
     reward=reward,
     win=win,
     index=index,
-    mask=chosen.mask,
     log_sampled=chosen.log_prob,
-    log_anchor=log_of(anchor, algorithm.anchor_rows),
-    log_reference=log_of(frozen.reference, algorithm.reference_rows),
+    log_anchor=of_rows(log_of(anchor), algorithm.anchor_rows, t),
+    log_reference=of_rows(
+      log_of(frozen.reference), algorithm.reference_rows, t
+    ),
+    quantile=of_rows(quantile, algorithm.quantile_rows),
     weight=prompts.weight,
   )
   return chosen, scores
 
 
-def update(
+def weigh(
   setup: Setup,
   state: TrainState,
   frozen: Frozen,
   prompts: Prompts,
   drawn: Rollout,
   reward: Array,
-) -> tuple[TrainState, dict[str, Array]]:
-  """One optimizer step on a rewarded rollout, and one move of the anchor.
+) -> tuple[Batch, dict[str, Array]]:
+  """A rewarded rollout as a batch to train on, and metrics of it.
 
-  The whole batch is weighed before it is split, and every micro-batch divides
-  by the whole batch's weight: the accumulated gradient is exactly the
-  gradient of the batch.
-
-  Returns:
-    The next state, and scalar metrics.
+  The whole batch is weighed at once, before any split: baselines may be means
+  over all prompts.
   """
   algorithm = setup.algorithm
   chosen, scores = score(setup, state, frozen, prompts, drawn, reward)
   rows, metrics = algorithm.weigh(scores)
-  # A filler row may hold anything, and 0 * NaN is NaN, in gradients too.
-  rows = ops.keep_rows(jax.lax.stop_gradient(rows), prompts.weight > 0)
-  total = jnp.maximum(prompts.weight.sum(), 1e-9)
+  mine = ops.take_rows(reward, scores.index[:, list(algorithm.quantile_rows)])
+  target = quantiles.at_most(mine, reward[:, algorithm.num_policy :]).mean(-1)
+  batch = Batch(
+    prompts=prompts,
+    completion=chosen.completion,
+    mask=chosen.mask,
+    log_sampled=chosen.log_prob,
+    own=scores.index < algorithm.num_policy,
+    # A filler row may hold anything, and 0 * NaN is NaN, in gradients too.
+    rows=ops.keep_rows(jax.lax.stop_gradient(rows), prompts.weight > 0),
+    quantile_target=target,
+  )
+  shown = rollout_metrics(setup, prompts, drawn, reward, scores.win)
+  return batch, {**metrics, **shown}
 
-  def loss_fn(params, prompts, completion, mask, rows):
+
+def update(
+  setup: Setup, state: TrainState, batch: Batch
+) -> tuple[TrainState, dict[str, Array]]:
+  """One optimizer step on a batch.
+
+  Every micro-batch divides by the whole batch's weight: the accumulated
+  gradient is exactly the gradient of the batch.
+
+  Returns:
+    The next state, its anchor unmoved, and scalar metrics.
+  """
+  weight = batch.prompts.weight
+  total = jnp.maximum(weight.sum(), 1e-9)
+
+  def policy_loss(params, part: Batch):
     log_policy = log_probs(
-      setup.policy, params, prompts, completion, mask, chunk=setup.chunk
-    )
-    loss = algorithm.loss(log_policy, rows)
-    return (prompts.weight * loss).sum() / total, log_policy
+        setup.policy, params, part.prompts, part.completion, part.mask,
+        chunk=setup.chunk,
+    )  # fmt: skip
+    loss = setup.algorithm.loss(log_policy, part.rows)
+    return (part.prompts.weight * loss).sum() / total, log_policy
 
-  def accumulate(gradient, batch):
-    (loss, log_policy), g = jax.value_and_grad(loss_fn, has_aux=True)(
-      state.params, *batch
-    )
-    return jax.tree.map(jnp.add, gradient, g), (loss, log_policy)
+  def step(loss, params, opt_state):
+    """Accumulates a loss over the micro-batches, and descends it."""
 
-  gradient, (loss, log_policy) = jax.lax.scan(
-    accumulate,
-    jax.tree.map(jnp.zeros_like, state.params),
-    _split((prompts, chosen.completion, chosen.mask, rows), setup),
+    def accumulate(gradient, part):
+      out, g = jax.value_and_grad(loss, has_aux=True)(params, part)
+      return jax.tree.map(jnp.add, gradient, g), out
+
+    gradient, (value, aux) = jax.lax.scan(
+      accumulate, jax.tree.map(jnp.zeros_like, params), _split(batch, setup)
+    )
+    changes, opt_state = setup.optimizer.update(gradient, opt_state, params)
+    params = optax.apply_updates(params, changes)
+    return params, opt_state, value.sum(), optax.tree.norm(gradient), _join(aux)
+
+  params, opt_state, loss, norm, log_policy = step(
+    policy_loss, state.params, state.opt_state
   )
-  changes, opt_state = setup.optimizer.update(
-    gradient, state.opt_state, state.params
-  )
-  params = optax.apply_updates(state.params, changes)
-  anchor, drift = state.anchor, jnp.float32(0)
-  if algorithm.anchor.moves:
-    anchor = algorithm.anchor.update(anchor, params, state.step)
-    moved = jax.tree.map(jnp.subtract, anchor, frozen.reference)
-    drift = optax.tree.norm(moved) / optax.tree.norm(frozen.reference)
   metrics = {
-    **metrics,
-    **rollout_metrics(setup, prompts, drawn, reward, scores.win),
-    'loss': loss.sum(),
-    'gradient_norm': optax.tree.norm(gradient),
-    'anchor/drift': drift,
-    'sampler_gap': sampler_gap(setup, scores, _join(log_policy)),
+    'loss': loss,
+    'gradient_norm': norm,
+    'sampler_gap': sampler_gap(batch, log_policy),
   }
-  state = TrainState(state.step + 1, params, anchor, opt_state, state.aux)
+  aux = state.aux
+  if rows := list(setup.algorithm.quantile_rows):
+
+    def quantile_loss(params, part: Batch):
+      x = part.completion[:, rows], part.mask[:, rows]
+      logit = scalar_head.logits(setup.policy, params, part.prompts, *x)
+      loss = quantiles.learned_loss(logit, part.quantile_target)
+      weight = part.prompts.weight
+      return jnp.where(weight > 0, weight * loss, 0.0).sum() / total, logit
+
+    model, opt, metrics['quantile/loss'], _, _ = step(
+      quantile_loss, aux['params'], aux['opt_state']
+    )
+    aux = {'params': model, 'opt_state': opt}
+  state = TrainState(state.step + 1, params, state.anchor, opt_state, aux)
   return state, metrics
+
+
+def move_anchor(
+  setup: Setup, state: TrainState, frozen: Frozen
+) -> tuple[TrainState, dict[str, Array]]:
+  """The anchor's move, after all updates of an iteration."""
+  if not setup.algorithm.anchor.moves:
+    return state, {'anchor/drift': jnp.float32(0)}
+  iteration = state.step // (setup.rollouts * setup.epochs)
+  anchor = setup.algorithm.anchor.update(state.anchor, state.params, iteration)
+  moved = jax.tree.map(jnp.subtract, anchor, frozen.reference)
+  drift = optax.tree.norm(moved) / optax.tree.norm(frozen.reference)
+  return state._replace(anchor=anchor), {'anchor/drift': drift}
 
 
 def rollout_metrics(
@@ -214,13 +294,13 @@ def rollout_metrics(
   return metrics
 
 
-def sampler_gap(setup: Setup, scores: Scores, log_policy: Array) -> Array:
+def sampler_gap(batch: Batch, log_policy: Array) -> Array:
   """Mean |log pi(y)| difference, nats per completion, sampler against trainer.
 
   Over the trained rows that the policy drew; rounding alone should be left.
   """
-  own = (scores.index < setup.algorithm.num_policy) * scores.weight[:, None]
-  gap = jnp.abs((log_policy - scores.log_sampled).sum(-1))
+  own = batch.own * batch.prompts.weight[:, None]
+  gap = jnp.abs((log_policy - batch.log_sampled).sum(-1))
   gap = jnp.where(own > 0, own * gap, 0.0)  # a filler row may hold NaN
   return gap.sum() / jnp.maximum(own.sum(), 1e-9)
 
@@ -229,11 +309,11 @@ def _split(tree: Any, setup: Setup) -> Any:
   """[B, ...] -> [micro, B / micro, ...]; each part is spread over the mesh."""
   n = setup.micro_batches
   return jax.tree.map(
-    lambda x: jnp.moveaxis(x.reshape(-1, n, *x.shape[1:]), 1, 0), tree
+    lambda x: jnp.moveaxis(x.reshape(len(x) // n, n, *x.shape[1:]), 1, 0), tree
   )
 
 
 def _join(x: Array) -> Array:
   """The inverse of `_split`, for one array."""
   x = jnp.moveaxis(x, 0, 1)
-  return x.reshape(-1, *x.shape[2:])
+  return x.reshape(x.shape[0] * x.shape[1], *x.shape[2:])

@@ -1,14 +1,14 @@
 """The third stage: Best-of-N distillation of the reference.
 
 `python -m bond_jax.train --config=configs/demo.py --workdir=runs/demo`. What a
-step computes is in `step.py`; this is the loop around it: data, rewards,
+step computes is in `step.py`; this is the loop around it: prompts, rewards,
 checkpoints, metrics. Killed at any moment and started again, it goes on from
 the last checkpoint and ends with the same parameters.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 import os
 from typing import Any, NamedTuple
 
@@ -16,104 +16,94 @@ import jax
 import ml_collections
 import numpy as np
 
-from bond_jax import (
-  build,
-  checkpoint,
-  command,
-  data,
-  measures,
-  metrics,
-  rewards,
-  sharding,
-)
+from bond_jax import build, checkpoint, command, metrics, sharding
 from bond_jax import optimizer as optimizer_lib
 from bond_jax import step as step_lib
 from bond_jax.errors import UserError
-from bond_jax.log_probs import log_probs
-from bond_jax.sampling import sample
-from bond_jax.types import Frozen, Prompts, TrainState
+from bond_jax.types import Frozen, TrainState
 
 
 class Programs(NamedTuple):
-  """The compiled functions of a run; `state` is donated to `update`."""
+  """The compiled functions of a run; `state` is donated to the last two."""
 
   rollout: Callable[..., Any]
+  weigh: Callable[..., Any]
   update: Callable[..., Any]
-  probe: Callable[..., Any]
+  move_anchor: Callable[..., Any]
 
 
-def make_programs(setup: step_lib.Setup, mesh, state, completions: int):
+def make_programs(setup: step_lib.Setup, mesh, state) -> Programs:
   """Jits the step over the mesh; state stays in its shards throughout."""
   rows = sharding.by_row(mesh)
-  shards = jax.tree.map(lambda x: x.sharding, state)
+  kept = (jax.tree.map(lambda x: x.sharding, state), sharding.replicated(mesh))
 
-  def rollout(state, frozen, prompts, key):
-    return step_lib.rollout(setup, state, frozen, prompts, key)
+  def rollout(state, frozen, prompts, key, index):
+    return step_lib.rollout(setup, state, frozen, prompts, key, index)
 
-  def update(state, frozen, prompts, drawn, reward):
-    return step_lib.update(setup, state, frozen, prompts, drawn, reward)
+  def weigh(state, frozen, prompts, drawn, reward):
+    return step_lib.weigh(setup, state, frozen, prompts, drawn, reward)
 
-  def probe(params, frozen, prompts, key):
-    """Completions of fixed prompts, and their log-ratio to the reference."""
-    drawn = sample(
-        setup.policy, params, prompts, key, num=completions,
-        length=setup.length, stop_ids=setup.stop_ids,
-    )  # fmt: skip
-    log_reference = log_probs(
-        setup.policy, frozen.reference, prompts, drawn.completion, drawn.mask,
-        chunk=setup.chunk,
-    )  # fmt: skip
-    return drawn, (drawn.log_prob - log_reference).sum(-1)
+  def update(state, batch):
+    return step_lib.update(setup, state, batch)
 
-  replicated = sharding.replicated(mesh)
+  def move_anchor(state, frozen):
+    return step_lib.move_anchor(setup, state, frozen)
+
   return Programs(
     jax.jit(rollout, out_shardings=rows),
-    jax.jit(update, out_shardings=(shards, replicated), donate_argnums=(0,)),
-    jax.jit(probe, out_shardings=rows),
+    jax.jit(weigh, out_shardings=(rows, sharding.replicated(mesh))),
+    jax.jit(update, out_shardings=kept, donate_argnums=(0,)),
+    jax.jit(move_anchor, out_shardings=kept, donate_argnums=(0,)),
   )
 
 
-def make_probe(draw, prompts: Prompts, reference):
-  """How the policy does against the reference on fixed validation prompts.
-
-  The reference's completions are drawn once, with a key of their own, so that
-  the curve moves with the policy alone.
-  """
-  reference_rewards, _ = draw(reference, prompts, 1)
-
-  def probe(params) -> dict[str, float]:
-    rewards, log_ratio = draw(params, prompts, 2)
-    return {
-      'win_rate/reference': measures.win_rate(rewards, reference_rewards),
-      'kl/reference': float(log_ratio.mean()),
-      'reward/validation': float(rewards.mean()),
-    }
-
-  return probe
-
-
-def run_step(
+def run_iteration(
   programs: Programs,
+  setup: step_lib.Setup,
+  task: build.Task,
   state: TrainState,
   frozen: Frozen,
-  prompts: Prompts,
-  reward_of,
   key,
   mesh,
   phase,
-) -> tuple[TrainState, dict[str, Any]]:
-  """One step and its metrics; waits for the device, so that phases are true."""
-  with phase('sample'):
-    on_mesh = sharding.put_batch(prompts, mesh)
-    drawn = programs.rollout(state, frozen, on_mesh, key)
-    on_host = jax.device_get(drawn)
-  with phase('reward'):
-    reward = reward_of(prompts, on_host)
-  with phase('update'):
-    reward = sharding.put_batch(reward, mesh)
-    state, row = programs.update(state, frozen, on_mesh, drawn, reward)
-    row = jax.device_get(row)
-  return state, row
+) -> Iterator[tuple[TrainState, dict[str, Any]]]:
+  """Yields the state and the metrics after every step of one iteration.
+
+  Draws and weighs `rollouts` batches, updates on each of them once in each of
+  `epochs`, in an order that the key draws, then moves the anchor. Waits for
+  the device, so that phases are true.
+  """
+  batches, drawn_metrics = [], []
+  order = jax.random.fold_in(key, state.step)
+  for index in range(setup.rollouts):
+    with phase('sample'):
+      prompts = next(task.batches)
+      on_mesh = sharding.put_batch(prompts, mesh)
+      drawn = programs.rollout(state, frozen, on_mesh, key, index)
+      on_host = jax.device_get(drawn)
+    with phase('reward'):
+      reward = task.reward(prompts, on_host)
+    with phase('update'):
+      reward = sharding.put_batch(reward, mesh)
+      batch, row = programs.weigh(state, frozen, on_mesh, drawn, reward)
+      batches.append(batch)
+      drawn_metrics.append(jax.device_get(row))
+  about = {
+    k: np.mean([row[k] for row in drawn_metrics]) for k in drawn_metrics[0]
+  }
+  for epoch in range(setup.epochs):
+    places = np.arange(setup.rollouts)
+    if setup.rollouts > 1:
+      places = jax.random.permutation(jax.random.fold_in(order, epoch), places)
+    for i, place in enumerate(places):
+      last = epoch == setup.epochs - 1 and i == setup.rollouts - 1
+      with phase('update'):
+        state, row = programs.update(state, batches[int(place)])
+        if last:
+          state, moved = programs.move_anchor(state, frozen)
+          row |= moved
+        row = jax.device_get(row)
+      yield state, about | row
 
 
 def check_finite(row: dict[str, Any], step: int, folder: str) -> None:
@@ -135,72 +125,54 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
   """Runs the stage to its end, from its last checkpoint if it has one."""
   settings, folder = config.train, os.path.join(workdir, 'train')
   mesh = sharding.make_mesh(**config.mesh)
-  tokenizer = build.load_tokenizer(workdir)
-  reward = build.make_reward(config.reward, workdir)
+  task = build.task(config).make(config, workdir, mesh)
   setup = step_lib.Setup(
-    policy=build.make_policy(config),
+    policy=task.policy,
     algorithm=build.make_algorithm(config),
     optimizer=optimizer_lib.adam(steps=settings.steps, **settings.optimizer),
     length=config.length,
-    stop_ids=(tokenizer.eos_id,),
+    stop_ids=task.stop_ids,
+    rollouts=settings.rollouts,
+    epochs=settings.epochs,
     micro_batches=settings.micro_batches,
     chunk=config.chunk,
   )
-  frozen = Frozen(build.load_params(setup.policy, workdir, 'sft', 'last', mesh))
+  frozen = Frozen(task.reference)
   state = init_state(setup, frozen, mesh)
-  batches = data.openings(
-      build.rows(config, 'train'), tokenizer, opening=config.opening,
-      batch=settings.batch, seed=config.seed,
-  )  # fmt: skip
   checkpoints = checkpoint.manager(os.path.join(folder, 'checkpoints'))
   start = checkpoints.latest_step()
   if start is not None:
     state, position = checkpoint.restore(checkpoints, state)
-    batches.set_state(position)
+    task.batches.set_state(position)
     print(f'train: goes on after step {start}')
-  programs = make_programs(setup, mesh, state, settings.probe_completions)
-  key = jax.random.key(config.seed)
-  probe_key = jax.random.key(config.seed + 1)
-
-  def reward_of(prompts, drawn):
-    return rewards.call(reward, *build.texts(tokenizer, prompts, drawn))
-
-  def draw(params, prompts, stream):
-    on_mesh = sharding.put_batch(prompts, mesh)
-    key = jax.random.fold_in(probe_key, stream)
-    drawn, log_ratio = jax.device_get(
-      programs.probe(params, frozen, on_mesh, key)
-    )
-    return reward_of(prompts, drawn), log_ratio
-
+  programs = make_programs(setup, mesh, state)
+  key = build.key(config.seed, 'train')
   show = ('reward/policy', 'signal/fires', 'win_rate/reference', 'kl/reference')
   writer = metrics.Writer(folder, 'train', settings.steps, start, show)
-  compiled = []  # programs of the step compiled so far, after each step
+  compiled = []  # programs of the step compiled so far, after each iteration
+  step = start or 0
   with writer, checkpoints:
     with writer.phase('evaluate'):
-      prompts = data.fixed_openings(
-          build.rows(config, 'validation'), tokenizer, opening=config.opening,
-          count=settings.probe_prompts,
-      )  # fmt: skip
-      probe = make_probe(draw, prompts, frozen.reference)
-    for step in range((start or 0) + 1, settings.steps + 1):
-      state, row = run_step(
-          programs, state, frozen, next(batches), reward_of, key, mesh,
-          writer.phase,
-      )  # fmt: skip
-      compiled.append(metrics.compilations('rollout', 'update'))
-      save = step % settings.save_every == 0 or step == settings.steps
-      if save:
-        with writer.phase('evaluate'):
-          row |= probe(state.params)
-      check_finite(row, step, checkpoints.directory)
-      writer.write(step, row)
-      if save:
-        with writer.phase('save'):
-          checkpoint.save(
-              checkpoints, step, state, batches.get_state(),
-              row['win_rate/reference'],
-          )  # fmt: skip
+      probe = task.make_probe()
+    while step < settings.steps:
+      steps = run_iteration(
+        programs, setup, task, state, frozen, key, mesh, writer.phase
+      )
+      for state, row in steps:
+        step += 1
+        save = step % settings.save_every == 0 or step == settings.steps
+        if save:
+          with writer.phase('evaluate'):
+            row |= probe(state.params)
+        check_finite(row, step, checkpoints.directory)
+        writer.write(step, row)
+        if save:
+          with writer.phase('save'):
+            checkpoint.save(
+                checkpoints, step, state, task.batches.get_state(),
+                row['win_rate/reference'],
+            )  # fmt: skip
+      compiled.append(metrics.compilations(*Programs._fields))
   rows = metrics.read_rows(os.path.join(folder, 'metrics.jsonl'))
   return summarise(rows, compiled[-1] - compiled[0] if compiled else 0)
 

@@ -43,10 +43,10 @@ class Scores(NamedTuple):
   reward: Array  # f32[B, K]
   win: Array  # f32[B, K, K], win[i, j] = P(i beats j); 1/2 on ties
   index: Array  # i32[B, M], the completions that enter the loss
-  mask: Array  # bool[B, M, T], of those rows
   log_sampled: Array  # f32[B, M, T], their log-probs when they were sampled
   log_anchor: Array  # f32[B, len(anchor_rows), T]
   log_reference: Array  # f32[B, len(reference_rows), T]
+  quantile: Array  # f32[B, len(quantile_rows)], learned, in (0, 1)
   weight: Array  # f32[B]
 
 
@@ -56,7 +56,8 @@ Rows = Any  # a pytree with leading axis B: baselines, coefficients, targets
 class AnchorRule(NamedTuple):
   """How the anchor follows the policy; see `anchors`."""
 
-  update: Callable[[Params, Params, Array], Params]  # (anchor, params, step)
+  # (anchor, params, iteration, counted from 1) -> anchor
+  update: Callable[[Params, Params, Array], Params]
   moves: bool  # False: the anchor is the reference, and no copy is kept
 
 
@@ -73,6 +74,7 @@ class Algorithm(NamedTuple):
   select: Callable[[Array, Array], Array]  # reward, win -> i32[B, M]
   anchor_rows: tuple[int, ...]  # of the M rows: scored under the anchor
   reference_rows: tuple[int, ...]  # ... under the reference
+  quantile_rows: tuple[int, ...]  # ... by the learned quantile
   weigh: Callable[[Scores], tuple[Rows, dict[str, Array]]]  # rows, metrics
   loss: Callable[[Array, Rows], Array]
   anchor: AnchorRule
@@ -107,4 +109,4 @@ class TrainState(NamedTuple):
   params: Params  # the policy
   anchor: Params  # float32, the structure of params; {} when it never moves
   opt_state: Any
-  aux: Params  # algorithms' own models; {} where there are none
+  aux: Any  # the learned quantile and its optimizer; {} where there is none

@@ -13,6 +13,10 @@ def get_config() -> ml_collections.ConfigDict:
   """Returns the settings of all four stages."""
   config = ml_collections.ConfigDict()
   config.seed = 0
+  # The run whose sft and reward stages this one starts from: by default its
+  # own. Give a finished run's folder to compare algorithms on one reference.
+  config.reference = '{workdir}'
+  config.task = 'bond_jax.text_task'  # the module that says what is trained on
   # Devices along each axis; data=-1 takes all.
   config.mesh = dict(data=-1, model=1)
   # A TFDS builder, or a path with {split} that ends in .jsonl.
@@ -20,6 +24,7 @@ def get_config() -> ml_collections.ConfigDict:
   config.tokenizer = dict(vocab_size=1024)
   config.model = dict(
     name='gemma3_tiny',  # see models/gemma.py:CONFIGS
+    sizes=dict(),  # of models/gemma.py:Config, instead of those of the name
     temperature=1.0,  # of sampling and of scoring alike
     dtype='float32',  # of the computation; parameters are float32 always
     scan=False,  # loop over layers: compiles faster, runs slower on CPU
@@ -54,18 +59,22 @@ def get_config() -> ml_collections.ConfigDict:
   )
   config.reward = dict(
     function='bond_jax.rewards:ridge',
-    args=dict(path='{workdir}/reward/model.npz'),
+    args=dict(path='{reference}/reward/model.npz'),
   )
   # A judge that nothing is trained on.
   config.gold = dict(function='bond_jax.rewards:vader', args=dict())
 
   config.algorithm = dict(
     name='jbond',  # a file in bond_jax/algorithms
-    args=dict(backward_weight=0.5, anchor_rate=0.022, drift_weight=0.0),
+    args=dict(
+      num_anchor=2, backward_weight=0.5, anchor_rate=0.022, drift_weight=0.0
+    ),
   )
   config.train = dict(
     steps=240,
     batch=128,  # prompts per step
+    rollouts=1,  # batches drawn before an iteration's updates
+    epochs=1,  # updates on each of them, before the anchor moves
     micro_batches=1,
     optimizer=dict(
       learning_rate=5e-4,

@@ -117,7 +117,10 @@ def jbond_objective(theta, anchor, reward, law, *, backward, drift):
   )
 
 
-def expected_gradient(algorithm, theta, anchor, reward, weight, law):
+def expected_gradient(
+  algorithm, theta, anchor, reward, weight, law, *,
+  reference=None, win=None, quantile=None,
+):  # fmt: skip
   """E[gradient] of an algorithm's batch loss, by enumeration of every batch.
 
   Args:
@@ -126,6 +129,9 @@ def expected_gradient(algorithm, theta, anchor, reward, weight, law):
     reward: [X, Y].
     weight: [X].
     law: what `sequences` returns.
+    reference: as `anchor`, which it is by default.
+    win: [X, Y, Y], P(a beats b); by default what the rewards say.
+    quantile: [X, Y], what a learned quantile says of each sequence.
 
   Returns:
     [X, T, V, V], the expectation over all (Y ** K) ** X possible batches.
@@ -137,25 +143,28 @@ def expected_gradient(algorithm, theta, anchor, reward, weight, law):
   ).reshape(-1, x, k)
   prompt = np.arange(x)[:, None]
   tables = jax.vmap(lambda t: table_log_probs(t, *law))
+  win = ops.win_matrix(reward) if win is None else win
+  quantile = jnp.full((x, y), jnp.nan) if quantile is None else quantile
 
-  def loss(theta, draws, log_p, log_q):
+  def loss(theta, draws, log_p, log_q, log_r):
     """One batch: draws [X, K]."""
     scored = jnp.concatenate(
       [log_p[prompt, draws[:, :split]], log_q[prompt, draws[:, split:]]], 1
     )
     drawn = reward[prompt, draws]
-    win = ops.win_matrix(drawn)
-    index = algorithm.select(drawn, win)
+    beats = win[prompt[..., None], draws[:, :, None], draws[:, None, :]]
+    index = algorithm.select(drawn, beats)
     chosen = ops.take_rows(draws, index)
+    at = lambda table, rows: table[prompt, chosen[:, list(rows)]]
     rows, _ = algorithm.weigh(
       Scores(
         reward=drawn,
-        win=win,
+        win=beats,
         index=index,
-        mask=jnp.asarray(law[1])[chosen],
         log_sampled=ops.take_rows(scored, index),
-        log_anchor=log_q[prompt, chosen[:, list(algorithm.anchor_rows)]],
-        log_reference=jnp.zeros((x, 0, log_q.shape[-1])),
+        log_anchor=at(log_q, algorithm.anchor_rows),
+        log_reference=at(log_r, algorithm.reference_rows),
+        quantile=at(quantile, algorithm.quantile_rows),
         weight=weight,
       )
     )
@@ -165,10 +174,13 @@ def expected_gradient(algorithm, theta, anchor, reward, weight, law):
 
   def expected_loss(theta, fixed):
     log_p, log_q = tables(fixed), tables(anchor)
+    log_r = log_q if reference is None else tables(reference)
     law_p, law_q = (jnp.exp(t.sum(-1)) for t in (log_p, log_q))
     mass = law_p[prompt, draws[..., :split]].prod((-2, -1))
     mass *= law_q[prompt, draws[..., split:]].prod((-2, -1))
-    losses = jax.vmap(loss, (None, 0, None, None))(theta, draws, log_p, log_q)
+    losses = jax.vmap(loss, (None, 0, None, None, None))(
+      theta, draws, log_p, log_q, log_r
+    )
     return (mass * losses).sum()
 
   return jax.grad(expected_loss)(theta, theta)

@@ -46,7 +46,8 @@ def test_the_toy_passes(config):
     (
       'algorithm.args.gamma',
       0.5,
-      "'gamma'.* allowed are backward_weight, anchor_rate, drift_weight",
+      "'gamma'.* allowed are num_anchor, backward_weight, anchor_rate,"
+      ' drift_weight',
     ),
     ('algorithm.args.backward_weight', 2, r'must lie in \[0, 1\], got 2'),
     ('reward.function', 'toy', 'write it as "module:function"'),
@@ -95,7 +96,7 @@ def test_broken_data_is_said_with_its_line(
 
 def test_a_reward_knows_the_workdir(config):
   with pytest.raises(UserError, match='no reward model at here/reward/model'):
-    build.make_reward(config.reward, 'here')
+    build.make_reward(config, config.reward, 'here')
 
 
 def test_a_reward_that_cannot_be_made_is_one_line(
@@ -109,10 +110,10 @@ def test_a_reward_that_cannot_be_made_is_one_line(
   change(config, 'reward.args', {})
   config.reward.function = 'mine:f'
   with pytest.raises(UserError, match='mine:f raised OSError: the judge is'):
-    build.make_reward(config.reward, 'here')
+    build.make_reward(config, config.reward, 'here')
   config.reward.function = 'mine:g'
   change(config, 'reward.args', {'braces': '{x} {workdir}'})
-  assert build.make_reward(config.reward, 'here') == '{x} here'
+  assert build.make_reward(config, config.reward, 'here') == '{x} here'
 
 
 def test_a_stage_works_once(config, tmp_path, capsys):
@@ -160,7 +161,7 @@ def test_a_stage_that_fails_is_not_done(config, tmp_path):
 
 
 def test_params_of_an_unfinished_stage_are_refused(config, tmp_path):
-  policy = build.make_policy(config)
+  policy = build.make_policy(config.model, config.tokenizer.vocab_size)
   mesh = sharding.make_mesh(**config.mesh)
   (tmp_path / 'sft' / 'checkpoints').mkdir(parents=True)
   with pytest.raises(UserError, match='the sft stage has not finished'):

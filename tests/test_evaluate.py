@@ -68,7 +68,7 @@ def test_prompts_are_openings_of_the_test_split(config):
 def test_scores_belong_to_the_texts_beside_them(config):
   rows = completions(toy.finished())[::17]
   for key, section in (('reward', config.reward), ('vader', config.gold)):
-    judge = build.make_reward(section, toy.finished())
+    judge = build.make_reward(config, section, toy.finished())
     again = judge(
       [r['prompt'] for r in rows], [[r['completion']] for r in rows]
     )
@@ -77,8 +77,8 @@ def test_scores_belong_to_the_texts_beside_them(config):
 
 def test_draws_are_scored_under_both_models(config):
   mesh = sharding.make_mesh(**config.mesh)
-  tokenizer = build.load_tokenizer(toy.finished())
-  policy = build.make_policy(config)
+  tokenizer = build.load_tokenizer(config, toy.finished())
+  policy = build.make_policy(config.model, config.tokenizer.vocab_size)
   own, other = (
     toy.saved(toy.finished(), stage, 6)['params'] for stage in ('train', 'sft')
   )
@@ -105,9 +105,9 @@ def test_draws_are_scored_under_both_models(config):
     ('reference', 'log_reference', 'log_policy'),
   ],
 )
-def test_records_of_a_side(tmp_path, who, own, other):
+def test_records_of_a_side(config, tmp_path, who, own, other):
   """Three completions of two prompts, two at once: each drawn once."""
-  tokenizer = build.load_tokenizer(toy.finished())
+  tokenizer = build.load_tokenizer(config, toy.finished())
   piece = tokenizer.encode('film')[0]
   prompts = Prompts(
     np.array([[2, piece], [2, 5]]), None, np.array([7, 9]), None
@@ -203,12 +203,12 @@ def test_an_unfinished_train_stage_is_refused(config, workdir):
     judge(config, workdir, 'last')
 
 
-def test_a_reward_of_the_user_s_own_needs_no_reward_stage(workdir):
+def test_a_reward_of_the_user_s_own_needs_no_reward_stage(config, workdir):
   os.remove(f'{workdir}/reward/summary.json')
   os.makedirs(f'{workdir}/evaluate')
   with open(f'{workdir}/evaluate/metrics.jsonl', 'w') as f:
     f.write('{"step": 1, "seconds/sample": 2.0}\n')
-  found = evaluate.history(workdir)
+  found = evaluate.history(config, workdir)
   assert 'reward_test_pearson' not in found
   assert found['phase_seconds']['evaluate/sample'] == 2.0
   assert found['seconds'] == pytest.approx(sum(found['phase_seconds'].values()))

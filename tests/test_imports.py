@@ -20,15 +20,16 @@ MATHEMATICS = {'ops', 'anchors', 'quantiles', 'bandit', 'measures'}
 # Where the two sides meet; all the rest is the machine.
 MEETING = {
     'step', 'build', 'train', 'sft', 'reward_model', 'evaluate', 'sample',
-    'plan', 'export', 'figures', 'report', 'report_style',
+    'plan', 'export', 'figures', 'report', 'report_style', 'text_task',
+    'enumerable',
 }  # fmt: skip
 # Must run where only jax, flax, optax and orbax are installed.
 CORE = {'types', 'errors', 'ops', 'anchors', 'log_probs', 'sampling', 'step',
-        'sharding', 'optimizer'}  # fmt: skip
+        'sharding', 'optimizer', 'quantiles'}  # fmt: skip
 # The only readers of configs.
 CONFIGURED = {
     'command', 'build', 'sft', 'reward_model', 'train', 'evaluate', 'sample',
-    'plan', 'export',
+    'plan', 'export', 'text_task', 'enumerable',
 }  # fmt: skip
 
 

@@ -26,15 +26,15 @@ def workdir(tmp_path):
 def test_the_loss_is_nats_per_token_and_falls(config):
   first, *_, last = rows = toy.rows(toy.finished(), 'sft')
   assert [row['step'] for row in rows] == [1, 2, 3, 4, 5, 6]
-  tokenizer = build.load_tokenizer(toy.finished())
-  policy = build.make_policy(config)
+  tokenizer = build.load_tokenizer(config, toy.finished())
+  policy = build.make_policy(config.model, config.tokenizer.vocab_size)
   batches = data.sentences(
       build.rows(config, 'train'), tokenizer, length=config.sft.length,
       batch=config.sft.batch, seed=config.seed,
   )  # fmt: skip
   prompts, completion, mask = next(batches)
   # The whole row through the model at once, and a plain mean over its tokens.
-  params = policy.init(jax.random.key(config.seed))
+  params = policy.init(build.key(config.seed, 'sft'))
   tokens = np.concatenate([prompts.tokens, completion[:, 0, :-1]], 1)
   seen = np.concatenate([prompts.mask, mask[:, 0, :-1]], 1)
   hidden, _ = policy.hidden(params, tokens, seen, None)

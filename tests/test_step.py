@@ -24,14 +24,15 @@ CONFIG = dataclasses.replace(TINY['gemma2'], layers=1)
 @pytest.fixture(scope='module')
 def setup():
   algorithm = jbond.make(
-    backward_weight=0.5, anchor_rate=RATE, drift_weight=0.3
+    num_anchor=2, backward_weight=0.5, anchor_rate=RATE, drift_weight=0.3
   )
 
   def weigh(scores):
     """An algorithm may leave anything in the rows of fillers."""
     rows, metrics = algorithm.weigh(scores)
-    floor = jnp.where(scores.weight > 0, rows.floor, jnp.nan)
-    return rows._replace(floor=floor), metrics
+    some = scores.weight[:, None] > 0
+    reward = jnp.where(some, rows.quantile_reward, jnp.nan)
+    return rows._replace(quantile_reward=reward), metrics
 
   return step_lib.Setup(
     policy=gemma.make(
@@ -41,6 +42,8 @@ def setup():
     optimizer=optax.sgd(0.1),
     length=5,
     stop_ids=STOPS,
+    rollouts=1,
+    epochs=1,
     micro_batches=1,
     chunk=3,
   )
@@ -65,7 +68,15 @@ def prompts():
 
 @pytest.fixture(scope='module')
 def draw(setup):
-  return jax.jit(functools.partial(step_lib.rollout, setup))
+  return jax.jit(functools.partial(step_lib.rollout, setup, index=0))
+
+
+def whole_step(setup, state, frozen, prompts, drawn, reward):
+  """Weighs, updates and moves the anchor; all metrics together."""
+  batch, weighed = step_lib.weigh(setup, state, frozen, prompts, drawn, reward)
+  state, updated = step_lib.update(setup, state, batch)
+  state, moved = step_lib.move_anchor(setup, state, frozen)
+  return state, weighed | updated | moved
 
 
 @pytest.fixture(scope='module')
@@ -75,7 +86,7 @@ def update(setup):
   @functools.cache
   def program(micro_batches):
     f = setup._replace(micro_batches=micro_batches)
-    return jax.jit(functools.partial(step_lib.update, f), donate_argnums=(0,))
+    return jax.jit(functools.partial(whole_step, f), donate_argnums=(0,))
 
   return program
 
@@ -303,7 +314,7 @@ def test_eight_devices_are_one(setup, draw, update, frozen, prompts):
   on_mesh = jax.device_put(start(setup, frozen), shards)
   f = setup._replace(micro_batches=2)
   program = jax.jit(
-      functools.partial(step_lib.update, f), donate_argnums=(0,),
+      functools.partial(whole_step, f), donate_argnums=(0,),
       out_shardings=(shards, sharding.replicated(mesh)),
   )  # fmt: skip
   tokens8, state8 = run(

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import toy
 
-from bond_jax import checkpoint, train
+from bond_jax import checkpoint, text_task, train
 from bond_jax.errors import UserError
 from bond_jax.types import TrainState
 
@@ -62,7 +62,7 @@ def test_compilations_are_counted(config, workdir):
   toy.light(workdir, CALL_OF_STEP_5, 'forget')
   toy.run('train', config, workdir)
   found = toy.summary(workdir, 'train')
-  assert found['compilations_after_first_step'] == 2  # rollout and update
+  assert found['compilations_after_first_step'] == 4  # the programs of a step
   assert toy.rows(workdir, 'train') == toy.rows(toy.finished(), 'train')
 
 
@@ -179,5 +179,7 @@ def test_the_probe_draws_the_two_sides_apart():
     rewards = np.random.default_rng(stream).random((4, 8))
     return rewards + params, np.zeros((4, 8))
 
-  assert train.make_probe(draw, None, 0.0)(0.0)['win_rate/reference'] != 0.5
-  assert train.make_probe(draw, None, 0.0)(2.0)['win_rate/reference'] == 1
+  reward_of = lambda prompts, drawn: drawn
+  probe = text_task.probe_of(draw, reward_of, None, 0.0)
+  assert probe(0.0)['win_rate/reference'] != 0.5
+  assert probe(2.0)['win_rate/reference'] == 1

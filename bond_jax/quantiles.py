@@ -1,0 +1,114 @@
+"""The quantile of a completion among the anchor's, from few comparisons.
+
+With p(y) = P(r(y') <= r(y)) for y' from the anchor, Best-of-n of the anchor is
+the law that maximises E[log p(y)] - KL / (n - 1), up to a second term that is
+small where ties are rare (BOND, arXiv 2407.14622, equations 7 and 8). Three
+estimates of log p:
+
+- `monte_carlo`: the share of k anchor completions that y equals or beats (10);
+- `floor`: 0, or a penalty when all k beat y (17 for k = 2, J-BOND's reward);
+- a network that has learnt p (appendix B.1); here is its loss alone.
+
+Axes: B prompts, M rows whose quantile is asked for, k anchor completions.
+"""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+from bond_jax.types import Array
+
+# What p is taken for when s of k comparisons are won, by `zero`.
+ZEROS = ('half', 'one', 'smooth')
+
+
+def monte_carlo(own: Array, anchor: Array, *, zero: str) -> Array:
+  """log p, BOND's equation (10), finite where no comparison is won.
+
+  With s of k comparisons won, the estimate of p is
+
+    'half':    max(s, 1/2) / k     closest to log p where p is small
+    'one':     max(s, 1) / k       never below 1 / k
+    'smooth':  (s + 1) / (k + 1)   y counts as one more draw; vBoN's
+
+  The paper does not say which it takes. At k = 16 the mean error of log p
+  is, in nats, for p = 0.05, 0.2 and 0.5: +0.07, -0.14, -0.03 for 'half';
+  +0.37, -0.12, -0.03 for 'one'; +0.64, +0.13, +0.03 for 'smooth'.
+
+  Args:
+    own: f32[B, M], rewards of the rows.
+    anchor: f32[B, k], rewards of the anchor's completions.
+    zero: one of ZEROS.
+
+  Returns:
+    f32[B, M], at most 0.
+  """
+  wins, k = at_most(own, anchor).sum(-1), anchor.shape[-1]
+  if zero == 'smooth':
+    return jnp.log((wins + 1) / (k + 1))
+  return jnp.log(jnp.maximum(wins, {'half': 0.5, 'one': 1.0}[zero]) / k)
+
+
+def at_most(own: Array, anchor: Array) -> Array:
+  """1{r(y') <= r(y)}: f32[B, M], f32[B, k] -> f32[B, M, k]."""
+  return (anchor[:, None, :] <= own[:, :, None]).astype(jnp.float32)
+
+
+def floor(own: Array, anchor: Array) -> Array:
+  """-2^k log 2 where all k anchor completions beat y, else 0.
+
+  For k = 2 this is J-BOND's -log 16, equation (17). The scale makes the
+  expected value of a median completion its log-quantile, log(1/2); the
+  comparison is strict, so that a completion as good as the worst of the
+  anchor's is not punished.
+
+  Args:
+    own: f32[B, M].
+    anchor: f32[B, k].
+
+  Returns:
+    f32[B, M].
+  """
+  k = anchor.shape[-1]
+  below_all = own < anchor.min(-1, keepdims=True)
+  return jnp.where(below_all, -(2.0**k) * math.log(2), 0.0)
+
+
+def second_term(own: Array, anchor: Array, n: int) -> Array:
+  """log sum_{i=1..n} (p_< / p_<=)^(i - 1), the term that BOND leaves out.
+
+  Equation (8)'s second term times n - 1. It lies between 0 and log n; without
+  ties it is log n for every y, and makes no difference. The ratio is taken
+  from the comparisons; where y wins none, they show no tie, and it is 1.
+
+  Args:
+    own: f32[B, M].
+    anchor: f32[B, k].
+    n: of Best-of-n.
+
+  Returns:
+    f32[B, M].
+  """
+  less = (anchor[:, None, :] < own[:, :, None]).astype(jnp.float32).sum(-1)
+  wins = at_most(own, anchor).sum(-1)
+  ratio = jnp.where(wins > 0, less / jnp.maximum(wins, 1), 1.0)
+  powers = ratio[..., None] ** jnp.arange(n).reshape(1, 1, n)
+  return jnp.log(powers.sum(-1))
+
+
+def learned_loss(logit: Array, target: Array) -> Array:
+  """Cross-entropy of a learned quantile, appendix B.1.
+
+  Args:
+    logit: f32[B, M], of p.
+    target: f32[B, M], the share of comparisons 1{r(y') <= r(y)} won; its mean
+      given y is p, the minimiser.
+
+  Returns:
+    f32[B].
+  """
+  yes, no = jax.nn.log_sigmoid(logit), jax.nn.log_sigmoid(-logit)
+  return -(target * yes + (1 - target) * no).sum(-1)

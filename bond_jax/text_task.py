@@ -1,0 +1,118 @@
+"""What the text stages train on: openings of sentences, a reward on text.
+
+Named by `config.task`; `build.Task` says what a task is.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import ml_collections
+
+from bond_jax import build, data, measures, rewards, sharding
+from bond_jax.log_probs import log_probs
+from bond_jax.sampling import sample
+from bond_jax.types import Params, Prompts
+
+
+def check(config: ml_collections.ConfigDict, mesh) -> None:
+  """Refuses what some stage could not work with.
+
+  A wrong setting of a late stage must not cost the early ones.
+  """
+  for name, batch in (
+    ('sft.batch', config.sft.batch),
+    ('train.probe_prompts', config.train.probe_prompts),
+    ('evaluate.prompts', config.evaluate.prompts),
+  ):
+    sharding.check_batch(name, batch, mesh, 1)
+  build.make_policy(config.model, config.tokenizer.vocab_size)
+  for section in (config.reward, config.gold):
+    build.check_reward(section)
+  for split in ('train', 'validation', 'test'):
+    build.rows(config, split)
+
+
+def make(config: ml_collections.ConfigDict, workdir: str, mesh) -> build.Task:
+  """The task of a run whose sft stage has finished."""
+  tokenizer = build.load_tokenizer(config, workdir)
+  policy = build.make_policy(config.model, config.tokenizer.vocab_size)
+  reference = build.load_reference(config, policy, workdir, mesh)
+  reward = build.make_reward(config, config.reward, workdir)
+
+  def reward_of(prompts, drawn):
+    return rewards.call(reward, *build.texts(tokenizer, prompts, drawn))
+
+  def make_probe():
+    prompts = data.fixed_openings(
+        build.rows(config, 'validation'), tokenizer, opening=config.opening,
+        count=config.train.probe_prompts,
+    )  # fmt: skip
+    draw = make_draw(config, policy, reference, tokenizer, mesh)
+    return probe_of(draw, reward_of, prompts, reference)
+
+  return build.Task(
+    policy=policy,
+    reference=reference,
+    stop_ids=(tokenizer.eos_id,),
+    batches=data.openings(
+      build.rows(config, 'train'),
+      tokenizer,
+      opening=config.opening,
+      batch=config.train.batch,
+      seed=config.seed,
+    ),
+    reward=reward_of,
+    make_probe=make_probe,
+  )
+
+
+def make_draw(config, policy, reference: Params, tokenizer, mesh):
+  """A function from (params, prompts, stream) to completions and log-ratios.
+
+  The rollout, on the host, and the summed log-ratio of each of its completions
+  to the reference, f32[B, probe_completions], in nats.
+  """
+
+  def draw(params, reference, prompts, key):
+    drawn = sample(
+        policy, params, prompts, key, num=config.train.probe_completions,
+        length=config.length, stop_ids=(tokenizer.eos_id,),
+    )  # fmt: skip
+    log_reference = log_probs(
+        policy, reference, prompts, drawn.completion, drawn.mask,
+        chunk=config.chunk,
+    )  # fmt: skip
+    return drawn, (drawn.log_prob - log_reference).sum(-1)
+
+  program = jax.jit(draw, out_shardings=sharding.by_row(mesh))
+  key = build.key(config.seed, 'probe')
+
+  def drawn_on_host(params, prompts: Prompts, stream: int):
+    on_mesh = sharding.put_batch(prompts, mesh)
+    return jax.device_get(
+      program(params, reference, on_mesh, jax.random.fold_in(key, stream))
+    )
+
+  return drawn_on_host
+
+
+def probe_of(draw, reward_of, prompts: Prompts, reference: Params):
+  """How the policy does against the reference on fixed validation prompts.
+
+  The reference's completions are drawn once, with a key of their own, so that
+  the curve moves with the policy alone.
+  """
+  reference_rewards = reward_of(prompts, draw(reference, prompts, 1)[0])
+
+  def probe(params) -> dict[str, Any]:
+    drawn, log_ratio = draw(params, prompts, 2)
+    rewards_ = reward_of(prompts, drawn)
+    return {
+      'win_rate/reference': measures.win_rate(rewards_, reference_rewards),
+      'kl/reference': float(log_ratio.mean()),
+      'reward/validation': float(rewards_.mean()),
+    }
+
+  return probe
