@@ -1,0 +1,100 @@
+"""REINFORCE: raise the reward of the policy's completions, near a reference.
+
+With c = `kl_weight` and y from the policy, each step ascends
+
+    E[r(y)] - c KL(pi || ref)
+
+along the estimate grad log pi(y) (R - B), where R = r(y) - c log(pi(y) /
+ref(y)) and B is the mean of the other prompts' R, as in `bond`. At each
+position of y the log-ratio in R is summed from there on: what was drawn before
+cannot depend on it. `policy_gradient` is the body of `rloo` as well.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from bond_jax import anchors, ops
+from bond_jax.types import Algorithm, Array, Scores
+
+
+class Rows(NamedTuple):
+  """What the loss needs of each prompt, without gradient."""
+
+  reward: Array  # f32[B, K]
+  log_reference: Array  # f32[B, K, T]
+  baseline: Array  # f32[B, K, T], of the signal at each position
+
+
+def make(*, kl_weight: float) -> Algorithm:
+  """Builds REINFORCE on one completion per prompt.
+
+  Args:
+    kl_weight: >= 0, nats of KL weigh this much reward each.
+  """
+  return policy_gradient(num_policy=1, kl_weight=kl_weight)
+
+
+def policy_gradient(*, num_policy: int, kl_weight: float) -> Algorithm:
+  """REINFORCE on K = num_policy completions of each prompt, 1 or more.
+
+  The baseline is the mean signal of the prompt's other completions; where it
+  has none, of the other prompts' completions.
+  """
+  if kl_weight < 0:
+    raise ValueError(f'kl_weight must be >= 0, got {kl_weight}')
+  own = tuple(range(num_policy))
+
+  def peers(x):
+    """[B, K, ...] -> [groups, peers, ...], and back: who is whose baseline."""
+    return x.swapaxes(0, 1) if num_policy == 1 else x
+
+  def signal(reward, log_ratio):
+    """What multiplies grad log pi(y_t): [B, K], [B, K, T] -> [B, K, T]."""
+    return reward[..., None] - kl_weight * ops.sum_to_go(log_ratio)
+
+  def select(reward, win):
+    del win
+    return jnp.broadcast_to(jnp.array([own]), reward.shape)
+
+  def weigh(scores: Scores):
+    # The sampler's log-probs enter the baseline alone: it may be anything
+    # that does not depend on the row's own draw.
+    log_ratio = scores.log_sampled - scores.log_reference
+    whole = peers(signal(scores.reward, log_ratio))
+    weight = jnp.broadcast_to(scores.weight[:, None], scores.reward.shape)
+    baseline = peers(jax.vmap(ops.leave_one_out_mean)(whole, peers(weight)))
+    differ = peers(_differ(peers(scores.reward), peers(weight)))[:, 0]
+    kl = log_ratio.sum(-1).mean(-1)
+    metrics = {
+      'signal/fires': ops.weighted_mean(differ * 1.0, scores.weight),
+      'kl/policy_reference': ops.weighted_mean(kl, scores.weight),
+    }
+    return Rows(scores.reward, scores.log_reference, baseline), metrics
+
+  def loss(log_policy, rows: Rows):
+    log_ratio = jax.lax.stop_gradient(log_policy) - rows.log_reference
+    advantage = signal(rows.reward, log_ratio) - rows.baseline
+    return -(log_policy * advantage).sum(-1).mean(-1)
+
+  return Algorithm(
+    num_policy=num_policy,
+    num_anchor=0,
+    select=select,
+    anchor_rows=(),
+    reference_rows=own,
+    quantile_rows=(),
+    weigh=weigh,
+    loss=loss,
+    anchor=anchors.fixed(),
+  )
+
+
+def _differ(reward: Array, weight: Array) -> Array:
+  """Whether the peers' rewards are not all one; all bool or f32[groups, N]."""
+  most = jnp.where(weight > 0, reward, -jnp.inf).max(1, keepdims=True)
+  least = jnp.where(weight > 0, reward, jnp.inf).min(1, keepdims=True)
+  return jnp.broadcast_to(most > least, reward.shape)
