@@ -2,15 +2,57 @@ r"""The demo: J-BOND of a tiny Gemma 3 on movie-review sentences.
 
     make demo
 
-Hardware: any laptop; two CPU cores take about five minutes. A real run
-differs in sizes alone.
+Another algorithm on the same task is another argument,
+`--config=configs/demo.py:algorithm=rloo`. Hardware: any laptop; two CPU cores
+take about five minutes. A real run differs in sizes alone.
 """
 
 import ml_collections
 
+# Each trains on 92,160 completions: steps x batch x completions per prompt.
+ALGORITHMS = dict(
+  jbond=dict(
+    num_anchor=2, backward_weight=0.5, anchor_rate=0.022, drift_weight=0.0
+  ),
+  bond=dict(
+    n=4,
+    backward_weight=0.5,
+    drift_weight=0.0,
+    num_policy=1,
+    quantile='monte_carlo',
+    num_quantile=8,
+    zero='half',
+    second_term=False,
+    anchor='fixed',
+  ),
+  best_of_n=dict(n=4, anchor='fixed'),
+  wind=dict(
+    kl_weight=0.25,
+    step_size=1.0,
+    risk='squared',
+    constant='fitted',
+    num_anchor=4,
+    rows=4,
+  ),
+  sppo=dict(step_size=1.0, num_anchor=4, rows='extremes'),
+  rloo=dict(num_policy=2, kl_weight=0.1),
+  online_dpo=dict(kl_weight=0.1),
+)
+SIZES = dict(  # steps, batch
+  jbond=(240, 128),
+  bond=(160, 64),
+  best_of_n=(180, 128),
+  wind=(180, 128),
+  sppo=(180, 128),
+  rloo=(360, 128),
+  online_dpo=(360, 128),
+)
 
-def get_config() -> ml_collections.ConfigDict:
-  """Returns the settings of all four stages."""
+
+def get_config(argument: str = 'algorithm=jbond') -> ml_collections.ConfigDict:
+  """Returns the settings of all four stages, for one algorithm."""
+  _, _, name = argument.partition('algorithm=')
+  steps, batch = SIZES.get(name, SIZES['jbond'])
   config = ml_collections.ConfigDict()
   config.seed = 0
   # The run whose sft and reward stages this one starts from: by default its
@@ -65,14 +107,12 @@ def get_config() -> ml_collections.ConfigDict:
   config.gold = dict(function='bond_jax.rewards:vader', args=dict())
 
   config.algorithm = dict(
-    name='jbond',  # a file in bond_jax/algorithms
-    args=dict(
-      num_anchor=2, backward_weight=0.5, anchor_rate=0.022, drift_weight=0.0
-    ),
+    name=name,  # a file in bond_jax/algorithms; unknown ones are refused
+    args=ALGORITHMS.get(name, {}),
   )
   config.train = dict(
-    steps=240,
-    batch=128,  # prompts per step
+    steps=steps,
+    batch=batch,  # prompts per step
     rollouts=1,  # batches drawn before an iteration's updates
     epochs=1,  # updates on each of them, before the anchor moves
     micro_batches=1,
