@@ -203,8 +203,9 @@ CAPTIONS = {
 }
 
 
-def _png(draw, data: Data, look) -> bytes | None:
-  style = {
+def style(look: Mapping[str, Any]) -> dict[str, Any]:
+  """Matplotlib's settings for LIGHT or DARK paper."""
+  return {
     'font.size': 9,
     'text.color': look['ink'],
     'axes.labelcolor': look['ink'],
@@ -222,7 +223,10 @@ def _png(draw, data: Data, look) -> bytes | None:
     'legend.frameon': False,
     'legend.fontsize': 8,
   }
-  with mpl.rc_context(style):
+
+
+def _png(draw, data: Data, look) -> bytes | None:
+  with mpl.rc_context(style(look)):
     figure = Figure(figsize=(4.4, 3.1), layout='constrained')
     if not draw(figure.add_subplot(), data, look):
       return None

@@ -16,12 +16,15 @@ FILES = {
 }
 
 # Arrays in, arrays out: no model, no token, no mesh, no config.
-MATHEMATICS = {'ops', 'anchors', 'quantiles', 'bandit', 'measures'}
+MATHEMATICS = {
+    'ops', 'anchors', 'quantiles', 'bandit', 'bandit_samples', 'measures',
+    'objectives',
+}  # fmt: skip
 # Where the two sides meet; all the rest is the machine.
 MEETING = {
     'step', 'build', 'train', 'sft', 'reward_model', 'evaluate', 'sample',
     'plan', 'export', 'figures', 'report', 'report_style', 'text_task',
-    'enumerable',
+    'enumerable', 'reproduce', 'bandit_figure',
 }  # fmt: skip
 # Must run where only jax, flax, optax and orbax are installed.
 CORE = {'types', 'errors', 'ops', 'anchors', 'log_probs', 'sampling', 'step',
@@ -29,7 +32,7 @@ CORE = {'types', 'errors', 'ops', 'anchors', 'log_probs', 'sampling', 'step',
 # The only readers of configs.
 CONFIGURED = {
     'command', 'build', 'sft', 'reward_model', 'train', 'evaluate', 'sample',
-    'plan', 'export', 'text_task', 'enumerable',
+    'plan', 'export', 'text_task', 'enumerable', 'reproduce',
 }  # fmt: skip
 
 

@@ -1,0 +1,707 @@
+"""The exact tables against enumeration, closed forms and their own equations.
+
+Tables are [X, A]: three prompts unless said otherwise. Rock, paper, scissors is
+the cyclic preference; `soft` preferences are probabilities other than 0, 1/2
+and 1.
+"""
+
+import itertools
+import json
+import subprocess
+import sys
+
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+import scipy.optimize
+import toy
+
+from bond_jax import bandit, bandit_figure, bandit_samples, ops
+from bond_jax.errors import UserError
+
+REWARDS = {
+  'distinct': [[0.1, 2.0, -1.0, 0.5, 3.0]],
+  'tied': [[1.0, 0.0, 1.0, 2.0, 2.0]],
+  'all tied': [[0.5, 0.5, 0.5, 0.5, 0.5]],
+}
+ROCK_PAPER_SCISSORS = np.array([[[0.5, 0, 1], [1, 0.5, 0], [0, 1, 0.5]]])
+
+
+def law(seed, prompts=3, arms=5, sd=1.0):
+  """A table of log-probabilities."""
+  rng = np.random.default_rng(seed)
+  return bandit.normalise(sd * rng.standard_normal((prompts, arms)))
+
+
+def tied_reward(seed, prompts=3, arms=5):
+  """Rewards of which some tie."""
+  rng = np.random.default_rng(seed)
+  return rng.integers(0, arms // 2 + 1, (prompts, arms)).astype(float)
+
+
+def even(arms):
+  """Many arms of one mass, in the order of their reward: a continuum."""
+  return np.full((1, arms), -np.log(arms)), np.arange(arms, dtype=float)[None]
+
+
+def preference(kind, seed, prompts=3, arms=6):
+  """win [X, A, A] of one kind."""
+  rng = np.random.default_rng(seed)
+  if kind == 'distinct':
+    return bandit.win_matrix(rng.standard_normal((prompts, arms)))
+  if kind == 'tied':
+    return bandit.win_matrix(tied_reward(seed, prompts, arms))
+  edge = np.triu(rng.standard_normal((prompts, arms, arms)), 1)
+  edge = np.sign(edge) if kind == 'cyclic' else np.tanh(edge)
+  return 0.5 + 0.5 * (edge - edge.swapaxes(-1, -2))
+
+
+def distance(log_p, log_q):
+  """Total variation, the largest over all prompts."""
+  return 0.5 * np.abs(np.exp(log_p) - np.exp(log_q)).sum(-1).max()
+
+
+def log_arm_win_rate(log_p, win):
+  with np.errstate(divide='ignore'):
+    return np.log(bandit.arm_win_rate(log_p, win))
+
+
+# -- Best-of-N ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize('n', [1, 2, 3, 4])
+@pytest.mark.parametrize('reward', REWARDS.values(), ids=REWARDS)
+def test_best_of_n_is_the_enumeration(reward, n):
+  log_p = law(0, prompts=1)
+  exact = oracle.enumerate_best_of_n(np.exp(log_p[0]), np.array(reward[0]), n)
+  got = np.exp(bandit.best_of_n(log_p, reward, n))[0]
+  np.testing.assert_allclose(got, exact, rtol=1e-12)
+
+
+def test_best_of_a_real_n_is_the_closed_form():
+  log_p, reward = law(1), tied_reward(1)
+  for x in range(3):
+    less, at_most = oracle.quantiles(np.exp(log_p[x]), reward[x])
+    exact = np.exp(log_p[x]) * (at_most**2.5 - less**2.5) / (at_most - less)
+    got = np.exp(bandit.best_of_n(log_p, reward, 2.5))[x]
+    np.testing.assert_allclose(got, exact, rtol=1e-12)
+
+
+def test_best_of_n_of_masses_that_no_float_can_hold():
+  """The worst arm wins only if it is drawn n times."""
+  log_p = np.array([[-2000.0, -1000.0, 0.0]])
+  got = bandit.best_of_n(log_p, [[0.0, 1.0, 2.0]], 3)
+  # p^3; then q^3 for the next, as what is below it adds nothing.
+  np.testing.assert_allclose(got, [[-6000.0, -3000.0, 0.0]], rtol=1e-12)
+  got = bandit.best_of_n(log_p, [[1.0, 2.0, 0.0]], 3)  # rare, but the best
+  np.testing.assert_allclose(
+    got, [[np.log(3) - 2000, np.log(3) - 1000, 0]], rtol=1e-12
+  )
+
+
+def test_kl_and_win_rate_of_best_of_n_are_bounded():
+  """Their well-known closed forms are bounds, which many arms reach."""
+  for n in (1.5, 2, 4, 16):
+    kl_bound, rate_bound = np.log(n) - (n - 1) / n, n / (n + 1)
+    for reward in (tied_reward(2), law(3)):
+      log_p = law(2)
+      best = bandit.best_of_n(log_p, reward, n)
+      rate = bandit.win_rate(best, log_p, bandit.win_matrix(reward))
+      assert (bandit.kl(best, log_p) <= kl_bound).all()
+      assert (rate > 0.5).all() and (rate <= rate_bound).all()
+    log_p, reward = even(1000)
+    best = bandit.best_of_n(log_p, reward, n)
+    rate = bandit.win_rate(best, log_p, bandit.win_matrix(reward))
+    assert 0 < kl_bound - bandit.kl(best, log_p)[0] < 1e-3
+    assert 0 <= rate_bound - rate[0] < 1e-3
+
+
+def test_best_of_n_of_best_of_m_is_best_of_n_m():
+  log_p, reward = law(4), tied_reward(4)
+  for n, m in ((2, 3), (4, 4), (1.5, 2.5)):
+    twice = bandit.best_of_n(bandit.best_of_n(log_p, reward, m), reward, n)
+    once = bandit.best_of_n(log_p, reward, n * m)
+    np.testing.assert_allclose(twice, once, rtol=0, atol=1e-12)
+
+
+def test_best_of_2_is_twice_the_policy_times_its_win_rate():
+  log_p, reward = law(5), tied_reward(5)
+  rate = bandit.arm_win_rate(log_p, bandit.win_matrix(reward))
+  best = np.exp(bandit.best_of_n(log_p, reward, 2))
+  np.testing.assert_allclose(best, 2 * np.exp(log_p) * rate, rtol=1e-12)
+
+
+# -- iterative Best-of-n ------------------------------------------------------
+
+
+def test_without_mixing_step_t_is_best_of_n_to_the_t():
+  log_p, reward = law(6), tied_reward(6)
+  for n in (2, 3):
+    way = bandit.iterate_best_of_n(log_p, law(7), reward, n, 5)
+    assert way.shape == (6, 3, 5)
+    for t, step in enumerate(way):
+      exact = bandit.best_of_n(log_p, reward, n**t)
+      np.testing.assert_allclose(step, exact, rtol=1e-12, atol=1e-12)
+
+
+def test_without_mixing_the_limit_is_the_start_on_the_best_arms():
+  reference, reward = law(8), tied_reward(8)
+  best = reward == reward.max(-1, keepdims=True)
+  assert (best.sum(-1) > 1).any()  # ties keep their ratio
+  limit = bandit.normalise(np.where(best, reference, -np.inf))
+  way = bandit.iterate_best_of_n(reference, reference, reward, 2, 12)
+  apart = [distance(step, limit) for step in way]
+  assert apart[-1] < 1e-15
+  # Doubly exponential: what is left is squared at each step.
+  for now, then in itertools.pairwise(apart):
+    assert then <= 2 * now**2 + 1e-15
+
+
+@pytest.mark.parametrize(
+  'alpha1, alpha2', [(0.2, 0.6), (0.4, 0.6), (0.3, 0.45), (0.5, 0.4)]
+)
+def test_mixing_leads_to_the_log_win_rate_equilibrium(alpha1, alpha2):
+  """Exact for n = 2, ties included; the last pair has kl_weight < 1."""
+  reference, reward = law(9), tied_reward(9)
+  win = bandit.win_matrix(reward)
+  way = bandit.iterate_best_of_n(
+    reference, reference, reward, 2, 400, alpha1, alpha2
+  )
+  limit = bandit.log_win_rate_equilibrium(reference, win, alpha2 / alpha1)
+  assert distance(way[0], limit) > 0.01
+  assert distance(way[-1], limit) < 1e-12
+
+
+def test_one_step_of_mixing_is_the_weighted_product():
+  log_p, reference, reward = law(10), law(11), tied_reward(10)
+  step = bandit.iterate_best_of_n(log_p, reference, reward, 3, 1, 0.2, 0.5)[1]
+  best = np.exp(bandit.best_of_n(log_p, reward, 3))
+  p, q = np.exp(log_p), np.exp(reference)
+  weight = best**0.2 * q**0.5 * p**0.3
+  exact = weight / weight.sum(-1, keepdims=True)
+  np.testing.assert_allclose(np.exp(step), exact, rtol=1e-12)
+
+
+def test_with_many_arms_n_enters_the_kl_weight_as_n_less_one():
+  """n = 4: alpha2 / (3 alpha1) = 2, whose limit is Best-of-2."""
+  reference, reward = even(300)
+  way = bandit.iterate_best_of_n(reference, reference, reward, 4, 60, 0.1, 0.6)
+  assert distance(way[-1], bandit.best_of_n(reference, reward, 2)) < 0.006
+
+
+@pytest.mark.parametrize('kl_weight', [1.25, 1.5, 2.0, 3.0, 10.0])
+def test_in_a_continuum_the_log_game_is_solved_by_best_of_m(kl_weight):
+  """m = kl_weight / (kl_weight - 1); the error falls as 1 / arms."""
+  apart = []
+  for arms in (300, 900):
+    reference, reward = even(arms)
+    win = bandit.win_matrix(reward)
+    got = bandit.log_win_rate_equilibrium(reference, win, kl_weight)
+    best = bandit.best_of_n(reference, reward, kl_weight / (kl_weight - 1))
+    apart.append(distance(got, best))
+  assert apart[0] < 0.01
+  assert apart[1] < 0.5 * apart[0]
+
+
+@pytest.mark.parametrize('kl_weight', [1.0, 0.9, 0.5, 0.1])
+def test_in_a_continuum_the_log_game_collapses_at_1_and_below(kl_weight):
+  reference, reward = even(300 if kl_weight < 1 else 60)  # slow at 1
+  win = bandit.win_matrix(reward)
+  got = bandit.log_win_rate_equilibrium(reference, win, kl_weight)
+  np.testing.assert_allclose(np.exp(got[0, -1]), 1, rtol=1e-12)
+
+
+@pytest.mark.parametrize('kl_weight', [5.0, 1.1, 1.0, 0.5, 0.2])
+@pytest.mark.parametrize('kind', ['distinct', 'tied', 'cyclic', 'soft'])
+def test_log_win_rate_equilibrium_solves_its_equation(kind, kl_weight):
+  win, reference = preference(kind, 12), law(13, arms=6)
+  got = bandit.log_win_rate_equilibrium(reference, win, kl_weight)
+  rate = log_arm_win_rate(got, win)
+  exact = bandit.normalise(reference + rate / kl_weight)
+  assert distance(got, exact) < 1e-12
+
+
+def test_log_win_rate_equilibrium_follows_a_cycle_or_says_that_it_cannot():
+  """The plain iteration settles on none, one that mixes on the first two."""
+  reference = law(14, arms=3, prompts=1)
+  win = ROCK_PAPER_SCISSORS
+  for kl_weight in (0.5, 0.2, 0.05):
+    got = bandit.log_win_rate_equilibrium(reference, win, kl_weight)
+    rate = log_arm_win_rate(got, win)
+    assert distance(got, bandit.normalise(reference + rate / kl_weight)) < 1e-12
+    assert np.exp(got).min() > 0.05
+  with pytest.raises(ArithmeticError, match='kl_weight=0.01.* larger'):
+    bandit.log_win_rate_equilibrium(
+      law(0, prompts=1), preference('cyclic', 0, prompts=1, arms=5), 0.01
+    )
+
+
+# -- WIND ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('kl_weight', [5.0, 0.5, 0.05, 0.005])
+@pytest.mark.parametrize('kind', ['distinct', 'tied', 'cyclic', 'soft'])
+def test_wind_equilibrium_is_the_fixed_point(kind, kl_weight):
+  win, reference = preference(kind, 15), law(16, arms=6)
+  got = bandit.wind_equilibrium(reference, win, kl_weight)
+  rate = bandit.arm_win_rate(got, win)
+  exact = bandit.normalise(reference + rate / kl_weight)
+  assert distance(got, exact) < 1e-12
+  step = bandit.wind_step(got, reference, win, kl_weight, 4 * kl_weight)
+  assert distance(got, step) < 1e-12
+
+
+def test_wind_equilibrium_where_newton_alone_goes_astray():
+  """The tiny kl_weight, in units of P: b log(pi / ref) - P is one number."""
+  win, reference = preference('cyclic', 0, 6, 8), law(0, 6, 8, sd=3)
+  got = bandit.wind_equilibrium(reference, win, 1e-4)
+  spare = 1e-4 * (got - reference) - bandit.arm_win_rate(got, win)
+  np.testing.assert_allclose(np.ptp(spare, -1), 0, atol=1e-12)
+
+
+def test_wind_equilibrium_of_rock_paper_scissors():
+  """Even from an even reference; and in the game's own, as kl_weight falls."""
+  even_law = np.full((1, 3), -np.log(3))
+  got = bandit.wind_equilibrium(even_law, ROCK_PAPER_SCISSORS, 0.1)
+  np.testing.assert_allclose(got, even_law, atol=1e-14)
+  got = bandit.wind_equilibrium(
+    law(17, prompts=1, arms=3), ROCK_PAPER_SCISSORS, 1e-4
+  )
+  assert 1e-6 < distance(got, even_law) < 1e-3
+
+
+@pytest.mark.parametrize('kind', ['tied', 'cyclic'])
+def test_wind_equilibrium_loses_to_nobody(kind):
+  """P(pi > q) - b KL(pi || ref) + b KL(q || ref) >= 1/2 for every q."""
+  win, reference = preference(kind, 18), law(19, arms=6)
+  got = bandit.wind_equilibrium(reference, win, 0.2)
+
+  def value(q):
+    return (
+      bandit.win_rate(got, q, win)
+      - 0.2 * bandit.kl(got, reference)
+      + 0.2 * bandit.kl(q, reference)
+    )
+
+  np.testing.assert_allclose(value(got), 0.5, rtol=1e-12)
+  for seed in range(20):
+    near = bandit.normalise(got + 0.1 * law(seed, arms=6))
+    assert (value(near) > 0.5).all()
+    assert (value(law(seed, arms=6, sd=3)) > 0.5).all()
+
+
+def test_wind_step_maximises_what_it_says():
+  """e P(q > pi) - b e KL(q || ref) - KL(q || pi), over q."""
+  win, policy, reference = (
+    preference('tied', 20),
+    law(21, arms=6),
+    law(22, 3, 6),
+  )
+  step = bandit.wind_step(policy, reference, win, 0.3, 2.0)
+
+  def value(q):
+    return (
+      2.0 * bandit.win_rate(q, policy, win)
+      - 0.6 * bandit.kl(q, reference)
+      - bandit.kl(q, policy)
+    )
+
+  for seed in range(20):
+    near = bandit.normalise(step + 0.1 * law(seed, arms=6))
+    assert (value(near) < value(step)).all()
+
+
+@pytest.mark.parametrize('kind', ['distinct', 'tied', 'cyclic', 'soft'])
+def test_each_wind_step_divides_the_divergence(kind):
+  """KL(pi* || pi_t) falls by 1 / (1 + b e) or more while e <= 4 b."""
+  win, reference = preference(kind, 23), law(24, arms=6)
+  for kl_weight in (0.1, 0.5):
+    for step_size in (kl_weight, 4 * kl_weight):
+      target = bandit.wind_equilibrium(reference, win, kl_weight)
+      policy, last = reference, np.full(3, np.inf)
+      for _ in range(30):
+        now = bandit.kl(target, policy)
+        if now.max() < 1e-10:  # what follows is rounding
+          break
+        assert (now <= last / (1 + kl_weight * step_size) + 1e-14).all()
+        last = now
+        policy = bandit.wind_step(policy, reference, win, kl_weight, step_size)
+      assert (
+        np.isfinite(last).all()
+        and last.max() < bandit.kl(target, reference).max()
+      )
+
+
+@pytest.mark.parametrize('factor', [0.5, 0.9, 1.0, 1.1, 2.0])
+def test_rock_paper_scissors_diverges_above_its_step_size(factor):
+  """A step multiplies a squared deviation by (1 + e^2 / 12) / (1 + b e)^2."""
+  kl_weight = 0.1
+  step_size = factor * 2 * kl_weight / (1 / 12 - kl_weight**2)
+  reference = np.full((1, 3), -np.log(3))
+  policy = bandit.normalise(reference + [[1e-4, 0.0, -1e-4]])
+  start = bandit.kl(reference, policy)
+  for _ in range(10):
+    policy = bandit.wind_step(
+      policy, reference, ROCK_PAPER_SCISSORS, kl_weight, step_size
+    )
+  growth = (bandit.kl(reference, policy) / start) ** 0.1
+  exact = (1 + step_size**2 / 12) / (1 + kl_weight * step_size) ** 2
+  np.testing.assert_allclose(growth, exact, rtol=1e-4)
+  assert np.sign(round(exact - 1, 9)) == np.sign(factor - 1)
+
+
+def test_wind_without_kl_weight_is_sppo():
+  """pi exp(e P) : the best arm for rewards, no last iterate for a cycle."""
+  win, policy = preference('distinct', 25), law(26, arms=6)
+  reference = np.where(np.arange(6) > 0, law(27, arms=6), -np.inf)
+  reference = bandit.normalise(reference)  # which is not looked at
+  step = bandit.wind_step(policy, reference, win, 0.0, 3.0)
+  weight = np.exp(policy) * np.exp(3 * bandit.arm_win_rate(policy, win))
+  exact = weight / weight.sum(-1, keepdims=True)
+  np.testing.assert_allclose(np.exp(step), exact, rtol=1e-12)
+  for _ in range(80):
+    policy = bandit.wind_step(policy, reference, win, 0.0, 3.0)
+  best = win.sum(-1).argmax(-1)
+  np.testing.assert_allclose(np.exp(policy)[np.arange(3), best], 1, rtol=1e-12)
+
+  policy = law(28, prompts=1, arms=3)
+  even_law = np.full((1, 3), -np.log(3))
+  start = bandit.kl(even_law, policy)
+  for _ in range(50):
+    policy = bandit.wind_step(policy, policy, ROCK_PAPER_SCISSORS, 0.0, 0.5)
+  assert bandit.kl(even_law, policy) > start
+
+
+def test_the_two_games_agree_for_a_small_kl_weight_only():
+  reference = law(29, prompts=5, arms=8)
+  win = preference('distinct', 29, prompts=5, arms=8)
+  apart = {}
+  for kl_weight in (2.0, 0.5, 0.2, 0.1, 0.05, 0.02):
+    wind = bandit.wind_equilibrium(reference, win, kl_weight)
+    log_win = bandit.log_win_rate_equilibrium(reference, win, kl_weight)
+    apart[kl_weight] = distance(wind, log_win)
+  assert apart[2.0] > 0.05 and apart[0.5] > 0.5
+  assert apart[0.5] > apart[0.2] > apart[0.1] > apart[0.05] > apart[0.02]
+  assert apart[0.02] < 1e-9
+  best = win.sum(-1).argmax(-1)  # and there is where they meet
+  np.testing.assert_allclose(np.exp(wind)[np.arange(5), best], 1, rtol=1e-9)
+
+
+# -- WIND from samples --------------------------------------------------------
+
+RISKS = {
+  'squared': lambda f, z: (f - z) ** 2,
+  'kl': lambda f, z: -z * np.log(f) - (1 - z) * np.log(1 - f),
+  'nce': lambda f, z: -z * np.log(f / (1 + f)) + np.log(1 + f),
+}
+
+
+@pytest.mark.parametrize('name', RISKS)
+def test_the_curvature_is_the_risk_s(name):
+  f, z = np.meshgrid(np.linspace(0.1, 0.9, 9), [0.0, 0.5, 1.0])
+  h = 1e-5
+  slope = (RISKS[name](f + h, z) - RISKS[name](f - h, z)) / (2 * h)
+  exact = bandit_samples.CURVATURE[name](f) * (f - z)
+  np.testing.assert_allclose(slope, exact, atol=1e-7)
+
+
+@pytest.mark.parametrize('name', RISKS)
+def test_each_risk_s_minimiser_on_a_table_is_the_wind_step(name):
+  """Over the population of z, cell by cell, found without the curvature."""
+  win = preference('tied', 30, arms=4)
+  policy, reference = law(31, arms=4), law(32, arms=4)
+  p = np.exp(policy)
+  value = np.empty_like(p)
+  for x, y in np.ndindex(*p.shape):
+    f = scipy.optimize.minimize_scalar(
+        lambda f, x=x, y=y: p[x] @ RISKS[name](f, win[x, y]),
+        bounds=(1e-6, 1 - 1e-6), method='bounded', options={'xatol': 1e-10},
+    )  # fmt: skip
+    value[x, y] = f.x
+  got = bandit.mirror_step(policy, reference, value, 0.2, 1.0)
+  exact = bandit.wind_step(policy, reference, win, 0.2, 1.0)
+  np.testing.assert_allclose(got, exact, atol=1e-7)
+  # The same in closed form, from the population's visits and wins.
+  fit = bandit_samples.fit_win_rate(
+    p, p * bandit.arm_win_rate(policy, win), None, name
+  )
+  got = bandit.mirror_step(policy, reference, fit, 0.2, 1.0)
+  np.testing.assert_allclose(got, exact, atol=1e-13)
+
+
+def test_on_a_table_the_three_risks_are_one_algorithm():
+  """One free value per cell, whether or not it is written as features."""
+  rng = np.random.default_rng(33)
+  visits = rng.integers(0, 9, (2, 4))
+  visits[0, 0] = 0
+  wins = rng.binomial(visits, 0.6)
+  mean = np.where(visits > 0, wins / np.maximum(visits, 1), 0.5)
+  cells = np.eye(8).reshape(2, 4, 8)
+  for name in RISKS:
+    for features in (None, cells):
+      fit = bandit_samples.fit_win_rate(visits, wins, features, name)
+      np.testing.assert_allclose(fit, mean, atol=1e-12)
+
+
+def test_a_restricted_fit_minimises_its_own_risk():
+  """Where features cannot hold the truth, the risks part."""
+  rng = np.random.default_rng(34)
+  features = 0.1 * rng.standard_normal((2, 6, 3))
+  visits = rng.uniform(1, 2, (2, 6))
+  mean = rng.uniform(0.2, 0.8, (2, 6))
+  fits = {}
+  for name, risk in RISKS.items():
+
+    def total(w, risk=risk):
+      return (visits * risk(0.5 + features @ w, mean)).sum()
+
+    w = scipy.optimize.minimize(total, np.zeros(3), method='BFGS').x
+    got = bandit_samples.fit_win_rate(visits, visits * mean, features, name)
+    np.testing.assert_allclose(got, 0.5 + features @ w, atol=1e-4)
+    fits[name] = got
+  assert np.abs(fits['squared'] - fits['kl']).max() > 0.003
+  assert np.abs(fits['squared'] - fits['nce']).max() > 0.003
+
+
+@pytest.mark.parametrize('name', RISKS)
+def test_a_realisable_linear_fit_is_exact(name):
+  """The figure's last panel: P(y > pi) is linear in the features."""
+  rng = np.random.default_rng(35)
+  reference, win, features = bandit_figure.linear_instance(rng)
+  p, rate = np.exp(reference), bandit.arm_win_rate(reference, win)
+  fit = bandit_samples.fit_win_rate(p, p * rate, features, name)
+  np.testing.assert_allclose(fit, rate, atol=1e-10)
+
+
+def test_comparisons_are_of_the_policy_with_itself():
+  rng = np.random.default_rng(36)
+  policy, win = law(37, arms=4), preference('soft', 37, arms=4)
+  many = 2_000_000
+  visits, wins = bandit_samples.sample_comparisons(rng, policy, win, many)
+  assert visits.sum() == many
+  p = np.exp(policy) / 3  # prompts evenly
+  np.testing.assert_allclose(visits / many, p, atol=5 / np.sqrt(many))
+  rate = bandit.arm_win_rate(policy, win)
+  error = (wins / visits - rate) * np.sqrt(visits)  # standard deviation <= 1/2
+  assert np.abs(error).max() < 2.5
+
+
+def test_a_tie_counts_one_half():
+  rng = np.random.default_rng(38)
+  tied = np.full((3, 5, 5), 0.5)
+  visits, wins = bandit_samples.sample_comparisons(rng, law(38), tied, 1001)
+  assert visits.sum() == 1001
+  np.testing.assert_array_equal(wins, 0.5 * visits)
+
+
+@pytest.mark.parametrize('linear', [False, True])
+def test_the_error_of_sampled_wind_falls_as_one_over_m(linear):
+  if linear:
+    rng = np.random.default_rng(39)
+    reference, win, features = bandit_figure.linear_instance(rng)
+  else:
+    reference, features = law(39, prompts=2), None
+    win = preference('soft', 39, prompts=2, arms=5)
+  target = bandit.wind_equilibrium(reference, win, 0.3)
+  error = {}
+  for m in (1000, 16000):
+    rng = np.random.default_rng(40)
+    error[m] = 0.0
+    for _ in range(10 if linear else 40):
+      policy = reference
+      for _ in range(15):
+        policy = bandit_samples.sampled_wind_step(
+          rng, policy, reference, win, 0.3, 2.0, m, features, 'kl'
+        )
+      error[m] += bandit.kl(target, policy).mean()
+  slope = np.log(error[16000] / error[1000]) / np.log(16)
+  assert -1.2 < slope < -0.8
+
+
+# -- the corners --------------------------------------------------------------
+
+
+def test_the_measures():
+  log_p, log_q = np.log([[0.5, 0.5]]), np.log([[0.25, 0.75]])
+  exact = 0.5 * np.log(2) + 0.5 * np.log(2 / 3)
+  np.testing.assert_allclose(bandit.kl(log_p, log_q), [exact], rtol=1e-12)
+  win = bandit.win_matrix(np.array([[0.0, 1.0]]))
+  np.testing.assert_array_equal(win, [[[0.5, 0.0], [1.0, 0.5]]])
+  # A half ties; else 0.5 * 0.25 against 0.5 * 0.75.
+  got = bandit.win_rate(log_p, log_q, win)
+  np.testing.assert_allclose(got, [0.25 + 0.125], rtol=1e-12)
+  reward = tied_reward(41)
+  np.testing.assert_array_equal(
+    bandit.win_matrix(reward), ops.win_matrix(jnp.asarray(reward))
+  )
+
+
+def test_tied_rewards_teach_nothing():
+  reference, reward = law(42), np.zeros((3, 5))
+  win = bandit.win_matrix(reward)
+  for got in (
+    bandit.best_of_n(reference, reward, 7.5),
+    bandit.iterate_best_of_n(reference, reference, reward, 2, 9, 0.3, 0.3)[-1],
+    bandit.wind_step(reference, reference, win, 0.1, 2.0),
+    bandit.wind_equilibrium(reference, win, 0.1),
+    bandit.log_win_rate_equilibrium(reference, win, 0.1),
+  ):
+    np.testing.assert_allclose(got, reference, atol=1e-12)
+
+
+def test_arms_without_mass_are_as_if_they_were_not_there():
+  live = [0, 2, 3]
+  small, reward = law(43, arms=3), tied_reward(43)
+  log_p = np.full((3, 5), -np.inf)
+  log_p[:, live] = small
+  win = bandit.win_matrix(reward)
+  small_win = win[:, live][:, :, live]
+  small_reward = reward[:, live]
+  for got, exact in (
+      (bandit.best_of_n(log_p, reward, 1),
+       small),
+      (bandit.best_of_n(log_p, reward, 3),
+       bandit.best_of_n(small, small_reward, 3)),
+      # The weights leave nothing to the policy, but for rounding.
+      (bandit.iterate_best_of_n(log_p, log_p, reward, 2, 5, 0.8, 0.2)[-1],
+       bandit.iterate_best_of_n(small, small, small_reward, 2, 5, .8, .2)[-1]),
+      (bandit.wind_step(log_p, log_p, win, 0.1, 2.0),
+       bandit.wind_step(small, small, small_win, 0.1, 2.0)),
+      (bandit.wind_equilibrium(log_p, win, 0.1),
+       bandit.wind_equilibrium(small, small_win, 0.1)),
+      (bandit.log_win_rate_equilibrium(log_p, win, 1.5),
+       bandit.log_win_rate_equilibrium(small, small_win, 1.5)),
+  ):  # fmt: skip
+    np.testing.assert_allclose(got[:, live], exact, rtol=1e-12, atol=1e-12)
+    assert np.isneginf(got[:, [1, 4]]).all()
+  assert np.isfinite(bandit.kl(log_p, law(44))).all()
+  assert np.isposinf(bandit.kl(law(44), log_p)).all()
+  cycle = np.full((1, 5), -np.inf)
+  cycle[:, live] = law(45, prompts=1, arms=3)
+  win = np.empty((1, 5, 5))  # and they would lose to all others
+  win[:, [1, 4]], win[:, :, [1, 4]] = 0.0, 1.0
+  win[np.ix_([0], [1, 4], [1, 4])] = 0.5
+  win[np.ix_([0], live, live)] = ROCK_PAPER_SCISSORS
+  got = bandit.log_win_rate_equilibrium(cycle, win, 0.05)  # by Newton
+  exact = bandit.log_win_rate_equilibrium(
+    cycle[:, live], ROCK_PAPER_SCISSORS, 0.05
+  )
+  np.testing.assert_allclose(got[:, live], exact, atol=1e-12)
+  assert np.isneginf(got[:, [1, 4]]).all()
+
+
+def test_tables_are_float64_whatever_comes_in():
+  log_p = law(46).astype(np.float32)
+  win = ops.win_matrix(jnp.asarray(tied_reward(46), jnp.float32))
+  assert win.dtype == jnp.float32  # x64 is off
+  for got in (
+    bandit.best_of_n(log_p, tied_reward(46).astype(int), 2),
+    bandit.wind_step(log_p, jnp.asarray(log_p), win, 0.1, 1.0),
+    bandit.wind_equilibrium(log_p, win, 0.1),
+  ):
+    assert got.dtype == np.float64
+    np.testing.assert_allclose(np.exp(got).sum(-1), 1, rtol=1e-14)
+
+
+P, R, W = law(47), tied_reward(47), preference('tied', 47, arms=5)
+
+
+@pytest.mark.parametrize(
+    'call, message',
+    [
+        (lambda: bandit.best_of_n(P, R, 0.5), 'n must be .*>= 1, got 0.5'),
+        (lambda: bandit.best_of_n(P, R, np.nan), 'got nan'),
+        (lambda: bandit.best_of_n(P, R, np.inf), 'got inf'),
+        (lambda: bandit.best_of_n(P[0], R[0], 2), r'\[prompts, arms\].* \[5\]'),
+        (lambda: bandit.best_of_n(P, R[:2], 2), r'\[3, 5\].* got \[2, 5\]'),
+        (lambda: bandit.best_of_n(P, R / 0, 2), 'reward must be finite'),
+        (lambda: bandit.best_of_n(P + 1, R, 2), 'sum to 1, got'),
+        (lambda: bandit.best_of_n(P * np.nan, R, 2), 'sum to 1, got'),
+        *((lambda a=a, b=b: bandit.iterate_best_of_n(P, P, R, 2, 1, a, b),
+           f'alpha1 must lie in .* got alpha1={a}, alpha2={b}')
+          for a, b in ((0, 0.5), (1.1, 0), (0.5, -0.1), (0.5, 0.6))),
+        (lambda: bandit.iterate_best_of_n(P, P, R, 2, -1), 'steps .* got -1'),
+        (lambda: bandit.iterate_best_of_n(P, P[:, :4], R, 2, 1), 'reference'),
+        (lambda: bandit.wind_step(P, P, W, -0.1, 1), 'kl_weight .*>= 0'),
+        (lambda: bandit.wind_step(P, P, W, 0.1, 0), 'step_size .*> 0, got 0'),
+        (lambda: bandit.wind_step(P, P[:1], W, 1, 1), r'log_reference must be'),
+        (lambda: bandit.wind_step(P, P, W[0], 1, 1), r'\[3, 5, 5\], got'),
+        (lambda: bandit.wind_step(P, P, W + 0.1, 1, 1), 'sums from 1.2'),
+        (lambda: bandit.wind_step(P, P, 3 * W - 1, 1, 1), r'lie in \[0, 1\]'),
+        (lambda: bandit.wind_equilibrium(P, W, 0), 'kl_weight .*> 0, got 0'),
+        (lambda: bandit.log_win_rate_equilibrium(P, W, -1), '> 0, got -1'),
+        (lambda: bandit_samples.fit_win_rate(R, R, None, 'l1'),
+         r"\['squared', 'kl', 'nce'\], got 'l1'"),
+        (lambda: bandit_samples.sample_comparisons(None, P, W, 0), 'got 0'),
+    ],
+)  # fmt: skip
+def test_bad_input_is_named(call, message):
+  with np.errstate(all='ignore'), pytest.raises(ValueError, match=message):
+    call()
+
+
+def test_policy_and_reference_must_share_an_arm():
+  with np.errstate(divide='ignore'):
+    one, other = np.log([[1.0, 0.0]]), np.log([[0.0, 1.0]])
+  with pytest.raises(ValueError, match='share arms'):
+    bandit.wind_step(one, other, np.full((1, 2, 2), 0.5), 0.1, 1.0)
+
+
+# -- the figure ---------------------------------------------------------------
+
+
+@pytest.fixture
+def small(monkeypatch):
+  for key, value in {
+      'prompts': 2, 'arms': 5, 'd_prompts': 2, 'd_arms': 8, 'c_runs': 2,
+      'c_steps': 3, 'b_betas': [2.0, 0.2, 0.02],
+      'c_comparisons': [100, 1000, 10000],
+  }.items():  # fmt: skip
+    monkeypatch.setitem(bandit_figure.SETTINGS, key, value)
+
+
+def test_the_figure_writes_what_it_draws(small, tmp_path, capsys):
+  bandit_figure.main(str(tmp_path), 3)
+  png = (tmp_path / 'bandit_figure1.png').read_bytes()
+  assert png[:4] == b'\x89PNG'
+  data = json.loads((tmp_path / 'bandit_figure1.json').read_text())
+  again = bandit_figure.compute(3)  # the seed decides all
+  assert {k: data[k] for k in 'abcd'} == again
+  assert data['settings']['arms'] == 5 and 'settings ours' in data['note']
+  for way in data['a'].values():
+    assert len(way) == 61 and way[-1] < way[0]
+  ours = [v[-1] for v in data['a'].values()]
+  assert max(ours[:4]) < 1e-12 < ours[4]  # all but beta > 0 reach the limit
+  assert data['b']['WIND to iterative BoN'][-1] < 1e-8
+  assert set(data['d']) == {
+      'one value per arm', 'linear, squared risk', 'linear, kl risk',
+      'linear, nce risk',
+  }  # fmt: skip
+  assert np.shape(data['c']['one value per arm, any risk']) == (3, 2)
+  summary = json.loads((tmp_path / 'summary.json').read_text())
+  assert summary['asked']['seed'] == 3 and summary['seconds'] > 0
+  assert 'numpy' in summary['versions']
+  assert capsys.readouterr().out.count('power of M') == 5
+
+
+def test_a_folder_that_cannot_be_written_is_a_user_error(tmp_path):
+  (tmp_path / 'file').write_text('')
+  with pytest.raises(UserError, match='cannot write to --out=.*file'):
+    bandit_figure.main(str(tmp_path / 'file'), 0)
+
+
+@pytest.mark.parametrize(
+  'args, message',
+  [([], '--out'), (['--out=x', 'y'], "unexpected argument 'y'")],
+)
+def test_a_mistake_on_the_command_line_is_one_line(args, message):
+  done = subprocess.run(
+    [sys.executable, '-m', 'bond_jax.bandit', *args],
+    cwd=toy.ROOT,
+    capture_output=True,
+    text=True,
+  )
+  assert done.returncode == 2
+  assert done.stderr.startswith('error: ') and message in done.stderr
+  assert done.stderr.count('\n') == 1
