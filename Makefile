@@ -31,7 +31,8 @@ healthy = import pip, importlib.util as u; \
 $(foreach folder,.venv .venv-parity,$(if $(wildcard $(folder)/.done),\
   $(shell $(folder)/bin/python -c '$(healthy)' >&2 || rm $(folder)/.done)))
 
-.PHONY: help setup data demo test test-parity notebooks lint venv
+.PHONY: help setup data demo test test-parity mutations figures notebooks lint \
+  venv
 
 help:  ## list these commands
 	@sed -n 's/^\([a-z-]*\):.*## /\1: /p' Makefile | column -t -s:
@@ -66,6 +67,18 @@ test: venv  ## the core test suite; needs no network and no data
 
 test-parity: .venv-parity/.done  ## against the gemma library; own environment
 	@.venv-parity/bin/python -m pytest tests/parity
+
+mutations: venv  ## break the code in every line of tests/mutations.txt
+	@$(PYTHON) tests/mutate.py
+
+# WIND's first figure is of exact tables; the others train.
+FIGURES := bond_2 bond_4 bond_5 bond_6 bond_7 bond_8 wind_2
+figures: venv  ## the papers' figures at laptop scale, into runs/figures
+	@$(PYTHON) -m bond_jax.bandit --out=runs/figures/wind_1
+	@for figure in $(FIGURES); do \
+	  $(PYTHON) -m bond_jax.reproduce --config=configs/figures.py:$$figure \
+	    --workdir=runs/figures/$$figure; \
+	done
 
 notebooks: .venv/.notebooks data  ## execute colab/*.ipynb
 	@mkdir -p colab/executed

@@ -52,9 +52,7 @@ def run(out: str, label: str, seed: int) -> dict:
   workdir = os.path.join(out, f'{label.replace(" ", "_")}_{seed}')
   flags = [f'--config.algorithm.args.{k}={v}' for k, v in args.items()]
   for name in ('train', 'evaluate'):
-    stage(
-      name, workdir, algorithm, seed, f'--config.reference={start}', *flags
-    )
+    stage(name, workdir, algorithm, seed, f'--config.reference={start}', *flags)
   with open(os.path.join(workdir, 'summary.json')) as f:
     return json.load(f)
 

@@ -52,9 +52,7 @@ def periodic(every: int) -> AnchorRule:
 
   def update(anchor, params, iteration):
     now = iteration % every == 0
-    return jax.tree.map(
-      lambda a, p: jnp.where(now, p.astype(a.dtype), a), anchor, params
-    )
+    return jax.tree.map(lambda a, p: jnp.where(now, p, a), anchor, params)
 
   return AnchorRule(update=update, moves=True)
 

@@ -7,6 +7,7 @@ import dataclasses
 import importlib
 import importlib.metadata
 import inspect
+import json
 import os
 from typing import Any, NamedTuple
 import zlib
@@ -48,13 +49,8 @@ class Task(NamedTuple):
 
 def task(config: ml_collections.ConfigDict):
   """The module that `config.task` names."""
-  try:
-    return importlib.import_module(config.task)
-  except ModuleNotFoundError as e:
-    raise UserError(
-      f'task is {config.task!r}: cannot import {e.name!r}; the tasks here are'
-      ' bond_jax.text_task and bond_jax.enumerable.'
-    ) from e
+  command.load(f'{config.task}:check')  # for its one-line errors
+  return importlib.import_module(config.task)
 
 
 def key(seed: int, stream: str) -> jax.Array:
@@ -80,6 +76,11 @@ def make_policy(model: ml_collections.ConfigDict, used_vocab: int) -> Policy:
       f'model.sizes: {e}; known are'
       f' {", ".join(f.name for f in dataclasses.fields(gemma.Config))}.'
     ) from e
+  if sizes.heads % sizes.kv_heads:
+    raise UserError(
+      f'model.sizes: heads ({sizes.heads}) must be a multiple of kv_heads'
+      f' ({sizes.kv_heads}).'
+    )
   if used_vocab > sizes.vocab_size:
     raise UserError(
       f'tokenizer.vocab_size ({used_vocab}) is larger than the'
@@ -122,7 +123,7 @@ def _check_arguments(name: str, function: Callable[..., Any], args) -> None:
 
 def reference_dir(config: ml_collections.ConfigDict, workdir: str) -> str:
   """The run whose sft and reward stages this one starts from."""
-  return config.reference.replace('{workdir}', workdir)
+  return os.path.normpath(config.reference.replace('{workdir}', workdir))
 
 
 def check_reward(section: ml_collections.ConfigDict) -> None:
@@ -165,9 +166,29 @@ def load_tokenizer(
 
 
 def load_reference(config, policy: Policy, workdir: str, mesh) -> Params:
-  """The parameters that the sft stage left."""
+  """The parameters that the sft stage left; a UserError if of another model."""
   folder = reference_dir(config, workdir)
+  path = os.path.join(folder, 'config.json')
+  if os.path.exists(path):
+    ours = json.loads(config.to_json_best_effort())
+    rows = command.differences(
+      _model_of(command.read_json(path)), _model_of(ours)
+    )
+    if rows:
+      raise UserError(
+        f'the reference of {folder} is of another model ({"; ".join(rows)});'
+        ' set these as there, or start from another run.'
+      )
   return load_params(policy, folder, 'sft', 'last', mesh)
+
+
+def _model_of(config: dict[str, Any]) -> dict[str, Any]:
+  """What of a config the parameters of its sft stage depend on in shape."""
+  model = config['model']
+  return {
+    'model': {'name': model['name'], 'sizes': model.get('sizes', {})},
+    'tokenizer': config['tokenizer'],
+  }
 
 
 def load_params(
@@ -219,24 +240,42 @@ def check(config: ml_collections.ConfigDict) -> Mesh:
   )
   algorithm = make_algorithm(config)
   steps = settings.rollouts * settings.epochs
-  if steps < 1:
+  if min(settings.rollouts, settings.epochs) < 1:
     raise UserError(
       f'train.rollouts ({settings.rollouts}) and train.epochs'
       f' ({settings.epochs}) must both be 1 or more.'
     )
-  for name in ('steps', 'save_every'):
-    if settings[name] % steps:
-      raise UserError(
-        f'train.{name} ({settings[name]}) must be a multiple of train.rollouts'
-        f' x train.epochs = {steps}: a checkpoint holds no half iteration.'
-      )
   if steps > 1 and algorithm.num_policy:
     raise UserError(
       f"algorithm {config.algorithm.name} trains on the policy's completions,"
       ' which one update makes stale; set train.rollouts and train.epochs to 1.'
     )
+  for name in ('steps', 'save_every'):
+    if settings[name] < 1 or settings[name] % steps:
+      raise UserError(
+        f'train.{name} ({settings[name]}) must be a positive multiple of'
+        f' train.rollouts x train.epochs = {steps}: a checkpoint holds no half'
+        ' iteration.'
+      )
   task(config).check(config, mesh)
   return mesh
+
+
+def check_stage(
+  name: str, config: ml_collections.ConfigDict, workdir: str
+) -> None:
+  """Refuses a stage that this run does not have."""
+  if name not in config:
+    raise UserError(
+      f'this config has no {name} section: what {config.task} trains on needs'
+      ' no such stage.'
+    )
+  start = reference_dir(config, workdir)
+  if name in ('sft', 'reward_model') and start != os.path.normpath(workdir):
+    raise UserError(
+      f'this config starts from the sft and reward stages of {start}: its'
+      f' {name} stage is run there, not in {workdir}.'
+    )
 
 
 def scalars(summary: dict[str, Any]) -> list[tuple]:
@@ -278,14 +317,7 @@ def stage(
       )
     print(f'{name}: finished already, see {path}')
     return
-  if (
-    name in ('sft', 'reward_model')
-    and (start := reference_dir(config, workdir)) != workdir
-  ):
-    raise UserError(
-      f'this config starts from the sft and reward stages of {start}: its'
-      f' {name} stage is run there, not in {workdir}.'
-    )
+  check_stage(name, config, workdir)
   devices = f'{check(config).size} {jax.default_backend()} device(s)'
   command.claim_workdir(workdir, config)
   os.makedirs(os.path.dirname(path), exist_ok=True)

@@ -2,8 +2,8 @@
 
 With p(y) = P(r(y') <= r(y)) for y' from the anchor, Best-of-n of the anchor is
 the law that maximises E[log p(y)] - KL / (n - 1), up to a second term that is
-small where ties are rare (BOND, arXiv 2407.14622, equations 7 and 8). Three
-estimates of log p:
+the same for every y where nothing ties (BOND, arXiv 2407.14622, equations 7
+and 8). Three estimates of log p:
 
 - `monte_carlo`: the share of k anchor completions that y equals or beats (10);
 - `floor`: 0, or a penalty when all k beat y (17 for k = 2, J-BOND's reward);
@@ -46,15 +46,15 @@ def monte_carlo(own: Array, anchor: Array, *, zero: str) -> Array:
   Returns:
     f32[B, M], at most 0.
   """
-  wins, k = at_most(own, anchor).sum(-1), anchor.shape[-1]
+  wins, k = at_most(own, anchor).sum(-1), anchor.shape[-1]  # s, whole numbers
   if zero == 'smooth':
     return jnp.log((wins + 1) / (k + 1))
-  return jnp.log(jnp.maximum(wins, {'half': 0.5, 'one': 1.0}[zero]) / k)
+  return jnp.log(jnp.maximum(wins, {'half': 0.5, 'one': 1}[zero]) / k)
 
 
 def at_most(own: Array, anchor: Array) -> Array:
-  """1{r(y') <= r(y)}: f32[B, M], f32[B, k] -> f32[B, M, k]."""
-  return (anchor[:, None, :] <= own[:, :, None]).astype(jnp.float32)
+  """r(y') <= r(y): f32[B, M], f32[B, k] -> bool[B, M, k]."""
+  return anchor[:, None, :] <= own[:, :, None]
 
 
 def floor(own: Array, anchor: Array) -> Array:
@@ -92,7 +92,7 @@ def second_term(own: Array, anchor: Array, n: int) -> Array:
   Returns:
     f32[B, M].
   """
-  less = (anchor[:, None, :] < own[:, :, None]).astype(jnp.float32).sum(-1)
+  less = (anchor[:, None, :] < own[:, :, None]).sum(-1)
   wins = at_most(own, anchor).sum(-1)
   ratio = jnp.where(wins > 0, less / jnp.maximum(wins, 1), 1.0)
   powers = ratio[..., None] ** jnp.arange(n).reshape(1, 1, n)

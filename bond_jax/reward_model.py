@@ -17,6 +17,7 @@ import numpy as np
 import scipy.stats
 from sklearn import linear_model
 
+from bond_jax import build as build_lib
 from bond_jax import command, data, metrics, rewards
 from bond_jax import tokenizer as tokenizer_lib
 from bond_jax.errors import UserError
@@ -176,6 +177,7 @@ def build(
 
 def main(config: ml_collections.ConfigDict, workdir: str) -> None:
   start = time.perf_counter()
+  build_lib.check_stage('reward_model', config, workdir)
   command.claim_workdir(workdir, config)
   path = os.path.join(workdir, 'reward', 'summary.json')
   if os.path.exists(path):

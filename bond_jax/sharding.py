@@ -35,6 +35,11 @@ RULES = (
 
 def make_mesh(data: int, model: int) -> Mesh:
   """A mesh of data x model devices; data = -1 takes all that are left."""
+  if model < 1 or (data < 1 and data != -1):
+    raise UserError(
+      f'mesh data={data} x model={model}: both must be 1 or more, data=-1'
+      ' apart.'
+    )
   devices = jax.devices()
   if data == -1:
     data = max(1, len(devices) // model)
@@ -101,6 +106,10 @@ def by_row(mesh: Mesh) -> NamedSharding:
 
 def check_batch(name: str, size: int, mesh: Mesh, micro_batches: int) -> None:
   """Refuses a batch that the mesh or the micro-batches do not divide."""
+  if micro_batches < 1:
+    raise UserError(
+      f'{name} is split into micro-batches, 1 or more; got {micro_batches}.'
+    )
   n = mesh.shape['data'] * micro_batches
   if size <= 0 or size % n:
     low, high = size - size % n, size + -size % n

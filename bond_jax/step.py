@@ -145,9 +145,9 @@ def score(
   def log_of(params):
     return lambda *x: log_probs(setup.policy, params, *x, chunk=setup.chunk)
 
-  def quantile(*x):
+  def log_quantile(*x):
     params = state.aux['params']
-    return jax.nn.sigmoid(scalar_head.logits(setup.policy, params, *x))
+    return jax.nn.log_sigmoid(scalar_head.logits(setup.policy, params, *x))
 
   t = drawn.mask.shape[-1]
   anchor = state.anchor if algorithm.anchor.moves else frozen.reference
@@ -160,7 +160,7 @@ def score(
     log_reference=of_rows(
       log_of(frozen.reference), algorithm.reference_rows, t
     ),
-    quantile=of_rows(quantile, algorithm.quantile_rows),
+    log_quantile=of_rows(log_quantile, algorithm.quantile_rows),
     weight=prompts.weight,
   )
   return chosen, scores

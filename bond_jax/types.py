@@ -46,7 +46,7 @@ class Scores(NamedTuple):
   log_sampled: Array  # f32[B, M, T], their log-probs when they were sampled
   log_anchor: Array  # f32[B, len(anchor_rows), T]
   log_reference: Array  # f32[B, len(reference_rows), T]
-  quantile: Array  # f32[B, len(quantile_rows)], learned, in (0, 1)
+  log_quantile: Array  # f32[B, len(quantile_rows)], learned, below 0
   weight: Array  # f32[B]
 
 

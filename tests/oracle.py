@@ -87,7 +87,41 @@ def enumerate_best_of_n(p, reward, n: int):
   return law
 
 
-# -- J-BOND -------------------------------------------------------------------
+# -- BOND ---------------------------------------------------------------------
+
+
+def mean_monte_carlo(at_most, k: int, zero: str):
+  """E log of the share of k comparisons won, each with chance at_most [Y]."""
+  won = np.arange(k + 1)
+  p = {
+    'half': np.where(won == 0, 1 / 2, won) / k,
+    'one': np.where(won == 0, 1, won) / k,
+    'smooth': (won + 1) / (k + 1),
+  }[zero]
+  chance = [
+    math.comb(k, s) * at_most**s * (1 - at_most) ** (k - s) for s in won
+  ]
+  return np.log(p) @ np.array(chance)
+
+
+def mean_second_term(less, at_most, k: int, n: int):
+  """E log sum_{i < n} (beaten / won)^i, where won = beaten + tied: [Y].
+
+  The k comparisons have a multinomial law; where none is won, it is log n.
+  """
+  mean = 0.0
+  for beaten, tied in itertools.product(range(k + 1), repeat=2):
+    if (lost := k - beaten - tied) >= 0:
+      ways = math.comb(k, beaten) * math.comb(k - beaten, tied)
+      chance = less**beaten * (at_most - less) ** tied * (1 - at_most) ** lost
+      ratio = beaten / (beaten + tied) if beaten + tied else 1.0
+      mean = mean + ways * chance * math.log(sum(ratio**i for i in range(n)))
+  return mean
+
+
+def mean_floor(at_most, k: int):
+  """The floor's expectation: all k of the anchor's beat y, [Y]."""
+  return -(2**k) * math.log(2) * (1 - at_most) ** k
 
 
 def kl(theta, anchor, tokens, mask):
@@ -97,22 +131,18 @@ def kl(theta, anchor, tokens, mask):
   return (jnp.exp(log_p) * (log_p - log_q)).sum()
 
 
-def jbond_objective(theta, anchor, reward, law, *, backward, drift):
-  """What J-BOND descends at a given anchor, in closed form, for one prompt.
+def bond_objective(theta, anchor, best, signal, law, *, backward, drift):
+  """What BOND descends at a given anchor, in closed form, for one prompt.
 
-  (1 - b) KL(Best-of-2(anchor) || pi) + b (KL(pi || anchor) - E_pi[r_J])
-  + g KL(pi || anchor), up to a constant, where r_J is already averaged over
-  the anchors: -log 16 times the probability that both beat y.
+  (1 - b) KL(best || pi) + b (KL(pi || anchor) - E_pi[signal])
+  + g KL(pi || anchor), up to a constant, where best [Y] is the Best-of-n law
+  of the anchor and signal [Y] the expected (n - 1) r_BOND of every sequence.
   """
   log_p = table_log_probs(theta, *law).sum(-1)
-  q = jnp.exp(table_log_probs(anchor, *law).sum(-1))
-  _, at_most = quantiles(q, reward)
-  floor = -math.log(16) * (1 - at_most) ** 2
-  forward = -(best_of_n(q, reward, 2) * log_p).sum()
   apart = kl(theta, anchor, *law)
   return (
-    (1 - backward) * forward
-    + backward * (apart - (jnp.exp(log_p) * floor).sum())
+    -(1 - backward) * (best * log_p).sum()
+    + backward * (apart - (jnp.exp(log_p) * signal).sum())
     + drift * apart
   )
 
@@ -164,7 +194,7 @@ def expected_gradient(
         log_sampled=ops.take_rows(scored, index),
         log_anchor=at(log_q, algorithm.anchor_rows),
         log_reference=at(log_r, algorithm.reference_rows),
-        quantile=at(quantile, algorithm.quantile_rows),
+        log_quantile=jnp.log(at(quantile, algorithm.quantile_rows)),
         weight=weight,
       )
     )

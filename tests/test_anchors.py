@@ -52,32 +52,123 @@ def test_fixed_stays_and_shares_no_copy():
   assert rule.update(anchor, params, 0) is anchor
 
 
-def test_ema_of_logits_follows_the_closed_form_dynamics(x64):
-  """A policy that is Best-of-2 of its anchor is Best-of-2(1 + rate)^t of the
-  start, t moves of the anchor later."""
-  size, rate, steps = 4000, 0.05, 40
-  reward = jnp.arange(size, dtype=float)
+def test_periodic_moves_at_its_multiples_alone():
+  """Iterations count from 1: the first move ends the third of them."""
+  policies = np.float32([0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7])
+  update = jax.jit(anchors.periodic(3).update)
+  anchor, way = np.float32(-1), []
+  for iteration, params in enumerate(policies, 1):
+    anchor = update(anchor, params, iteration)
+    way.append(anchor)
+  np.testing.assert_array_equal(
+    way, np.float32([-1, -1, 0.3, 0.3, 0.3, 0.6, 0.6])
+  )
+  assert anchors.periodic(3).moves
+
+
+def test_periodic_of_1_is_the_policy_before_the_iteration():
+  update = anchors.periodic(1).update
+  for iteration in (1, 2, 3):
+    assert update(np.float32(7), np.float32(0.1), iteration) == np.float32(0.1)
+
+
+def test_periodic_keeps_float32_under_a_bfloat16_policy():
+  anchor = {'w': np.float32([0.1, 1e-30]), 'b': np.float32(1 / 3)}
+  params = jax.tree.map(lambda x: jnp.asarray(x + 1, jnp.bfloat16), anchor)
+  update = jax.jit(anchors.periodic(2).update)
+  still, moved = (update(anchor, params, iteration) for iteration in (1, 2))
+  jax.tree.map(np.testing.assert_array_equal, still, anchor)
+  jax.tree.map(np.testing.assert_array_equal, moved, params)
+  for leaf in jax.tree.leaves((still, moved)):
+    assert leaf.dtype == jnp.float32
+
+
+def test_periodic_refuses_less_than_every_iteration():
+  for every in (0, -2):
+    with pytest.raises(ValueError, match=f'anchor moves every .*{every}'):
+      anchors.periodic(every)
+
+
+def test_a_name_is_its_rule():
+  anchor, params = np.float32(1), np.float32(3)
+  for name, rule in (
+    ('fixed', anchors.fixed()),
+    ('periodic:2', anchors.periodic(2)),
+    ('ema:0.25', anchors.ema(0.25)),
+    ('ema:1e-2', anchors.ema(0.01)),
+  ):
+    mine = anchors.named(name)
+    assert mine.moves == rule.moves
+    for iteration in (1, 2):
+      moved = (r.update(anchor, params, iteration) for r in (mine, rule))
+      np.testing.assert_array_equal(*moved)
+
+
+@pytest.mark.parametrize(
+  'name',
+  [
+    'hourly', '', 'fixed:1', 'ema', 'ema:', 'ema:2', 'ema:nan', 'ema:often',
+    'periodic', 'periodic:0', 'periodic:2.5', 'Periodic:2',
+  ],
+)  # fmt: skip
+def test_another_name_is_refused(name):
+  with pytest.raises(ValueError, match=f"^anchor .*'{name}'"):
+    anchors.named(name)
+
+
+# -- where it leads -----------------------------------------------------------
+
+
+def best_of_two(anchor, drift=0.0):
+  """Logits of the policy that BOND with n = 2 seeks at these of the anchor.
+
+  Rewards rise with the index, so that quantiles are cumulative sums. A drift
+  weight g, backward part alone, weakens it to anchor P(y > anchor)^(1/(1+g)).
+  """
+  p = jax.nn.softmax(anchor)
+  return jnp.log(p) + jnp.log(2 * jnp.cumsum(p) - p) / (1 + drift)
+
+
+def test_best_of_two_is_best_of_two(x64):
+  anchor = jnp.array([0.3, -1.0, 0.2])
+  law = oracle.best_of_n(jax.nn.softmax(anchor), jnp.arange(3.0), 2)
+  np.testing.assert_allclose(jnp.exp(best_of_two(anchor)), law, rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+  ('rate', 'drift'), [(0.02, 0.0), (0.05, 0.0), (0.05, 1.0)]
+)
+def test_ema_of_logits_follows_the_closed_form_dynamics(x64, rate, drift):
+  """Where the policy solves each problem, the anchor of BOND with n = 2 is
+  Best-of-(1 + rate)^t of the start t moves later, the policy Best-of-m with
+  m = 2 (1 + rate)^t, and log m grows by log(1 + rate) per move."""
+  size, steps = 4000, 40
   update = anchors.ema(rate).update
 
-  def best_of_two(anchor):
-    # Rewards rise with the index: quantiles are cumulative sums.
-    p = jax.nn.softmax(anchor)
-    at_most = jnp.cumsum(p)
-    return jnp.log(p * (2 * at_most - p))
-
-  small = jnp.array([0.3, -1.0, 0.2])
-  np.testing.assert_allclose(
-    jnp.exp(best_of_two(small)),
-    oracle.best_of_n(jax.nn.softmax(small), reward[:3], 2),
-    rtol=1e-12,
-  )
-
   @jax.jit
-  def policy(start):
-    move = lambda t, a: update(a, best_of_two(a), t)
-    return best_of_two(jax.lax.fori_loop(0, steps, move, start))
+  def after_all(start):
+    move = lambda t, a: update(a, best_of_two(a, drift), t)
+    anchor = jax.lax.fori_loop(0, steps, move, start)
+    return [jax.nn.log_softmax(x) for x in (anchor, best_of_two(anchor, drift))]
 
-  log_p = policy(jnp.zeros(size))
-  apart = (jnp.exp(log_p) * (log_p + np.log(size))).sum()
-  m = 2 * (1 + rate) ** steps
+  log_anchor, log_policy = after_all(jnp.zeros(size))
+  u = np.arange(1, size + 1) / size
+  grown = (1 + rate / (1 + drift)) ** steps
+  m = (1 + 1 / (1 + drift)) * grown
+  for log_p, n in ((log_anchor, grown), (log_policy, m)):
+    np.testing.assert_allclose(np.cumsum(np.exp(log_p)), u**n, atol=2e-5)
+  apart = (jnp.exp(log_policy) * (log_policy + np.log(size))).sum()
   np.testing.assert_allclose(apart, np.log(m) - (m - 1) / m, atol=2e-3)
+
+
+def test_hard_moves_multiply_best_of_n(x64):
+  """Iterative BOND: Best-of-2 of Best-of-4 is Best-of-8, exactly."""
+  start = 0.5 * jax.random.normal(jax.random.key(0), (20,))
+  update = anchors.periodic(5).update
+  anchor = start
+  for iteration in range(1, 13):
+    anchor = update(anchor, best_of_two(anchor), iteration)
+  p, reward = jax.nn.softmax(start), jnp.arange(20.0)
+  for logits, n in ((anchor, 4), (best_of_two(anchor), 8)):
+    law = oracle.best_of_n(p, reward, n)
+    np.testing.assert_allclose(jax.nn.softmax(logits), law, rtol=1e-10)

@@ -349,7 +349,7 @@ def scores(reward, algorithm, weight):
     log_sampled=zeros(m),
     log_anchor=zeros(len(algorithm.anchor_rows)),
     log_reference=zeros(len(algorithm.reference_rows)),
-    quantile=jnp.zeros((b, 0)),
+    log_quantile=jnp.zeros((b, 0)),
     weight=jnp.asarray(weight, jnp.float32),
   )
 

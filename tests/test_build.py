@@ -3,6 +3,8 @@
 import json
 import os
 
+import jax
+import language
 import pytest
 import toy
 
@@ -34,12 +36,30 @@ def test_the_toy_passes(config):
   'path, value, says',
   [
     ('mesh.data', 3, 'mesh data=3 x model=1 needs 3 devices'),
+    ('mesh.data', 0, 'data=0 x model=1: both must be 1 or more, data=-1 apart'),
+    ('mesh.model', 0, 'data=8 x model=0: both must be 1 or more'),
+    ('mesh.model', -1, 'data=8 x model=-1: both must be 1 or more'),
     ('sft.batch', 12, r'sft.batch \(12\) .* multiple of 8.*use 8 or 16'),
     ('train.batch', 4, r'train.batch \(4\) .* multiple of 8.*use 8'),
     ('train.micro_batches', 3, r'train.batch \(8\) .* multiple of 24'),
+    ('train.micro_batches', 0, 'micro-batches, 1 or more; got 0'),
+    (
+      'train.rollouts',
+      0,
+      r'train.rollouts \(0\) and .* must both be 1 or more',
+    ),
+    ('train.epochs', -1, r'train.epochs \(-1\) must both be 1 or more'),
+    ('train.save_every', 0, r'train.save_every \(0\) must be a positive'),
+    ('train.epochs', 2, "jbond trains on the policy's .*train.epochs to 1"),
+    ('train.rollouts', 3, "jbond trains on the policy's .* set train.rollo"),
+    ('task', 'bond_jax.none', "none:check': cannot import 'bond_jax.none'"),
+    ('task', 'bond_jax.ops', "'bond_jax.ops' has no function 'check'"),
+    ('task', '', "':check' names no function"),
     ('train.probe_prompts', 9, r'train.probe_prompts \(9\) .* use 8 or 16'),
     ('evaluate.prompts', 0, r'evaluate.prompts \(0\) .* use 8'),
     ('model.name', 'gemma9', "model.name is 'gemma9'; known are gemma3_tiny"),
+    ('model.sizes.width', 3, "'width'; known are vocab_size, features, layers"),
+    ('model.sizes.kv_heads', 3, r'heads \(2\) .* multiple of kv_heads \(3\)'),
     ('tokenizer.vocab_size', 97, r'vocab_size \(97\) is larger than the 96'),
     ('algorithm.name', 'ppo', "algorithm.name is 'ppo'; known are .*jbond"),
     ('algorithm.name', '../jbond', r"is '../jbond'; known are .*jbond"),
@@ -169,3 +189,56 @@ def test_params_of_an_unfinished_stage_are_refused(config, tmp_path):
   command.write_json(str(tmp_path / 'sft' / 'summary.json'), {})
   with pytest.raises(UserError, match='holds no checkpoint'):
     build.load_params(policy, str(tmp_path), 'sft', 'last', mesh)
+
+
+def test_no_two_streams_or_seeds_share_a_key():
+  streams = ('sft', 'train', 'probe', 'evaluate', 'reference')
+  keys = [build.key(seed, stream) for seed in (0, 1) for stream in streams]
+  found = {tuple(jax.random.key_data(key).tolist()) for key in keys}
+  assert len(found) == len(keys)
+  assert build.key(1, 'probe') == build.key(1, 'probe')
+
+
+# -- the enumerable language --------------------------------------------------
+
+
+@pytest.mark.parametrize('stage', ['sft', 'reward_model', 'evaluate'])
+def test_a_stage_that_a_config_lacks_is_one_line(tmp_path, stage):
+  workdir = str(tmp_path / 'run')
+  config = language.full_config('algorithm=jbond')
+  with pytest.raises(UserError, match=f'has no {stage} section') as e:
+    toy.run(stage, config, workdir)
+  assert '\n' not in str(e.value)
+  assert not os.path.exists(workdir)
+
+
+def test_every_algorithm_has_its_settings_for_the_language():
+  """As many as there are files, and none that its file does not know."""
+  folder = os.path.join(toy.ROOT, 'bond_jax', 'algorithms')
+  names = [f[:-3] for f in os.listdir(folder) if f[0] != '_']
+  for name in names:
+    build.check(language.full_config(f'algorithm={name}'))
+
+
+@pytest.mark.parametrize('argument', ['algorithm=nope', 'jbond', ''])
+def test_an_unknown_algorithm_is_refused_with_those_there_are(argument):
+  config = language.full_config(argument)
+  with pytest.raises(UserError, match='known are best_of_n, .*bond, .*wind'):
+    build.check(config)
+
+
+@pytest.mark.parametrize(
+  'path, value, says',
+  [
+    ('enumerable.vocab', 1, 'enumerable.vocab must be 2 or more.*got 1, 3, 8'),
+    ('enumerable.prompts', 0, '1 or more; got 8, 3, 0'),
+    ('length', 0, '1 or more; got 8, 0, 8'),
+    ('train.batch', 12, r'train.batch \(12\) must be a multiple of .* \(8\)'),
+    ('algorithm.args.beta', 0.5, "'beta'.* allowed are num_anchor, backward_w"),
+  ],
+)
+def test_a_language_that_is_none(path, value, says):
+  config = language.full_config('algorithm=jbond')
+  change(config, path, value)
+  with pytest.raises(UserError, match=says):
+    build.check(config)

@@ -16,7 +16,7 @@ import oracle
 import pytest
 
 from bond_jax import ops, quantiles
-from bond_jax.algorithms import jbond
+from bond_jax.algorithms import bond, jbond
 from bond_jax.types import Scores
 
 ONE_TOKEN = oracle.sequences(4, 1, None)
@@ -49,14 +49,23 @@ def expected_gradient(algorithm, theta, anchor, reward, weight, law):
   return jax.jit(f)(theta, anchor, jnp.asarray(reward), jnp.asarray(weight))
 
 
-def objective(theta, anchor, reward, law, **weights):
-  """Summed over prompts."""
-  f = functools.partial(oracle.jbond_objective, law=law, **weights)
-  return jax.vmap(f)(theta, anchor, jnp.asarray(reward)).sum()
+def objective(theta, anchor, reward, law, *, k=2, backward=0.5, drift=0.7):
+  """Summed over prompts; at Best-of-k of the anchor, by the mean floor."""
+
+  def one(theta, anchor, reward):
+    q = jnp.exp(oracle.table_log_probs(anchor, *law).sum(-1))
+    _, at_most = oracle.quantiles(q, reward)
+    best = oracle.best_of_n(q, reward, k)
+    signal = (k - 1) * oracle.mean_floor(at_most, k)
+    return oracle.bond_objective(
+      theta, anchor, best, signal, law, backward=backward, drift=drift
+    )
+
+  return jax.vmap(one)(theta, anchor, jnp.asarray(reward)).sum()
 
 
-def objective_gradient(theta, anchor, reward, law):
-  f = functools.partial(objective, law=law, backward=0.5, drift=0.7)
+def objective_gradient(theta, anchor, reward, law, k=2):
+  f = functools.partial(objective, law=law, k=k)
   return jax.jit(jax.grad(f))(theta, anchor, jnp.asarray(reward))
 
 
@@ -96,11 +105,23 @@ def test_expected_gradient_is_the_objective_s(x64, backward, drift):
     np.testing.assert_allclose(mine, exact, rtol=0, atol=1e-12)
 
 
-def test_expected_gradient_of_one_token_completions(x64):
+@pytest.mark.parametrize('k', [2, 3, 4])
+def test_expected_gradient_of_one_token_completions(x64, k):
+  """k of the anchor's: Best-of-k, and a floor of -2^k log 2."""
+  algorithm = make(num_anchor=k)
   theta, anchor = tables(2, 1, ONE_TOKEN)
+
+  @jax.jit
+  def both(reward):
+    mine = oracle.expected_gradient(
+      algorithm, theta, anchor, reward, jnp.ones(1), ONE_TOKEN
+    )
+    f = functools.partial(objective, law=ONE_TOKEN, k=k)
+    return mine, jax.grad(f)(theta, anchor, reward)
+
   for reward in ([[0.0, 1.0, 2.0, 3.0]], [[1.0, 0.0, 1.0, 0.0]]):
-    mine = expected_gradient(make(), theta, anchor, reward, [1.0], ONE_TOKEN)
-    exact = objective_gradient(theta, anchor, reward, ONE_TOKEN)
+    mine, exact = both(jnp.array(reward))
+    assert jnp.abs(exact).max() > 0.01
     np.testing.assert_allclose(mine, exact, rtol=0, atol=1e-12)
 
 
@@ -112,11 +133,7 @@ def test_expected_gradient_is_the_finite_difference(x64):
   h = 1e-5
   moves = h * np.eye(theta.size).reshape(-1, *theta.shape)
   values = jax.jit(
-    jax.vmap(
-      lambda move: objective(
-        theta + move, anchor, reward, TWO_TOKENS, backward=0.5, drift=0.7
-      )
-    )
+    jax.vmap(lambda move: objective(theta + move, anchor, reward, TWO_TOKENS))
   )(np.concatenate([moves, -moves]))
   up, down = np.split(values, 2)
   np.testing.assert_allclose(mine.ravel(), (up - down) / (2 * h), atol=1e-9)
@@ -200,7 +217,7 @@ def scores(reward, *, log_sampled=None, log_anchor=None, weight=None):
     log_sampled=jnp.zeros((b, 2, 2)) if log_sampled is None else log_sampled,
     log_anchor=jnp.zeros((b, 1, 2)) if log_anchor is None else log_anchor,
     log_reference=jnp.zeros((b, 0, 2)),
-    quantile=jnp.zeros((b, 0)),
+    log_quantile=jnp.zeros((b, 0)),
     weight=jnp.ones(b) if weight is None else jnp.asarray(weight),
   )
 
@@ -235,15 +252,6 @@ def test_the_baseline_is_the_others_whole_signal():
   np.testing.assert_allclose(rows.baseline[:, 0], others, atol=1e-5)
 
 
-def test_the_floor_is_strict():
-  """A completion as good as the worse anchor's is not punished."""
-  reward = np.array(
-    [[1.0, 1, 1], [1, 1, 2], [1, 2, 1], [0, 1, 2], [0, 1, 1], [1, 0, 2]]
-  )
-  expected = -math.log(16) * np.array([0, 0, 0, 1, 1, 0])
-  np.testing.assert_allclose(jax.jit(floor)(reward), expected, rtol=1e-6)
-
-
 def test_the_floor_fires_on_a_third_of_distinct_rewards():
   """Policy = anchor, no ties: every order of three is as likely."""
   orders = np.array(list(itertools.permutations([1.0, 2, 3])))
@@ -255,14 +263,6 @@ def test_the_floor_fires_on_a_third_of_distinct_rewards():
   np.testing.assert_allclose(np.mean(values), -0.9242, atol=5e-5)
   np.testing.assert_allclose(np.var(values), 1.708, atol=1e-3)
   np.testing.assert_allclose(metrics['signal/fires'], 1 / 3, rtol=1e-6)
-
-
-def test_the_floor_is_calibrated_at_the_median():
-  """There, p_<= = 1/2: its mean is the log-quantile, log(1/2)."""
-  anchors = np.array(list(itertools.product([0.0, 1], repeat=2)))
-  reward = np.concatenate([np.zeros((4, 1)), anchors], 1)
-  values = jax.jit(floor)(reward)
-  np.testing.assert_allclose(np.mean(values), math.log(0.5), rtol=1e-6)
 
 
 def test_select_takes_the_policy_s_and_the_first_of_the_best():
@@ -282,13 +282,85 @@ def test_fires_and_kl_metrics_leave_out_filler_rows():
   np.testing.assert_allclose(metrics['kl/policy_anchor'], 2.0)
 
 
-def test_make_refuses_weights_out_of_range():
-  for wrong in (
-      dict(backward_weight=-0.1), dict(backward_weight=1.1),
-      dict(drift_weight=-1.0), dict(anchor_rate=2.0),
-  ):  # fmt: skip
-    with pytest.raises(ValueError, match=next(iter(wrong)).replace('_', '.')):
-      make(**wrong)
+@pytest.mark.parametrize('k', [2, 3, 4])
+def test_it_is_bond_with_the_floor_and_a_moving_average(k):
+  """To the last bit, in every part."""
+  mine = make(num_anchor=k, anchor_rate=0.02)
+  other = bond.make(
+    n=k, backward_weight=0.5, drift_weight=0.7, num_policy=1,
+    quantile='floor', num_quantile=k, zero='smooth', second_term=False,
+    anchor='ema:0.02',
+  )  # fmt: skip
+  rng = np.random.default_rng(k)
+  log_sampled, log_anchor, log_policy = rng.standard_normal((3, 64, 2, 2))
+  reward = rng.integers(0, 4, (64, 1 + k))
+
+  @functools.partial(jax.jit, static_argnums=0)
+  def parts(algorithm, params):
+    index = algorithm.select(jnp.asarray(reward), None)
+    rows, metrics = algorithm.weigh(
+      scores(reward, log_sampled=log_sampled, log_anchor=log_anchor[:, :1])
+    )
+    loss = algorithm.loss(log_policy, rows)
+    moved = algorithm.anchor.update(jnp.float32(1), params, 1)
+    return index, rows, metrics, loss, moved
+
+  jax.tree.map(
+    np.testing.assert_array_equal, parts(mine, 3.0), parts(other, 3.0)
+  )
+  floors = quantiles.floor(reward[:, :1], reward[:, 1:])
+  np.testing.assert_allclose(
+    parts(mine, 3.0)[1].quantile_reward, (k - 1) * floors
+  )
+  for field in ('num_policy', 'num_anchor', 'anchor_rows', 'quantile_rows'):
+    assert getattr(mine, field) == getattr(other, field)
+  assert mine.num_anchor == k and mine.anchor.moves
+
+
+@pytest.mark.parametrize(
+  'wrong',
+  [
+    dict(num_anchor=1),
+    dict(backward_weight=-0.1),
+    dict(backward_weight=1.1),
+    dict(drift_weight=-1.0),
+    dict(anchor_rate=2.0),
+  ],
+)
+def test_bad_arguments_are_named(wrong):
+  ((name, value),) = wrong.items()
+  with pytest.raises(ValueError, match=f'{name.replace("_", ".")}.*{value}'):
+    make(**wrong)
+
+
+# -- where it leads -----------------------------------------------------------
+
+
+def test_the_backward_part_stops_at_its_optimum(x64):
+  """pi ∝ anchor 16^(-(1 - p)^2)."""
+  _, anchor = tables(8, 1, ONE_TOKEN)
+  algorithm = make(backward_weight=1.0, drift_weight=0.0)
+  q = jax.nn.softmax(anchor[0, 0, 0])
+  for reward in (np.array([0.1, 2, -1, 0.5]), np.array([1.0, 0, 1, 0])):
+    _, at_most = oracle.quantiles(np.array(q), reward)
+    theta = np.zeros_like(anchor)
+    theta[0, 0, 0] = np.log(q) - math.log(16) * (1 - at_most) ** 2
+    batch = anchor, [reward], [1.0], ONE_TOKEN
+    mine = expected_gradient(algorithm, theta, *batch)
+    np.testing.assert_allclose(mine, 0, rtol=0, atol=1e-12)
+
+
+def test_that_optimum_is_close_to_best_of_two():
+  """Over a continuum of arms: u is the quantile, which the anchor has even."""
+  u = (np.arange(200_000) + 0.5) / 200_000
+  density = 16 ** -((1 - u) ** 2)
+  density /= density.mean()
+  to_best = (density * np.log(density / (2 * u))).mean()
+  np.testing.assert_allclose((density * u).mean(), 0.676, atol=5e-4)
+  np.testing.assert_allclose(to_best, 0.0078, atol=5e-5)
+  to_anchor = (density * np.log(density)).mean()
+  np.testing.assert_allclose(to_anchor, 0.209, atol=5e-4)
+  np.testing.assert_allclose(np.log(2) - 1 / 2, 0.193, atol=5e-4)  # Best-of-2
 
 
 # -- Best-of-N ----------------------------------------------------------------

@@ -171,7 +171,7 @@ def weigh(algorithm, reward, *, log_sampled=0.0, log_reference=0.0, weight=1.0):
     log_sampled=array(log_sampled, shape),
     log_anchor=jnp.zeros((shape[0], 0, 2)),
     log_reference=array(log_reference, shape),
-    quantile=jnp.zeros((shape[0], 0)),
+    log_quantile=jnp.zeros((shape[0], 0)),
     weight=array(weight, shape[:1]),
   )
   return jax.jit(algorithm.weigh)(scores)

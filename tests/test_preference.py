@@ -224,7 +224,7 @@ def test_metrics_leave_out_filler_rows(name):
     log_sampled=log_sampled,
     log_anchor=jnp.zeros((4, 0, 2)),
     log_reference=jnp.zeros((4, 2, 2)),
-    quantile=jnp.zeros((4, 0)),
+    log_quantile=jnp.zeros((4, 0)),
     weight=jnp.array([1.0, 1, 1, 0]),
   )
   rows, metrics = jax.jit(BOTH[name].weigh)(scores)

@@ -12,8 +12,8 @@ import pytest
 
 from bond_jax import anchors, sharding
 from bond_jax import step as step_lib
-from bond_jax.algorithms import jbond
-from bond_jax.models import gemma
+from bond_jax.algorithms import bond, jbond
+from bond_jax.models import gemma, scalar_head
 from bond_jax.types import Frozen, Prompts
 
 STOPS, BATCH, RATE = (1, 4, 8), 8, 0.05
@@ -329,3 +329,110 @@ def test_eight_devices_are_one(setup, draw, update, frozen, prompts):
   assert program._cache_size() == 1  # nothing is compiled after step one
   embedding = state8.params['embedder']['input_embedding']
   assert embedding.sharding.shard_shape(embedding.shape) == (11, 4)
+
+
+# -- the learned quantile -----------------------------------------------------
+
+
+@pytest.fixture(scope='module')
+def learned(setup):
+  """BOND of the same three completions, its quantile a network's."""
+  algorithm = bond.make(
+      n=2, backward_weight=0.5, drift_weight=0.0, num_policy=1,
+      quantile='learned', num_quantile=2, zero='half', second_term=False,
+      anchor='fixed',
+  )  # fmt: skip
+  return setup._replace(algorithm=algorithm)
+
+
+@pytest.fixture(scope='module')
+def learned_update(learned):
+  return jax.jit(functools.partial(whole_step, learned))
+
+
+def start_learned(learned, frozen):
+  """A fresh state; the head is not at 0, so that all of its model learns."""
+  state = start(learned, frozen, mix=0.3)
+  head = {
+    'w': jnp.sin(jnp.arange(1.0 * CONFIG.features)),
+    'b': jnp.float32(0.2),
+  }
+  params = {**state.aux['params'], 'scalar_head': head}
+  return state._replace(aux={**state.aux, 'params': params})
+
+
+def test_the_quantile_learns_by_its_cross_entropy(
+  learned, learned_update, frozen, prompts, drawn
+):
+  """Of the policy's row alone, against the share of the anchor's two."""
+  one, reward = drawn
+  weight = np.float32([1, 0.5, 2, 1, 1, 0, 1, 3])
+  target = (reward[:, 1:] <= reward[:, :1]).mean(-1)
+  assert {0.0, 0.5, 1.0} == set(target.tolist())
+  state = start_learned(learned, frozen)
+  before = jax.device_get(state.aux['params'])
+
+  def loss(params):
+    logit = scalar_head.logits(
+      learned.policy, params, prompts, one.completion[:, :1], one.mask[:, :1]
+    )[:, 0]
+    p = jax.nn.sigmoid(logit)
+    entropy = target * jnp.log(p) + (1 - target) * jnp.log(1 - p)
+    return -(weight * entropy).sum() / weight.sum(), p
+
+  (expected_loss, p), gradient = jax.jit(
+    jax.value_and_grad(loss, has_aux=True)
+  )(before)
+  state, metrics = learned_update(
+    state, frozen, prompts._replace(weight=weight), one, reward
+  )
+  change = jax.tree.map(
+    lambda a, b: (a - b) / 0.1, before, jax.device_get(state.aux['params'])
+  )
+  close(change, gradient, rtol=1e-3, atol=1e-5)
+  assert optax.tree.norm(gradient['model']) > 0.1
+  np.testing.assert_allclose(metrics['quantile/loss'], expected_loss, rtol=1e-4)
+  # What it says is the reward: n - 1 = 1 times log p.
+  mean = (weight * np.log(p)).sum() / weight.sum()
+  np.testing.assert_allclose(metrics['signal/mean'], mean, rtol=1e-4)
+
+
+def test_the_quantile_sees_no_split_and_no_filler(
+  learned, learned_update, frozen, prompts, drawn
+):
+  """Eight devices, two micro-batches and NaN in the fillers against none."""
+  one, reward = drawn
+  prompts = prompts._replace(weight=np.float32([1] * 6 + [0] * 2))
+  state = start_learned(learned, frozen)
+  plain = learned_update(state, frozen, prompts, one, reward)
+  spoil = lambda x: np.where(np.arange(BATCH) < 6, x.T, np.nan).T
+  mesh = sharding.make_mesh(4, 2)
+  shards = sharding.tree_shardings(state, mesh)
+  program = jax.jit(
+      functools.partial(whole_step, learned._replace(micro_batches=2)),
+      out_shardings=(shards, sharding.replicated(mesh)),
+  )  # fmt: skip
+  put = functools.partial(sharding.put_batch, mesh=mesh)
+  other = program(
+    jax.device_put(state, shards),
+    Frozen(jax.device_put(frozen.reference, shards.params)),
+    put(prompts),
+    put(one._replace(log_prob=spoil(one.log_prob))),
+    put(spoil(reward)),
+  )
+  close(other, plain, rtol=1e-4, atol=1e-6)
+  assert np.isfinite(plain[1]['quantile/loss'])
+  model = other[0].aux['params']['model']  # sharded as the policy is
+  embedding = model['embedder']['input_embedding']
+  assert embedding.sharding.shard_shape(embedding.shape) == (11, 4)
+
+
+def test_only_a_learned_quantile_is_kept(setup, learned, frozen):
+  state = step_lib.init_state(setup, frozen.reference)
+  assert state.aux == {}
+  adam = learned._replace(optimizer=optax.adam(1e-3))
+  state = step_lib.init_state(adam, frozen.reference)
+  assert set(state.aux) == {'params', 'opt_state'}
+  leaves = jax.tree.leaves((state, frozen))
+  pointers = {x.unsafe_buffer_pointer() for x in leaves}
+  assert len(pointers) == len(leaves)  # donated, it may share none

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import toy
 
-from bond_jax import checkpoint, text_task, train
+from bond_jax import build, checkpoint, text_task, train
 from bond_jax.errors import UserError
 from bond_jax.types import TrainState
 
@@ -183,3 +183,69 @@ def test_the_probe_draws_the_two_sides_apart():
   probe = text_task.probe_of(draw, reward_of, None, 0.0)
   assert probe(0.0)['win_rate/reference'] != 0.5
   assert probe(2.0)['win_rate/reference'] == 1
+
+
+# -- a second run from the reference of the first -----------------------------
+
+
+@pytest.fixture(scope='module')
+def second(tmp_path_factory):
+  """Its workdir, config and random keys: trained and judged, and no more."""
+  workdir = str(tmp_path_factory.mktemp('second') / 'run')
+  config = toy.get_config(toy.folder())
+  config.reference = f'{toy.finished()}/'
+  keys, make = [], build.key
+
+  def key(seed, stream):
+    keys.append((stream, make(seed, stream)))
+    return keys[-1][1]
+
+  with pytest.MonkeyPatch.context() as monkeypatch:
+    monkeypatch.setattr(build, 'key', key)
+    for stage in ('train', 'evaluate'):
+      toy.run(stage, config, workdir)
+  return workdir, config, keys
+
+
+def test_a_second_run_starts_from_the_first_s_reference(second):
+  """Of the same seed and settings, so that all comes out the same."""
+  workdir, _, _ = second
+  toy.same_end(workdir, toy.finished(), 'train')
+  assert toy.summary(workdir) == toy.summary(toy.finished())
+  left = os.listdir(workdir)
+  assert not {'sft', 'reward', 'tokenizer.model'} & set(left)
+
+
+@pytest.mark.parametrize('stage', ['sft', 'reward_model'])
+def test_what_a_second_run_borrows_it_does_not_make(second, stage):
+  workdir, config, _ = second
+  before = toy.listing(workdir)
+  with pytest.raises(UserError, match=f'its {stage} stage is run there') as e:
+    toy.run(stage, config, workdir)
+  assert '\n' not in str(e.value)
+  assert toy.listing(workdir) == before
+
+
+@pytest.mark.parametrize(
+  'section, key, value, says',
+  [
+    ('tokenizer', 'vocab_size', 90, 'tokenizer.vocab_size: 96 -> 90'),
+    ('model', 'sizes', {'layers': 1}, "model.sizes.layers: '.absent.' -> 1"),
+  ],
+)
+def test_a_reference_of_another_model_is_refused(
+  config, workdir, section, key, value, says
+):
+  config.reference = toy.finished()
+  with config.unlocked(), config.ignore_type():
+    config[section][key] = value
+  with pytest.raises(UserError, match=f'another model .{says}.;') as e:
+    toy.run('train', config, workdir)
+  assert '\n' not in str(e.value)
+
+
+def test_training_probe_and_evaluation_draw_apart(second):
+  _, _, keys = second
+  assert {name for name, _ in keys} == {'train', 'probe', 'evaluate'}
+  found = {tuple(jax.random.key_data(key).tolist()) for _, key in keys}
+  assert len(found) == len(keys) == 3

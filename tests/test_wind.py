@@ -80,7 +80,7 @@ def expected_gradient(algorithm, size):
         log_sampled=log_q[chosen][..., None],
         log_anchor=log_q[chosen][..., None],
         log_reference=log_r[chosen][..., None],
-        quantile=jnp.zeros((len(draws), 0)),
+        log_quantile=jnp.zeros((len(draws), 0)),
         weight=jnp.ones(len(draws)),
       )
     )
@@ -447,7 +447,7 @@ def random_scores(seed, algorithm, b=3, t=2):
     log_sampled=sampled,
     log_anchor=anchor,
     log_reference=reference[:, :seen],
-    quantile=jnp.zeros((b, 0)),
+    log_quantile=jnp.zeros((b, 0)),
     weight=jnp.ones(b),
   )
 

@@ -14,14 +14,15 @@ gradients with respect to the policy, each step descends
 
 where b is `backward_weight` (the paper's Jeffreys beta), g `drift_weight`
 (gamma), p = p_<= the quantile of y among the anchor's completions, and B the
-mean of the other prompts' signals. The anchor is the reference (BOND), a
-policy of some steps ago (iterative BOND, Algorithm 1), or a moving average.
+mean of the other prompts' R. The anchor is the reference (BOND), a policy of
+some iterations ago (iterative BOND, Algorithm 1), or a moving average.
 
 Choices where the paper is silent: the factor n - 1 is kept, so that b weighs
-the two KLs themselves; the first n of the anchor's completions compete for
-best, and the first k are compared with y, so that draws are shared; a tie
-for best goes to the first drawn. As in the paper's runs the term in brackets
-is left out unless `second_term` asks for it.
+the two KLs themselves. The first n of the anchor's completions compete for
+best, and the first k are compared with y: shared draws bias nothing, for the
+two enter different terms of a sum. A tie for best goes to the first drawn. The
+mean over M draws of y is taken. G_drift has a baseline as G_backward has. As in
+the paper's runs the term in brackets is left out unless `second_term` asks.
 
 The sign of G_drift is that of grad KL(pi || anchor), so that descending
 shrinks the drift.
@@ -64,7 +65,8 @@ def make(
 
   Args:
     n: of Best-of-n, 2 or more.
-    backward_weight: in [0, 1]; 0 is supervised training on the best alone.
+    backward_weight: in [0, 1]. At 1 the best is neither drawn nor trained on;
+      at 0, without drift, `best_of_n` does the same without the policy's rows.
     drift_weight: >= 0.
     num_policy: M, completions of the policy per prompt, 1 or more.
     quantile: 'monte_carlo', 'floor' (see `quantiles`) or 'learned'.
@@ -72,7 +74,7 @@ def make(
     zero: what p is where k comparisons are all lost; see
       `quantiles.monte_carlo`, which alone looks at it.
     second_term: adds the term in brackets; with 'monte_carlo' alone.
-    anchor: 'fixed', 'periodic:STEPS' or 'ema:RATE'.
+    anchor: 'fixed', 'periodic:ITERATIONS' or 'ema:RATE'.
   """
   known = ('monte_carlo', 'floor', 'learned')
   if quantile not in known:
@@ -86,9 +88,10 @@ def make(
   _check_positive(num_quantile=num_quantile)
 
   def quantile_reward(scores: Scores) -> Array:
-    own, theirs = split_rewards(scores.reward, num_policy, num_quantile)
+    own = scores.reward[:, :num_policy]
+    theirs = scores.reward[:, num_policy : num_policy + num_quantile]
     if quantile == 'learned':
-      reward = jnp.log(scores.quantile)
+      reward = scores.log_quantile
     elif quantile == 'floor':
       reward = quantiles.floor(own, theirs)
     else:
@@ -98,24 +101,19 @@ def make(
       reward += quantiles.second_term(own, theirs, n)
     return reward
 
-  return distil(
+  return _distil(
     quantile_reward,
     n=n,
     backward_weight=backward_weight,
     drift_weight=drift_weight,
     num_policy=num_policy,
-    num_anchor=max(n, num_quantile),
+    num_anchor=num_quantile if backward_weight == 1 else max(n, num_quantile),
     learned=quantile == 'learned',
     anchor=anchors.named(anchor),
   )
 
 
-def split_rewards(reward: Array, m: int, k: int) -> tuple[Array, Array]:
-  """The policy's and the first k of the anchor's: f32[B, M], f32[B, k]."""
-  return reward[:, :m], reward[:, m : m + k]
-
-
-def distil(
+def _distil(
   quantile_reward: Callable[[Scores], Array],
   *,
   n: int,
@@ -126,9 +124,9 @@ def distil(
   learned: bool,
   anchor: AnchorRule,
 ) -> Algorithm:
-  """The body of BOND and J-BOND, for any (n - 1) r_BOND: Scores -> f32[B, M].
+  """BOND for any (n - 1) r_BOND, a function from Scores to f32[B, M].
 
-  Rows: the M of the policy, then the best of the anchor's first n.
+  Rows: the policy's M, then the best of the anchor's first n, unless b = 1.
   """
   if n < 2:
     raise ValueError(f'n must be 2 or more, got {n}')
@@ -136,7 +134,7 @@ def distil(
     raise ValueError(
       f'backward_weight must lie in [0, 1], got {backward_weight}'
     )
-  if drift_weight < 0:
+  if not drift_weight >= 0:
     raise ValueError(f'drift_weight must be >= 0, got {drift_weight}')
   _check_positive(num_policy=num_policy)
   own = tuple(range(num_policy))
@@ -155,7 +153,7 @@ def distil(
     del win
     best = num_policy + reward[:, num_policy : num_policy + n].argmax(-1)
     mine = jnp.broadcast_to(jnp.array([own]), (len(best), num_policy))
-    return jnp.concatenate([mine, best[:, None]], 1)
+    return mine if backward_weight == 1 else jnp.column_stack([mine, best])
 
   def weigh(scores: Scores):
     reward = quantile_reward(scores)
@@ -167,6 +165,7 @@ def distil(
     baseline = jnp.broadcast_to(others[:, None], log_ratio.shape)
     average = functools.partial(ops.weighted_mean, weight=scores.weight)
     metrics = {
+      # 0 is what a group that is all tied gets; a network's p is never 1.
       'signal/fires': average((reward != 0).any(-1) * 1.0),
       'signal/mean': average(reward.mean(-1)),
       'kl/policy_anchor': average(log_ratio.sum(-1).mean(-1)),
@@ -174,11 +173,11 @@ def distil(
     return Rows(reward, scores.log_anchor, baseline), metrics
 
   def loss(log_policy, rows: Rows):
-    mine, best = log_policy[:, :num_policy], log_policy[:, num_policy]
+    mine, best = jnp.split(log_policy, [num_policy], 1)
     log_ratio = jax.lax.stop_gradient(mine) - rows.log_anchor
     advantage = signal(rows.quantile_reward, log_ratio) - rows.baseline
     backward = -(mine * advantage).sum(-1).mean(-1)
-    forward = -best.sum(-1)
+    forward = -best.sum((1, 2))
     return (1 - backward_weight) * forward + backward
 
   return Algorithm(

@@ -15,9 +15,8 @@ policy, each step descends
     G_drift    = + grad log pi(y) log(pi(y) / anchor(y))
 
 where b is `backward_weight` (the paper's Jeffreys beta), g `drift_weight`
-(gamma), and B the mean of the other prompts' signals. `bond.distil` computes
-them. -log 16 makes the expected r_J of a median completion equal to its
-log-quantile, log(1/2).
+(gamma), and B the mean of the other prompts' R. -log 16 makes the expected r_J
+of a median completion equal to its log-quantile, log(1/2).
 
 For k anchor completions, which the paper does not run, the target is
 Best-of-k, the floor -2^k log 2, and R the Best-of-k signal
@@ -26,9 +25,8 @@ Best-of-k, the floor -2^k log 2, and R the Best-of-k signal
 
 from __future__ import annotations
 
-from bond_jax import anchors, quantiles
 from bond_jax.algorithms import bond
-from bond_jax.types import Algorithm, Array, Scores
+from bond_jax.types import Algorithm
 
 
 def make(
@@ -41,23 +39,21 @@ def make(
   """Builds J-BOND.
 
   Args:
-    num_anchor: k, 2 in the paper.
+    num_anchor: k, 2 or more; 2 in the paper.
     backward_weight: in [0, 1].
     anchor_rate: of the moving average, the paper's eta, in [0, 1].
     drift_weight: >= 0.
   """
-
-  def quantile_reward(scores: Scores) -> Array:
-    own, theirs = bond.split_rewards(scores.reward, 1, num_anchor)
-    return (num_anchor - 1) * quantiles.floor(own, theirs)
-
-  return bond.distil(
-    quantile_reward,
+  if num_anchor < 2:
+    raise ValueError(f'num_anchor must be 2 or more, got {num_anchor}')
+  return bond.make(
     n=num_anchor,
     backward_weight=backward_weight,
     drift_weight=drift_weight,
     num_policy=1,
-    num_anchor=num_anchor,
-    learned=False,
-    anchor=anchors.ema(anchor_rate),
+    quantile='floor',
+    num_quantile=num_anchor,
+    zero='half',  # which the floor does not look at
+    second_term=False,
+    anchor=f'ema:{anchor_rate}',
   )

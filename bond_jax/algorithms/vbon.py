@@ -18,9 +18,8 @@ group that is all tied has no signal, log F = 0.
 
 from __future__ import annotations
 
-from bond_jax import anchors, quantiles
 from bond_jax.algorithms import bond
-from bond_jax.types import Algorithm, Array, Scores
+from bond_jax.types import Algorithm
 
 
 def make(*, n: int, num_quantile: int) -> Algorithm:
@@ -30,20 +29,14 @@ def make(*, n: int, num_quantile: int) -> Algorithm:
     n: of Best-of-n, 2 or more; 1 + 1 / (weight of the KL) in the paper.
     num_quantile: k, completions of the reference that y is compared with.
   """
-  if num_quantile < 1:
-    raise ValueError(f'num_quantile must be 1 or more, got {num_quantile}')
-
-  def quantile_reward(scores: Scores) -> Array:
-    own, theirs = bond.split_rewards(scores.reward, 1, num_quantile)
-    return (n - 1) * quantiles.monte_carlo(own, theirs, zero='smooth')
-
-  return bond.distil(
-    quantile_reward,
+  return bond.make(
     n=n,
     backward_weight=1.0,
     drift_weight=0.0,
     num_policy=1,
-    num_anchor=num_quantile,
-    learned=False,
-    anchor=anchors.fixed(),
+    quantile='monte_carlo',
+    num_quantile=num_quantile,
+    zero='smooth',
+    second_term=False,
+    anchor='fixed',
   )

@@ -1,0 +1,190 @@
+"""A figure of a paper, at laptop scale: several train runs, one drawing.
+
+    python -m bond_jax.reproduce --config=configs/figures.py:bond_2 \
+      --workdir=runs/figures/bond_2
+
+Runs every config of `config.runs` on the enumerable language, each in its own
+folder below the workdir, and draws the panels of `config.figure` from the
+exact measures that the runs have logged, beside those of exact Best-of-N.
+Writes figure.png, figure.json (every series that is drawn) and summary.json.
+A run that has finished is not repeated.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import jax
+import matplotlib as mpl
+from matplotlib.figure import Figure
+import ml_collections
+import numpy as np
+
+from bond_jax import (
+  bandit,
+  build,
+  command,
+  enumerable,
+  figures,
+  metrics,
+  quantiles,
+  sharding,
+  train,
+)
+
+LABELS = {
+  'step': 'step',
+  'completions': 'completions drawn',
+  'seconds': 'seconds of training',
+  'backward_kl': 'KL(policy || Best-of-N), nats',
+  'forward_kl': 'KL(Best-of-N || policy), nats',
+  'log_quantile': 'mean log-quantile',
+  'kl/reference': 'KL to the reference, nats',
+  'reward/validation': 'mean reward',
+  'win_rate/reference': 'win rate against the reference',
+  'log_n': 'log of the effective N',
+  'quantile': 'quantile p of a completion',
+  'quantile_reward': 'mean reward, nats',
+}
+Series = dict[str, list[float]]
+
+
+def run_all(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
+  """Trains what has not been trained: label -> the series of its probes."""
+  out = {}
+  for label, run in config.runs.items():
+    folder = os.path.join(workdir, 'runs', label.replace(' ', '_'))
+    build.stage('train', train.train, run, folder, folder='train')
+    rows = metrics.read_rows(os.path.join(folder, 'train', 'metrics.jsonl'))
+    out[label] = series(rows, run)
+  return out
+
+
+def series(rows: list[dict[str, Any]], run) -> Series:
+  """The probed rows, with what they had cost by then."""
+  algorithm = build.make_algorithm(run)
+  per_step = (
+    run.train.batch
+    * (algorithm.num_policy + algorithm.num_anchor)
+    / run.train.epochs
+  )
+  # The first step compiles; no probe is part of the training.
+  times = [
+    sum(v for k, v in row.items() if k.startswith('seconds/'))
+    - row.get('seconds/evaluate', 0)
+    for row in rows
+  ]
+  spent = np.cumsum([0.0, *times[1:]])
+  probed = [i for i, row in enumerate(rows) if 'kl/reference' in row]
+  keys = [k for k in LABELS if k in rows[probed[0]]]
+  out = {key: [rows[i][key] for i in probed] for key in keys}
+  out['step'] = [rows[i]['step'] for i in probed]
+  out['completions'] = [per_step * step for step in out['step']]
+  out['seconds'] = [float(spent[i]) for i in probed]
+  ns = [rows[i].get('effective_n') for i in probed]
+  out['log_n'] = [float(np.log(n)) if n else float('nan') for n in ns]
+  return out
+
+
+def best_of_n(run: ml_collections.ConfigDict, ns) -> Series:
+  """The same measures of exact Best-of-N, for each N."""
+  settings = run.enumerable
+  task = enumerable.make(run, '', sharding.make_mesh(data=1, model=1))
+  tokens, mask = enumerable.completions(settings.vocab, run.length)
+  reward = enumerable.reward_table(
+    settings.seed, settings.prompts, tokens, mask, settings.vocab
+  )
+  law = enumerable.exact_law(
+    task.policy, settings.prompts, settings.vocab, run.length
+  )
+  log_reference = np.asarray(jax.jit(law)(task.reference), np.float64).sum(-1)
+  curve = enumerable.best_of_n_curve(log_reference, reward)
+  rows = [
+    enumerable.exact_measures(
+      bandit.best_of_n(log_reference, reward, n),
+      log_reference,
+      reward,
+      settings.best_of,
+      curve,
+    )
+    for n in ns
+  ]
+  out = {k: [row[k] for row in rows] for k in rows[0] if k in LABELS}
+  out['log_n'] = np.log(ns).tolist()
+  return out
+
+
+def quantile_curves() -> dict[str, Series]:
+  """BOND's Figure 8: the mean of J-BOND's reward, and log p, against p."""
+  p = np.linspace(0.005, 1, 200)
+  curves = {'log p': np.log(p)}
+  for k in (1, 2, 3):
+    floor = quantiles.floor(np.zeros((1, 1)), np.ones((1, k))).item()
+    curves[f'floor of {k} draws'] = floor * (1 - p) ** k
+  return {
+    label: {'quantile': p.tolist(), 'quantile_reward': y.tolist()}
+    for label, y in curves.items()
+  }
+
+
+def draw(config, runs: dict[str, Series], exact: Series, path: str) -> None:
+  """The panels, side by side."""
+  look, panels = figures.LIGHT, config.figure.panels
+  with mpl.rc_context(figures.style(look)):
+    figure = Figure(figsize=(4.3 * len(panels), 3.6), layout='constrained')
+    axes = np.atleast_1d(figure.subplots(1, len(panels)))
+    for ax, (x, y) in zip(axes, panels, strict=True):
+      for i, (label, points) in enumerate(runs.items()):
+        colour = look['colours'][i % len(look['colours'])]
+        dashes = '--' if i >= len(look['colours']) else '-'
+        ax.plot(points[x], points[y], dashes, color=colour, label=label)
+      beside_best_of_n(ax, exact, x, y, config.figure.best_of, look)
+      ax.set(xlabel=LABELS[x], ylabel=LABELS[y])
+      if y in config.figure.log:
+        ax.set_yscale('log')
+    figure.suptitle(config.figure.title, fontsize=10)
+    axes[-1].legend(loc='best')
+    figure.text(0.005, -0.04, config.figure.note, fontsize=7)
+    figure.savefig(path, dpi=160, bbox_inches='tight')
+
+
+def beside_best_of_n(ax, exact: Series, x: str, y: str, ns, look) -> None:
+  """Best-of-N as a curve where x is a measure, else as a level for each N."""
+  if y not in exact or y.endswith('_kl'):
+    return
+  if x in exact:
+    ax.plot(exact[x], exact[y], 'o:', color=look['ink'], ms=3,
+            label='exact Best-of-N')  # fmt: skip
+    return
+  for n, level in zip(ns, exact[y], strict=True):
+    ax.axhline(level, color=look['faint'], lw=1, ls=':')
+    ax.annotate(f'N = {n:g}', (1, level), xycoords=('axes fraction', 'data'),
+                fontsize=7, ha='right', va='bottom')  # fmt: skip
+
+
+def reproduce(config: ml_collections.ConfigDict, workdir: str) -> None:
+  os.makedirs(workdir, exist_ok=True)
+  runs, exact = run_all(config, workdir), {}
+  if runs:
+    first = next(iter(config.runs.values()))
+    exact = best_of_n(first, config.figure.best_of)
+  else:
+    runs = quantile_curves()
+  draw(config, runs, exact, os.path.join(workdir, 'figure.png'))
+  command.write_json(
+    os.path.join(workdir, 'figure.json'), {'runs': runs, 'best_of_n': exact}
+  )
+  shown = [k for k in LABELS if k in next(iter(runs.values()))]
+  last = {label: {k: r[k][-1] for k in shown} for label, r in runs.items()}
+  summary = {'title': config.figure.title, 'at_the_end': last}
+  command.write_json(
+    os.path.join(workdir, 'summary.json'),
+    {**summary, 'versions': build.versions()},
+  )
+  table = [(label, *row.values()) for label, row in last.items()]
+  metrics.table([('', *shown), *table], f'{config.figure.title}: {workdir}')
+
+
+if __name__ == '__main__':
+  command.run(reproduce, __doc__)

@@ -1,0 +1,131 @@
+r"""The papers' figures at laptop scale, on the language that can be enumerated.
+
+    python -m bond_jax.reproduce --config=configs/figures.py:bond_2 \
+      --workdir=runs/figures/bond_2
+
+Hardware: two CPU cores, one to eight minutes a figure; `make figures` draws
+all of them. What the papers show, and what these show, is in
+docs/reproduction.md. The papers' tasks are summaries (T5) and conversations
+(Gemma); ours is a small Gemma-shaped policy whose law is known exactly.
+"""
+
+import ml_collections
+
+from configs import enumerable
+
+_NOTE = (
+  'A transformer over 8 prompts x 400 completions; all measures exact. Sizes,'
+  " learning rates and rewards are ours, not the paper's."
+)
+
+
+def get_config(name: str) -> ml_collections.ConfigDict:
+  """Returns the runs and the panels of one figure."""
+  if name not in FIGURES:
+    raise ValueError(f'figure {name!r}; known are {", ".join(FIGURES)}')
+  config = ml_collections.ConfigDict()
+  config.runs, config.figure = ml_collections.ConfigDict(), dict(
+    title='', panels=(), log=(), best_of=(1, 2, 4, 8, 16), note=_NOTE
+  )
+  FIGURES[name](config)
+  return config
+
+
+def run(algorithm: str, *, steps: int, save_every: int = 50, **args):
+  """A run on the enumerable language; `args` go to the algorithm."""
+  config = enumerable.get_config(f'algorithm={algorithm}')
+  config.train.steps, config.train.save_every = steps, save_every
+  config.algorithm.args.update(args)
+  return config
+
+
+def bond_2(config):
+  config.figure.title = 'BOND, Figure 2: Jeffreys weight, N = 4'
+  config.figure.panels = (
+    ('step', 'backward_kl'), ('step', 'forward_kl'), ('step', 'log_quantile'),
+  )  # fmt: skip
+  config.figure.log = ('backward_kl', 'forward_kl')
+  config.figure.best_of = (1, 2, 4, 8)
+  for weight in (0.0, 0.5, 1.0):
+    config.runs[f'weight {weight:g}'] = run(
+      'bond', steps=1500, backward_weight=weight
+    )
+
+
+def bond_4(config):
+  config.figure.title = 'BOND, Figure 4: iterative n against one large N'
+  config.figure.panels = (
+    ('step', 'reward/validation'), ('step', 'log_quantile'),
+    ('kl/reference', 'reward/validation'),
+  )  # fmt: skip
+  for n in (4, 8, 16):
+    config.runs[f'N = {n}'] = run('bond', steps=2000, n=n)
+  for n in (2, 4):
+    config.runs[f'iterative n = {n}'] = run(
+      'bond', steps=2000, n=n, anchor='periodic:500'
+    )
+
+
+def bond_5(config):
+  """eta = 0.02 against a hard update every 50 steps."""
+  config.figure.title = 'BOND, Figure 5: moving average or hard updates'
+  config.figure.panels = _THREE
+  config.runs['moving average, 0.02'] = run('jbond', steps=500, save_every=20)
+  hard = dict(
+    n=2, quantile='floor', num_quantile=2, anchor='periodic:50'
+  )  # fmt: skip
+  config.runs['hard, every 50 steps'] = run(
+    'bond', steps=500, save_every=20, **hard
+  )
+
+
+_THREE = (
+  ('step', 'reward/validation'), ('step', 'kl/reference'),
+  ('kl/reference', 'reward/validation'),
+)  # fmt: skip
+
+
+def bond_6(config):
+  config.figure.title = 'BOND, Figure 6: anchor rate eta, drift weight gamma'
+  config.figure.panels = _THREE
+  for rate in (0.01, 0.05, 0.1):
+    config.runs[f'eta {rate:g}, gamma 0'] = run(
+      'jbond', steps=400, save_every=20, anchor_rate=rate
+    )
+  for drift in (0.5, 1.0, 2.0):
+    config.runs[f'eta 0.05, gamma {drift:g}'] = run(
+      'jbond', steps=400, save_every=20, anchor_rate=0.05, drift_weight=drift
+    )
+
+
+def bond_7(config):
+  config.figure.title = 'BOND, Figure 7: J-BOND against REINFORCE'
+  config.figure.panels = _THREE
+  config.runs['J-BOND'] = run('jbond', steps=800, save_every=20)
+  for weight in (0.03, 0.1, 0.3, 1.0):
+    config.runs[f'RLOO, KL weight {weight:g}'] = run(
+      'rloo', steps=800, save_every=20, kl_weight=weight
+    )
+
+
+def bond_8(config):
+  config.figure.title = "BOND, Figure 8: J-BOND's reward and the log-quantile"
+  config.figure.panels = (('quantile', 'quantile_reward'),)
+  config.figure.note = 'Exact. k = 2 is J-BOND; it meets log p at 0.113, 1/2, 1.'
+
+
+def wind_2(config):
+  config.figure.title = 'Faster WIND, Figure 2: what a win rate costs'
+  config.figure.panels = (
+    ('seconds', 'win_rate/reference'), ('completions', 'win_rate/reference'),
+    ('kl/reference', 'win_rate/reference'),
+  )  # fmt: skip
+  config.runs['J-BOND'] = run('jbond', steps=600, save_every=20)
+  for name in ('sppo', 'wind'):
+    config.runs[name.upper()] = run(name, steps=600, save_every=20)
+
+
+FIGURES = {
+  f.__name__: f
+  for f in (bond_2, bond_4, bond_5, bond_6, bond_7, bond_8, wind_2)
+}
