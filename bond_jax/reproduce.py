@@ -13,6 +13,7 @@ A run that has finished is not repeated.
 from __future__ import annotations
 
 import os
+import re
 from typing import Any
 
 import jax
@@ -53,12 +54,19 @@ Series = dict[str, list[float]]
 def run_all(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
   """Trains what has not been trained: label -> the series of its probes."""
   out = {}
-  for label, run in config.runs.items():
-    folder = os.path.join(workdir, 'runs', label.replace(' ', '_'))
+  for name in sorted(config.runs, key=in_order):
+    run = config.runs[name]
+    folder = os.path.join(workdir, 'runs', name)
     build.stage('train', train.train, run, folder, folder='train')
     rows = metrics.read_rows(os.path.join(folder, 'train', 'metrics.jsonl'))
-    out[label] = series(rows, run)
+    out[config.labels[name]] = series(rows, run)
   return out
+
+
+def in_order(name: str) -> list:
+  """Sorts numbers in a name as numbers: a ConfigDict has them as text."""
+  parts = re.split(r'(\d+)', name)
+  return [int(p) if p.isdigit() else p for p in parts]
 
 
 def series(rows: list[dict[str, Any]], run) -> Series:
@@ -177,13 +185,34 @@ def reproduce(config: ml_collections.ConfigDict, workdir: str) -> None:
   )
   shown = [k for k in LABELS if k in next(iter(runs.values()))]
   last = {label: {k: r[k][-1] for k in shown} for label, r in runs.items()}
+  for rate in config.figure.reach:
+    for label, points in runs.items():
+      last[label] |= what_it_took(points, rate)
   summary = {'title': config.figure.title, 'at_the_end': last}
   command.write_json(
     os.path.join(workdir, 'summary.json'),
     {**summary, 'versions': build.versions()},
   )
+  head = next(iter(last.values()))
   table = [(label, *row.values()) for label, row in last.items()]
-  metrics.table([('', *shown), *table], f'{config.figure.title}: {workdir}')
+  metrics.table([('', *head), *table], f'{config.figure.title}: {workdir}')
+
+
+def what_it_took(points: Series, rate: float) -> dict[str, float | None]:
+  """Completions and seconds until a win rate is passed, between probes."""
+  rates = points['win_rate/reference']
+  out = {}
+  for key in ('completions', 'seconds', 'kl/reference'):
+    found = None
+    for i in range(1, len(rates)):
+      if rates[i - 1] <= rate <= rates[i]:
+        found = float(np.interp(rate, rates[i - 1 : i + 1],
+                                points[key][i - 1 : i + 1]))  # fmt: skip
+        break
+    if rates[0] > rate:
+      found = points[key][0]  # before the first probe: an upper bound
+    out[f'{key} to {rate:g}'] = found
+  return out
 
 
 if __name__ == '__main__':

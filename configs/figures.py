@@ -24,19 +24,26 @@ def get_config(name: str) -> ml_collections.ConfigDict:
   if name not in FIGURES:
     raise ValueError(f'figure {name!r}; known are {", ".join(FIGURES)}')
   config = ml_collections.ConfigDict()
-  config.runs, config.figure = ml_collections.ConfigDict(), dict(
-    title='', panels=(), log=(), best_of=(1, 2, 4, 8, 16), note=_NOTE
+  config.runs, config.labels = dict(), dict()
+  config.figure = dict(
+    title='',
+    panels=(),
+    log=(),
+    best_of=(1, 2, 4, 8, 16, 32, 64),
+    reach=(),
+    note=_NOTE,
   )
   FIGURES[name](config)
   return config
 
 
-def run(algorithm: str, *, steps: int, save_every: int = 50, **args):
-  """A run on the enumerable language; `args` go to the algorithm."""
-  config = enumerable.get_config(f'algorithm={algorithm}')
-  config.train.steps, config.train.save_every = steps, save_every
-  config.algorithm.args.update(args)
-  return config
+def add(config, label, algorithm, *, steps, save_every=50, **args):
+  """Adds a run on the enumerable language; `args` go to the algorithm."""
+  run = enumerable.get_config(f'algorithm={algorithm}')
+  run.train.steps, run.train.save_every = steps, save_every
+  run.algorithm.args.update(args)
+  name = ''.join(c if c.isalnum() else '_' for c in label)
+  config.runs[name], config.labels[name] = run, label
 
 
 def bond_2(config):
@@ -47,9 +54,22 @@ def bond_2(config):
   config.figure.log = ('backward_kl', 'forward_kl')
   config.figure.best_of = (1, 2, 4, 8)
   for weight in (0.0, 0.5, 1.0):
-    config.runs[f'weight {weight:g}'] = run(
-      'bond', steps=1500, backward_weight=weight
+    add(
+      config, f'weight {weight:g}', 'bond', steps=1500, backward_weight=weight
     )
+
+
+def bond_b1(config):
+  """The quantile by counting, or by a network that learns it on the way."""
+  config.figure.title = 'BOND, appendix B.1: a learned quantile, N = 4'
+  config.figure.panels = (('step', 'backward_kl'), ('step', 'forward_kl'))
+  config.figure.log = ('backward_kl', 'forward_kl')
+  for label, args in (
+    ('counts of 16', dict()),
+    ('counts of 16, second term', dict(second_term=True)),
+    ('learned', dict(quantile='learned', num_quantile=4)),
+  ):
+    add(config, label, 'bond', steps=1500, **args)
 
 
 def bond_4(config):
@@ -59,10 +79,15 @@ def bond_4(config):
     ('kl/reference', 'reward/validation'),
   )  # fmt: skip
   for n in (4, 8, 16):
-    config.runs[f'N = {n}'] = run('bond', steps=2000, n=n)
+    add(config, f'N = {n}', 'bond', steps=2000, n=n)
   for n in (2, 4):
-    config.runs[f'iterative n = {n}'] = run(
-      'bond', steps=2000, n=n, anchor='periodic:500'
+    add(
+      config,
+      f'iterative n = {n}',
+      'bond',
+      steps=2000,
+      n=n,
+      anchor='periodic:500',
     )
 
 
@@ -70,13 +95,11 @@ def bond_5(config):
   """eta = 0.02 against a hard update every 50 steps."""
   config.figure.title = 'BOND, Figure 5: moving average or hard updates'
   config.figure.panels = _THREE
-  config.runs['moving average, 0.02'] = run('jbond', steps=500, save_every=20)
+  add(config, 'moving average, 0.02', 'jbond', steps=500, save_every=20)
   hard = dict(
     n=2, quantile='floor', num_quantile=2, anchor='periodic:50'
   )  # fmt: skip
-  config.runs['hard, every 50 steps'] = run(
-    'bond', steps=500, save_every=20, **hard
-  )
+  add(config, 'hard, every 50 steps', 'bond', steps=500, save_every=20, **hard)
 
 
 _THREE = (
@@ -89,29 +112,45 @@ def bond_6(config):
   config.figure.title = 'BOND, Figure 6: anchor rate eta, drift weight gamma'
   config.figure.panels = _THREE
   for rate in (0.01, 0.05, 0.1):
-    config.runs[f'eta {rate:g}, gamma 0'] = run(
-      'jbond', steps=400, save_every=20, anchor_rate=rate
+    add(
+      config,
+      f'eta {rate:g}, gamma 0',
+      'jbond',
+      steps=400,
+      save_every=20,
+      anchor_rate=rate,
     )
   for drift in (0.5, 1.0, 2.0):
-    config.runs[f'eta 0.05, gamma {drift:g}'] = run(
-      'jbond', steps=400, save_every=20, anchor_rate=0.05, drift_weight=drift
+    add(
+      config,
+      f'eta 0.05, gamma {drift:g}',
+      'jbond',
+      steps=400,
+      save_every=20,
+      anchor_rate=0.05,
+      drift_weight=drift,
     )
 
 
 def bond_7(config):
   config.figure.title = 'BOND, Figure 7: J-BOND against REINFORCE'
   config.figure.panels = _THREE
-  config.runs['J-BOND'] = run('jbond', steps=800, save_every=20)
+  add(config, 'J-BOND', 'jbond', steps=800, save_every=20)
   for weight in (0.03, 0.1, 0.3, 1.0):
-    config.runs[f'RLOO, KL weight {weight:g}'] = run(
-      'rloo', steps=800, save_every=20, kl_weight=weight
+    add(
+      config,
+      f'RLOO, KL weight {weight:g}',
+      'rloo',
+      steps=800,
+      save_every=20,
+      kl_weight=weight,
     )
 
 
 def bond_8(config):
   config.figure.title = "BOND, Figure 8: J-BOND's reward and the log-quantile"
   config.figure.panels = (('quantile', 'quantile_reward'),)
-  config.figure.note = 'Exact. k = 2 is J-BOND; it meets log p at 0.113, 1/2, 1.'
+  config.figure.note = 'Exact. Two draws are J-BOND: they meet log p thrice.'
 
 
 def wind_2(config):
@@ -120,12 +159,16 @@ def wind_2(config):
     ('seconds', 'win_rate/reference'), ('completions', 'win_rate/reference'),
     ('kl/reference', 'win_rate/reference'),
   )  # fmt: skip
-  config.runs['J-BOND'] = run('jbond', steps=600, save_every=20)
-  for name in ('sppo', 'wind'):
-    config.runs[name.upper()] = run(name, steps=600, save_every=20)
+  config.figure.reach = (0.8, 0.9)
+  many = dict(steps=400, save_every=4)
+  add(config, 'J-BOND', 'jbond', **many)
+  add(config, 'SPPO', 'sppo', **many)
+  add(config, 'SPPO, all rows', 'sppo', rows='all', **many)
+  for risk in ('squared', 'kl', 'nce'):
+    add(config, f'WIND {risk}', 'wind', risk=risk, kl_weight=0.05, **many)
 
 
 FIGURES = {
   f.__name__: f
-  for f in (bond_2, bond_4, bond_5, bond_6, bond_7, bond_8, wind_2)
+  for f in (bond_2, bond_b1, bond_4, bond_5, bond_6, bond_7, bond_8, wind_2)
 }

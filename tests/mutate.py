@@ -3,13 +3,15 @@
     make mutations
 
 Each line of tests/mutations.txt is a file, a text that occurs in it once, what
-to put in its place, and the tests that must fail then, separated by ' || '.
-Works on a copy. Exits 0 only if every broken copy is found out and the
+to put in its place, and the tests of which one must fail then, separated by
+' || '. Works on a copy. Exits 0 only if every broken copy is found out and the
 unbroken one is not. About ten minutes on two cores; a word as argument picks
 the lines that contain it.
 """
 
+import collections
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -18,61 +20,71 @@ import time
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 COPIED = ('bond_jax', 'configs', 'tests', 'pyproject.toml')
+Mutation = collections.namedtuple('Mutation', 'path old new tests')
 
 
-def read(word: str) -> list[tuple[str, str, str, list[str]]]:
+def read(word: str) -> list[Mutation]:
+  """The lines with this word; a ValueError for one that breaks nothing."""
   with open(os.path.join(ROOT, 'tests', 'mutations.txt')) as f:
     lines = [x.rstrip('\n') for x in f if x.strip() and x[0] != '#']
   found = []
   for line in lines:
+    parts = line.split(' || ')
+    if len(parts) != 4:
+      raise ValueError(f'file || old || new || tests expected, got: {line}')
+    with open(os.path.join(ROOT, parts[0])) as f:
+      count = f.read().count(parts[1])
+    if count != 1 or parts[1] == parts[2]:
+      raise ValueError(f'in {count} places, 1 and a change expected: {line}')
     if word in line:
-      path, old, new, tests = line.split(' || ')
-      found.append((path, old, new, tests.split()))
+      found.append(Mutation(*parts[:3], parts[3].split()))
   return found
 
 
 def run(folder: str, tests: list[str]) -> subprocess.CompletedProcess:
   env = {**os.environ, 'PYTHONPATH': folder, 'PYTHONDONTWRITEBYTECODE': '1'}
   return subprocess.run(
-    [sys.executable, '-m', 'pytest', '-x', '-q', '-p', 'no:cacheprovider',
-     *tests], cwd=folder, env=env, capture_output=True, text=True,
+    [sys.executable, '-m', 'pytest', '-x', '-p', 'no:cacheprovider', *tests],
+    cwd=folder, env=env, capture_output=True, text=True,
   )  # fmt: skip
 
 
+def found_out(folder: str, mutation: Mutation) -> tuple[bool, str]:
+  """Whether a test fails when the copy is broken; its name, or what came."""
+  path = os.path.join(folder, mutation.path)
+  with open(path) as f:
+    text = f.read()
+  with open(path, 'w') as f:
+    f.write(text.replace(mutation.old, mutation.new))
+  result = run(folder, mutation.tests)
+  with open(path, 'w') as f:
+    f.write(text)
+  failed = re.findall(r'^(?:FAILED|ERROR) \S+::(\S+)', result.stdout, re.M)
+  # 1: a test has failed. Code or names of tests that are wrong give others.
+  if result.returncode == 1 and failed:
+    return True, failed[0]
+  return False, f'SURVIVED: {(result.stdout.splitlines() or [""])[-1]}'
+
+
 def main(word: str = '') -> int:
-  mutations = read(word)
+  mutations, survivors, start = read(word), 0, time.time()
   with tempfile.TemporaryDirectory() as folder:
     for name in COPIED:
       path = os.path.join(ROOT, name)
       copy = shutil.copytree if os.path.isdir(path) else shutil.copy
       copy(path, os.path.join(folder, name))
-    whole = sorted({test for *_, tests in mutations for test in tests})
-    if run(folder, whole).returncode:
-      print('the tests fail before anything is broken')
+    whole = run(folder, sorted({test for m in mutations for test in m.tests}))
+    if whole.returncode:
+      print(f'{whole.stdout[-2000:]}\nfails before anything is broken')
       return 1
-    survivors = 0
-    for path, old, new, tests in mutations:
-      path = os.path.join(folder, path)
-      with open(path) as f:
-        text = f.read()
-      if text.count(old) != 1:
-        print(f'{text.count(old)} places: {path}: {old}')
-        survivors += 1
-        continue
-      with open(path, 'w') as f:
-        f.write(text.replace(old, new))
-      start = time.time()
-      # 1: some test failed. Code that no longer parses would give 2.
-      killed = run(folder, tests).returncode == 1
-      with open(path, 'w') as f:
-        f.write(text)
-      survivors += not killed
-      print(
-        f'{"red     " if killed else "SURVIVED"} {time.time() - start:3.0f} s '
-        f' {os.path.relpath(path, folder)}: {old} -> {new}',
-        flush=True,
-      )
-  print(f'{len(mutations)} mutations, {survivors} not found out')
+    print(f'nothing broken: all pass, {time.time() - start:.0f} s', flush=True)
+    for m in mutations:
+      begin, (red, what) = time.time(), found_out(folder, m)
+      survivors += not red
+      print(f'{what}, {time.time() - begin:.0f} s')
+      print(f'    {m.path}: {m.old} -> {m.new}', flush=True)
+  seconds = time.time() - start
+  print(f'{len(mutations)} mutations, {survivors} survive; {seconds:.0f} s')
   return int(survivors > 0)
 
 

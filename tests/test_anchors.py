@@ -3,10 +3,13 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import oracle
 import pytest
 
 from bond_jax import anchors
+from bond_jax import step as step_lib
+from bond_jax.algorithms import best_of_n
 
 
 def test_ema_moves_a_small_step_towards_the_policy():
@@ -37,6 +40,19 @@ def test_ema_keeps_float32_under_a_bfloat16_policy():
   out = jax.jit(run)(jnp.float32(1))
   assert out.dtype == jnp.float32
   np.testing.assert_allclose(out, 1 + 0.03125 * (1 - 0.98**100), rtol=1e-6)
+
+
+def test_the_anchor_starts_in_float32_whatever_the_parameters_are():
+  setup = step_lib.Setup(
+      policy=None, algorithm=best_of_n.make(n=2, anchor='ema:0.02'),
+      optimizer=optax.sgd(0.1), length=1, stop_ids=(), rollouts=1, epochs=1,
+      micro_batches=1, chunk=1,
+  )  # fmt: skip
+  params = {'w': jnp.full(2, 1.03125, jnp.bfloat16)}
+  state = step_lib.init_state(setup, params)
+  assert state.anchor['w'].dtype == jnp.float32
+  assert state.params['w'].dtype == jnp.bfloat16
+  np.testing.assert_array_equal(state.anchor['w'], 1.03125)
 
 
 def test_ema_refuses_a_rate_outside_0_1():

@@ -379,6 +379,29 @@ def test_two_completions_of_the_policy_are_averaged():
   same(rows.baseline, np.stack([others, others], 1), 1e-5)
 
 
+def test_the_gradient_of_a_batch_is_its_advantage():
+  """At each position, less the baseline; the best has 1 - b at each."""
+  algorithm = make(num_policy=2, n=2, quantile='floor', backward_weight=0.4)
+
+  @jax.jit
+  def f(log_policy, reward):
+    batch = scores(algorithm, reward)
+    rows, _ = algorithm.weigh(batch)
+    loss = lambda x: algorithm.loss(x, rows).sum()
+    return batch.log_anchor, rows.baseline, jax.grad(loss)(log_policy)
+
+  log_policy = np.sin(np.arange(18.0)).reshape(3, 3, 2)
+  reward = np.array([[0.0, 9, 1, 1], [9, 9, 1, 1], [0, 0, 1, 1]])
+  log_anchor, baseline, gradient = map(np.asarray, f(log_policy, reward))
+  ratio = log_policy[:, :2] - log_anchor
+  to_go = np.stack([ratio.sum(-1), ratio[..., 1]], -1)
+  floor = -math.log(16) * np.array([[1, 0], [0, 0], [1, 1]])
+  signal = 0.4 * floor[..., None] - (0.4 + 0.7) * to_go
+  assert np.abs(baseline).min() > 0.1
+  same(gradient[:, :2], -(signal - baseline) / 2, 1e-5)
+  same(gradient[:, 2], -0.6, 1e-6)
+
+
 def test_the_rows_that_are_trained():
   """The policy's, then the first of the best among the anchor's first n."""
   reward = np.array([[9.0, 9, 1, 2, 3], [0, 0, 2, 2, 1], [0, 0, 0, 1, 2]])

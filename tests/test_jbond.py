@@ -15,7 +15,7 @@ import numpy as np
 import oracle
 import pytest
 
-from bond_jax import ops, quantiles
+from bond_jax import objectives, ops, quantiles
 from bond_jax.algorithms import bond, jbond
 from bond_jax.types import Scores
 
@@ -156,6 +156,36 @@ def test_descending_the_drift_term_shrinks_the_drift(x64):
   now, exact = kl(theta)
   np.testing.assert_allclose(g_drift, exact, atol=1e-12)
   assert kl(theta - 0.1 * g_drift)[0] < now - 1e-3
+
+
+@pytest.mark.parametrize('k', [2, 3])
+def test_the_package_s_closed_form_is_the_proven_one(x64, k):
+  """`objectives.jbond`, and `bond` in it: the mean over two prompts."""
+  theta, anchor = tables(9, 2, TWO_TOKENS)
+  reward = np.array(list(REWARDS.values()))
+  laws = lambda x: jax.vmap(
+    lambda t: oracle.table_log_probs(t, *TWO_TOKENS).sum(-1)
+  )(x)
+
+  @jax.jit
+  def both(theta, b, g):
+    def mine(theta):
+      return objectives.jbond(
+          laws(theta), laws(anchor), reward, num_anchor=k,
+          backward_weight=b, drift_weight=g,
+      )  # fmt: skip
+
+    def exact(theta):
+      weights = dict(backward=b, drift=g)
+      return objective(theta, anchor, reward, TWO_TOKENS, k=k, **weights) / 2
+
+    return [jax.value_and_grad(f)(theta) for f in (mine, exact)]
+
+  for weights in ((0.0, 0.0), (0.3, 0.7), (1.0, 0.7)):
+    (value, gradient), (exact, exact_gradient) = both(theta, *weights)
+    np.testing.assert_allclose(value, exact, rtol=1e-12)
+    assert jnp.abs(gradient).max() > 0.01
+    np.testing.assert_allclose(gradient, exact_gradient, rtol=0, atol=1e-12)
 
 
 def test_the_sum_to_go_form_has_the_sequence_form_s_expectation(x64):

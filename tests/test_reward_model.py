@@ -37,6 +37,7 @@ def config(tmp_path):
   return ml_collections.ConfigDict(
     {
       'data': {'name': str(tmp_path / '{split}.jsonl'), 'data_dir': ''},
+      'reference': '{workdir}',
       'tokenizer': {'vocab_size': 80},
       'reward_model': {'order': 2, 'min_count': 1, 'alphas': (0.01, 0.1, 100)},
     }

@@ -1,0 +1,65 @@
+"""J-BOND without noise: exact gradients on the enumerable language."""
+
+import functools
+
+import jax
+import numpy as np
+import optax
+
+from bond_jax import anchors, enumerable, objectives, sharding
+
+
+def descend(config, *, backward_weight, rate, moves, first, inner, optimizer):
+  """Yields the exact measures of the anchor and the policy before each move.
+
+  Args:
+    config: of configs/enumerable.py.
+    backward_weight, rate: J-BOND's Jeffreys weight and anchor rate.
+    moves: of the anchor.
+    first, inner: exact gradient steps before the first move, and before each
+      of the others.
+    optimizer: of optax.
+  """
+  settings = config.enumerable
+  task = enumerable.make(config, '', sharding.make_mesh(data=1, model=1))
+  tokens, mask = enumerable.completions(settings.vocab, config.length)
+  reward = enumerable.reward_table(
+    settings.seed, settings.prompts, tokens, mask, settings.vocab
+  )
+  law = enumerable.exact_law(
+    task.policy, settings.prompts, settings.vocab, config.length
+  )
+  log_law = jax.jit(lambda params: law(params).sum(-1))
+  log_reference = np.asarray(log_law(task.reference), np.float64)
+  curve = enumerable.best_of_n_curve(log_reference, reward)
+  objective = functools.partial(
+    objectives.jbond,
+    reward=reward,
+    num_anchor=2,
+    backward_weight=backward_weight,
+    drift_weight=0.0,
+  )
+
+  @functools.partial(jax.jit, static_argnums=3)
+  def solve(params, opt_state, log_anchor, steps):
+    def step(carry, _):
+      params, opt_state = carry
+      loss = lambda p: objective(law(p).sum(-1), log_anchor)
+      changes, opt_state = optimizer.update(jax.grad(loss)(params), opt_state)
+      return (optax.apply_updates(params, changes), opt_state), None
+
+    return jax.lax.scan(step, (params, opt_state), None, steps)[0]
+
+  def measured(params):
+    log_policy = np.asarray(log_law(params), np.float64)
+    return enumerable.exact_measures(
+      log_policy, log_reference, reward, settings.best_of, curve
+    )
+
+  params = anchor = task.reference
+  state = optimizer.init(params)
+  for move in range(moves + 1):
+    steps = inner if move else first
+    params, state = solve(params, state, log_law(anchor), steps)
+    yield measured(anchor), measured(params)
+    anchor = anchors.ema(rate).update(anchor, params, move)
