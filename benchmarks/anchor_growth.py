@@ -24,7 +24,7 @@ from matplotlib.figure import Figure
 import numpy as np
 import optax
 
-from benchmarks import exact
+from benchmarks import exact_gradients
 from bond_jax import build, command, figures, metrics, train
 from configs import enumerable as config_file
 
@@ -44,7 +44,7 @@ def growth(backward_weight: float) -> np.ndarray:
   """log m of the anchor before each move, f64[MOVES + 1]."""
   found = []
   for move, (anchor, _) in enumerate(
-    exact.descend(
+    exact_gradients.descend(
       get_config(),
       backward_weight=backward_weight,
       rate=RATE,

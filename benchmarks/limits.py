@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 import numpy as np
 import optax
 
-from benchmarks import exact
+from benchmarks import exact_gradients
 from bond_jax import build, command, figures, metrics, train
 from configs import enumerable as config_file
 
@@ -66,7 +66,7 @@ def sampled(config, workdir: str) -> Points:
 
 def without_noise(config, *, solved: bool) -> Points:
   rate = 0.1 if solved else config.algorithm.args.anchor_rate
-  pairs = exact.descend(
+  pairs = exact_gradients.descend(
     config,
     backward_weight=0.5,
     rate=rate,

@@ -100,7 +100,7 @@ def best_of_n(
     )
   if not 1 <= n < np.inf:
     raise ValueError(f'n must be a finite number >= 1, got {n}')
-  at_most, level = _quantiles(log_policy, reward)
+  at_most, level = quantiles(log_policy, reward)
   with np.errstate(divide='ignore', invalid='ignore'):
     # p_<=^n - p_<^n over p_<= - p_<, in terms of share = 1 - p_< / p_<=.
     share = np.exp(level - at_most)
@@ -110,7 +110,7 @@ def best_of_n(
   return normalise(np.where(np.isfinite(log_policy), law, -np.inf))
 
 
-def _quantiles(log_policy, reward):
+def quantiles(log_policy, reward):
   """log p_<= of each arm, and the log mass of those tied with it: [X, A]."""
   at_most, level = np.empty_like(log_policy), np.empty_like(log_policy)
   for x, (log_p, r) in enumerate(zip(log_policy, reward)):

@@ -11,14 +11,13 @@ completions is 0 ... V - 1, of which EOS ends one; prompt x is token V + x.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 import itertools
 
 import jax
 import ml_collections
 import numpy as np
 
-from bond_jax import bandit, build, measures, sharding
+from bond_jax import build, exact, sharding
 from bond_jax.errors import UserError
 from bond_jax.log_probs import log_probs
 from bond_jax.types import Params, Policy, Prompts, Rollout
@@ -102,9 +101,9 @@ def check(config: ml_collections.ConfigDict, mesh) -> None:
       f'enumerable.vocab ({settings.vocab}) and length ({config.length}) make'
       f' {count} completions, which are compared in pairs; at most {MOST}.'
     )
-  if not (settings.best_of >= 1 and settings.kl_weight > 0):
+  if not (settings.best_of >= 1 and settings.kl_weight >= 0):
     raise UserError(
-      'enumerable.best_of must be 1 or more, and enumerable.kl_weight above 0;'
+      'enumerable.best_of must be 1 or more, enumerable.kl_weight 0 or more;'
       f' got {settings.best_of} and {settings.kl_weight}.'
     )
   if config.train.batch % settings.prompts:
@@ -152,20 +151,21 @@ def make(config: ml_collections.ConfigDict, workdir: str, mesh) -> build.Task:
   table = reward_table(
     settings.seed, settings.prompts, tokens, mask, settings.vocab
   )
-  return build.Task(
+  task = build.Task(
     policy=policy,
     reference=reference,
     stop_ids=(EOS,),
     batches=Cycle(*sizes, config.train.batch),
     reward=lookup(table, tokens, mask, settings.vocab),
-    make_probe=lambda: probe_of(
-      jax.jit(exact_law(policy, *sizes, config.length)),
-      reference,
-      table,
-      settings.best_of,
-      settings.kl_weight,
-    ),
+    make_probe=lambda: make_probe(config, task),
   )
+  return task
+
+
+def make_probe(config: ml_collections.ConfigDict, task: build.Task):
+  """The exact measures of a policy: params -> name -> number."""
+  known, law = know(config, task), log_law(config, task.policy)
+  return lambda params: exact.measure(law(params), known)
 
 
 def lookup(table, tokens, mask, vocab: int):
@@ -182,78 +182,21 @@ def lookup(table, tokens, mask, vocab: int):
   return reward
 
 
-def probe_of(
-  law: Callable, reference: Params, table: np.ndarray, n: int, kl_weight: float
-) -> Callable[[Params], dict[str, float]]:
-  """The exact measures of a policy, its targets Best-of-n and WIND's limit."""
-
-  def log_law(params):
-    return np.asarray(law(params), np.float64).sum(-1)
-
-  log_reference = log_law(reference)
-  curve = best_of_n_curve(log_reference, table)
-  equilibrium = bandit.wind_equilibrium(
-    log_reference, bandit.win_matrix(table), kl_weight
+def log_law(config: ml_collections.ConfigDict, policy: Policy):
+  """A function from params to log pi of every completion: f64[X, Y]."""
+  settings = config.enumerable
+  law = jax.jit(
+    exact_law(policy, settings.prompts, settings.vocab, config.length)
   )
-
-  def probe(params) -> dict[str, float]:
-    log_policy = log_law(params)
-    return {
-      **exact_measures(log_policy, log_reference, table, n, curve),
-      'equilibrium_kl': float(bandit.kl(equilibrium, log_policy).mean()),
-    }
-
-  return probe
+  return lambda params: np.asarray(law(params), np.float64).sum(-1)
 
 
-def exact_measures(
-  log_policy: np.ndarray,
-  log_reference: np.ndarray,
-  reward: np.ndarray,
-  n: int,
-  curve: measures.Curve,
-) -> dict[str, float]:
-  """What is said of a law, as means over prompts; laws and rewards [X, Y].
-
-  backward_kl and forward_kl are to and from Best-of-n of the reference;
-  log_quantile is E[log p_<=]; effective_n the N whose Best-of-N wins as often,
-  and frontier_efficiency its KL over the policy's.
-  """
-  policy, mass = np.exp(log_policy), np.exp(log_reference)
-  target = bandit.best_of_n(log_reference, reward, n)
-  rate = win_rate(policy, mass, reward)
-  at_most = (mass[:, None] * (reward[:, None] <= reward[:, :, None])).sum(-1)
-  row = {
-    'backward_kl': bandit.kl(log_policy, target).mean(),
-    'forward_kl': bandit.kl(target, log_policy).mean(),
-    'log_quantile': (policy * np.log(at_most)).sum(-1).mean(),
-    'reward/validation': (policy * reward).sum(-1).mean(),
-    'win_rate/reference': rate,
-    'kl/reference': bandit.kl(log_policy, log_reference).mean(),
-    'entropy': -(policy * log_policy).sum(-1).mean(),
-  }
-  effective_n = measures.effective_n(rate, curve)
-  if effective_n is not None and row['kl/reference'] > 0:
-    kl = np.interp(np.log(effective_n), np.log(curve.ns), curve.kl)
-    row['effective_n'] = effective_n
-    row['frontier_efficiency'] = kl / row['kl/reference']
-  return {k: float(v) for k, v in row.items()}
-
-
-def win_rate(policy, opponent, reward) -> float:
-  """P(r(y) > r(y')) + half the ties, the mean over prompts."""
-  more = reward[:, :, None] > reward[:, None, :]
-  ties = reward[:, :, None] == reward[:, None, :]
-  win = more + 0.5 * ties
-  return float(np.einsum('xa,xab,xb->x', policy, win, opponent).mean())
-
-
-def best_of_n_curve(log_reference, reward) -> measures.Curve:
-  """The exact win rate and KL of Best-of-N, N from 1 to 1,000."""
-  ns = np.geomspace(1, 1000, 120)
-  mass = np.exp(log_reference)
-  laws = [bandit.best_of_n(log_reference, reward, n) for n in ns]
-  rates = [win_rate(np.exp(law), mass, reward) for law in laws]
-  kls = [bandit.kl(law, log_reference).mean() for law in laws]
-  none = np.zeros(len(ns))
-  return measures.Curve(ns, np.array(rates), np.array(kls), none, none)
+def know(config: ml_collections.ConfigDict, task: build.Task) -> exact.Known:
+  """What is known of the language once and for all."""
+  settings = config.enumerable
+  tokens, mask = completions(settings.vocab, config.length)
+  table = reward_table(
+    settings.seed, settings.prompts, tokens, mask, settings.vocab
+  )
+  log_reference = log_law(config, task.policy)(task.reference)
+  return exact.know(log_reference, table, settings.best_of, settings.kl_weight)

@@ -16,7 +16,6 @@ import os
 import re
 from typing import Any
 
-import jax
 import matplotlib as mpl
 from matplotlib.figure import Figure
 import ml_collections
@@ -27,6 +26,7 @@ from bond_jax import (
   build,
   command,
   enumerable,
+  exact,
   figures,
   metrics,
   quantiles,
@@ -97,25 +97,10 @@ def series(rows: list[dict[str, Any]], run) -> Series:
 
 def best_of_n(run: ml_collections.ConfigDict, ns) -> Series:
   """The same measures of exact Best-of-N, for each N."""
-  settings = run.enumerable
   task = enumerable.make(run, '', sharding.make_mesh(data=1, model=1))
-  tokens, mask = enumerable.completions(settings.vocab, run.length)
-  reward = enumerable.reward_table(
-    settings.seed, settings.prompts, tokens, mask, settings.vocab
-  )
-  law = enumerable.exact_law(
-    task.policy, settings.prompts, settings.vocab, run.length
-  )
-  log_reference = np.asarray(jax.jit(law)(task.reference), np.float64).sum(-1)
-  curve = enumerable.best_of_n_curve(log_reference, reward)
+  known = enumerable.know(run, task)
   rows = [
-    enumerable.exact_measures(
-      bandit.best_of_n(log_reference, reward, n),
-      log_reference,
-      reward,
-      settings.best_of,
-      curve,
-    )
+    exact.measure(bandit.best_of_n(known.log_reference, known.reward, n), known)
     for n in ns
   ]
   out = {k: [row[k] for row in rows] for k in rows[0] if k in LABELS}

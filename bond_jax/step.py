@@ -80,6 +80,11 @@ def init_state(setup: Setup, params: Params) -> TrainState:
   )
 
 
+def anchor_of(setup: Setup, state: TrainState, frozen: Frozen) -> Params:
+  """The anchor's parameters: the reference's where it never moves."""
+  return state.anchor if setup.algorithm.anchor.moves else frozen.reference
+
+
 def rollout(
   setup: Setup,
   state: TrainState,
@@ -95,7 +100,7 @@ def rollout(
   """
   algorithm = setup.algorithm
   key = jax.random.fold_in(key, state.step + index)
-  anchor = state.anchor if algorithm.anchor.moves else frozen.reference
+  anchor = anchor_of(setup, state, frozen)
   parts = [
     sample(
       setup.policy,
@@ -150,7 +155,7 @@ def score(
     return jax.nn.log_sigmoid(scalar_head.logits(setup.policy, params, *x))
 
   t = drawn.mask.shape[-1]
-  anchor = state.anchor if algorithm.anchor.moves else frozen.reference
+  anchor = anchor_of(setup, state, frozen)
   scores = Scores(
     reward=reward,
     win=win,
@@ -203,61 +208,76 @@ def update(
 ) -> tuple[TrainState, dict[str, Array]]:
   """One optimizer step on a batch.
 
-  Every micro-batch divides by the whole batch's weight: the accumulated
-  gradient is exactly the gradient of the batch.
-
   Returns:
     The next state, its anchor unmoved, and scalar metrics.
   """
-  weight = batch.prompts.weight
-  total = jnp.maximum(weight.sum(), 1e-9)
 
-  def policy_loss(params, part: Batch):
+  def loss(params, part: Batch):
     log_policy = log_probs(
         setup.policy, params, part.prompts, part.completion, part.mask,
         chunk=setup.chunk,
     )  # fmt: skip
-    loss = setup.algorithm.loss(log_policy, part.rows)
-    return (part.prompts.weight * loss).sum() / total, log_policy
+    return setup.algorithm.loss(log_policy, part.rows), log_policy
 
-  def step(loss, params, opt_state):
-    """Accumulates a loss over the micro-batches, and descends it."""
-
-    def accumulate(gradient, part):
-      out, g = jax.value_and_grad(loss, has_aux=True)(params, part)
-      return jax.tree.map(jnp.add, gradient, g), out
-
-    gradient, (value, aux) = jax.lax.scan(
-      accumulate, jax.tree.map(jnp.zeros_like, params), _split(batch, setup)
-    )
-    changes, opt_state = setup.optimizer.update(gradient, opt_state, params)
-    params = optax.apply_updates(params, changes)
-    return params, opt_state, value.sum(), optax.tree.norm(gradient), _join(aux)
-
-  params, opt_state, loss, norm, log_policy = step(
-    policy_loss, state.params, state.opt_state
+  params, opt_state, value, norm, log_policy = _descend(
+    setup, loss, state.params, state.opt_state, batch
   )
   metrics = {
-    'loss': loss,
+    'loss': value,
     'gradient_norm': norm,
     'sampler_gap': sampler_gap(batch, log_policy),
   }
   aux = state.aux
-  if rows := list(setup.algorithm.quantile_rows):
-
-    def quantile_loss(params, part: Batch):
-      x = part.completion[:, rows], part.mask[:, rows]
-      logit = scalar_head.logits(setup.policy, params, part.prompts, *x)
-      loss = quantiles.learned_loss(logit, part.quantile_target)
-      weight = part.prompts.weight
-      return jnp.where(weight > 0, weight * loss, 0.0).sum() / total, logit
-
-    model, opt, metrics['quantile/loss'], _, _ = step(
-      quantile_loss, aux['params'], aux['opt_state']
-    )
-    aux = {'params': model, 'opt_state': opt}
+  if setup.algorithm.quantile_rows:
+    aux, metrics['quantile/loss'] = _update_quantile(setup, aux, batch)
   state = TrainState(state.step + 1, params, state.anchor, opt_state, aux)
   return state, metrics
+
+
+def _update_quantile(setup: Setup, aux: Any, batch: Batch) -> tuple[Any, Array]:
+  """One step of the learned quantile, on the rows that it was asked about."""
+  rows = list(setup.algorithm.quantile_rows)
+
+  def loss(params, part: Batch):
+    x = part.completion[:, rows], part.mask[:, rows]
+    logit = scalar_head.logits(setup.policy, params, part.prompts, *x)
+    return quantiles.learned_loss(logit, part.quantile_target), logit
+
+  params, opt_state, value, _, _ = _descend(
+    setup, loss, aux['params'], aux['opt_state'], batch
+  )
+  return {'params': params, 'opt_state': opt_state}, value
+
+
+def _descend(setup: Setup, loss, params: Params, opt_state, batch: Batch):
+  """Descends the weighted mean over prompts of loss(params, part).
+
+  `loss` returns f32[b] and an array with that leading axis. Every micro-batch
+  divides by the whole batch's weight: the accumulated gradient is exactly the
+  gradient of the batch.
+
+  Returns:
+    params, opt_state, the mean loss, the gradient's norm, and the arrays
+    joined, before the step.
+  """
+  total = jnp.maximum(batch.prompts.weight.sum(), 1e-9)
+
+  def share(params, part: Batch):
+    value, array = loss(params, part)
+    weight = part.prompts.weight
+    return jnp.where(weight > 0, weight * value, 0.0).sum() / total, array
+
+  def accumulate(gradient, part):
+    out, g = jax.value_and_grad(share, has_aux=True)(params, part)
+    return jax.tree.map(jnp.add, gradient, g), out
+
+  gradient, (value, arrays) = jax.lax.scan(
+    accumulate, jax.tree.map(jnp.zeros_like, params), _split(batch, setup)
+  )
+  changes, opt_state = setup.optimizer.update(gradient, opt_state, params)
+  norm = optax.tree.norm(gradient)
+  params = optax.apply_updates(params, changes)
+  return params, opt_state, value.sum(), norm, _join(arrays)
 
 
 def move_anchor(

@@ -64,17 +64,18 @@ def run_iteration(
   state: TrainState,
   frozen: Frozen,
   key,
+  order,
   mesh,
   phase,
 ) -> Iterator[tuple[TrainState, dict[str, Any]]]:
   """Yields the state and the metrics after every step of one iteration.
 
   Draws and weighs `rollouts` batches, updates on each of them once in each of
-  `epochs`, in an order that the key draws, then moves the anchor. Waits for
-  the device, so that phases are true.
+  `epochs`, in an order that the key `order` draws, then moves the anchor. Waits
+  for the device, so that phases are true.
   """
   batches, drawn_metrics = [], []
-  order = jax.random.fold_in(key, state.step)
+  order = jax.random.fold_in(order, state.step)
   for index in range(setup.rollouts):
     with phase('sample'):
       prompts = next(task.batches)
@@ -147,6 +148,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
     print(f'train: goes on after step {start}')
   programs = make_programs(setup, mesh, state)
   key = build.key(config.seed, 'train')
+  order = build.key(config.seed, 'order')
   show = ('reward/policy', 'signal/fires', 'win_rate/reference', 'kl/reference')
   writer = metrics.Writer(folder, 'train', settings.steps, start, show)
   compiled = []  # programs of the step compiled so far, after each iteration
@@ -156,7 +158,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
       probe = task.make_probe()
     while step < settings.steps:
       steps = run_iteration(
-        programs, setup, task, state, frozen, key, mesh, writer.phase
+        programs, setup, task, state, frozen, key, order, mesh, writer.phase
       )
       for state, row in steps:
         step += 1

@@ -46,6 +46,7 @@ ALGORITHMS = dict(
 def get_config(argument: str = 'algorithm=jbond') -> ml_collections.ConfigDict:
   """Returns the settings of the train stage, for one algorithm."""
   _, _, name = argument.partition('algorithm=')
+  args = ALGORITHMS.get(name, {})
   config = ml_collections.ConfigDict()
   config.seed = 0
   config.mesh = dict(data=1, model=1)
@@ -56,7 +57,8 @@ def get_config(argument: str = 'algorithm=jbond') -> ml_collections.ConfigDict:
     prompts=8,
     vocab=8,  # of completions, EOS included
     best_of=4,  # the N of the target that the KLs are taken to
-    kl_weight=0.25,  # of the WIND equilibrium that equilibrium_kl is taken to
+    # Of the WIND equilibrium that equilibrium_kl is taken to; 0 = of none.
+    kl_weight=args['kl_weight'] if name in ('wind', 'ipo') else 0.0,
   )
   config.length = 3
   config.chunk = 3
@@ -76,7 +78,7 @@ def get_config(argument: str = 'algorithm=jbond') -> ml_collections.ConfigDict:
     remat=False,
   )
   # An unknown name is refused with the list of those there are.
-  config.algorithm = dict(name=name, args=ALGORITHMS.get(name, {}))
+  config.algorithm = dict(name=name, args=args)
   config.train = dict(
     steps=1000,
     batch=256,

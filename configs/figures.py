@@ -42,6 +42,7 @@ def add(config, label, algorithm, *, steps, save_every=50, **args):
   run = enumerable.get_config(f'algorithm={algorithm}')
   run.train.steps, run.train.save_every = steps, save_every
   run.algorithm.args.update(args)
+  run.enumerable.kl_weight = 0.0
   name = ''.join(c if c.isalnum() else '_' for c in label)
   config.runs[name], config.labels[name] = run, label
 

@@ -28,7 +28,7 @@ def read(word: str) -> list[Mutation]:
   with open(os.path.join(ROOT, 'tests', 'mutations.txt')) as f:
     lines = [x.rstrip('\n') for x in f if x.strip() and x[0] != '#']
   found = []
-  for line in lines:
+  for line in filter(lambda line: word in line, lines):
     parts = line.split(' || ')
     if len(parts) != 4:
       raise ValueError(f'file || old || new || tests expected, got: {line}')
@@ -36,8 +36,7 @@ def read(word: str) -> list[Mutation]:
       count = f.read().count(parts[1])
     if count != 1 or parts[1] == parts[2]:
       raise ValueError(f'in {count} places, 1 and a change expected: {line}')
-    if word in line:
-      found.append(Mutation(*parts[:3], parts[3].split()))
+    found.append(Mutation(*parts[:3], parts[3].split()))
   return found
 
 

@@ -235,7 +235,7 @@ def test_an_unknown_algorithm_is_refused_with_those_there_are(argument):
     ('length', 0, '1 or more; got 8, 0, 8'),
     ('enumerable.vocab', 16, 'make 3616 completions, .* at most 3000'),
     ('enumerable.best_of', 0.5, 'best_of must be 1 or more, .* got 0.5 and'),
-    ('enumerable.kl_weight', 0.0, 'kl_weight above 0; got 4 and 0.0'),
+    ('enumerable.kl_weight', -1.0, 'kl_weight 0 or more; got 4 and -1.0'),
     ('train.batch', 12, r'train.batch \(12\) must be a multiple of .* \(8\)'),
     ('algorithm.args.beta', 0.5, "'beta'.* allowed are num_anchor, backward_w"),
   ],

@@ -7,7 +7,7 @@ import oracle
 import pytest
 import toy
 
-from bond_jax import enumerable, sampling, sharding
+from bond_jax import enumerable, exact, sampling, sharding
 from bond_jax.errors import UserError
 from bond_jax.models import scalar_head
 from bond_jax.types import Rollout
@@ -133,8 +133,7 @@ def random_laws(prompts, arms, seed=0):
 
 
 def measured(log_policy, log_reference, reward, n):
-  curve = enumerable.best_of_n_curve(log_reference, reward)
-  return enumerable.exact_measures(log_policy, log_reference, reward, n, curve)
+  return exact.measure(log_policy, exact.know(log_reference, reward, n, 0.0))
 
 
 @pytest.mark.parametrize('ties', [False, True])

@@ -18,7 +18,7 @@ FILES = {
 # Arrays in, arrays out: no model, no token, no mesh, no config.
 MATHEMATICS = {
     'ops', 'anchors', 'quantiles', 'bandit', 'bandit_samples', 'measures',
-    'objectives',
+    'objectives', 'exact',
 }  # fmt: skip
 # Where the two sides meet; all the rest is the machine.
 MEETING = {

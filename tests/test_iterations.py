@@ -236,6 +236,7 @@ def dry_run(key, rollouts, epochs, step=0):
     TrainState(jnp.int32(step), {}, {}, {}, {}),
     None,
     key,
+    key,
     sharding.make_mesh(1, 1),
     lambda name: contextlib.nullcontext(),
   )

@@ -246,6 +246,8 @@ def test_a_reference_of_another_model_is_refused(
 
 def test_training_probe_and_evaluation_draw_apart(second):
   _, _, keys = second
-  assert {name for name, _ in keys} == {'train', 'probe', 'evaluate'}
+  assert {name for name, _ in keys} == {
+    'train', 'order', 'probe', 'evaluate',
+  }  # fmt: skip
   found = {tuple(jax.random.key_data(key).tolist()) for _, key in keys}
-  assert len(found) == len(keys) == 3
+  assert len(found) == len(keys) == 4

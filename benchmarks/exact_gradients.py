@@ -3,10 +3,9 @@
 import functools
 
 import jax
-import numpy as np
 import optax
 
-from bond_jax import anchors, enumerable, objectives, sharding
+from bond_jax import anchors, enumerable, exact, objectives, sharding
 
 
 def descend(config, *, backward_weight, rate, moves, first, inner, optimizer):
@@ -22,19 +21,14 @@ def descend(config, *, backward_weight, rate, moves, first, inner, optimizer):
   """
   settings = config.enumerable
   task = enumerable.make(config, '', sharding.make_mesh(data=1, model=1))
-  tokens, mask = enumerable.completions(settings.vocab, config.length)
-  reward = enumerable.reward_table(
-    settings.seed, settings.prompts, tokens, mask, settings.vocab
-  )
+  known = enumerable.know(config, task)
+  log_law = enumerable.log_law(config, task.policy)
   law = enumerable.exact_law(
     task.policy, settings.prompts, settings.vocab, config.length
   )
-  log_law = jax.jit(lambda params: law(params).sum(-1))
-  log_reference = np.asarray(log_law(task.reference), np.float64)
-  curve = enumerable.best_of_n_curve(log_reference, reward)
   objective = functools.partial(
     objectives.jbond,
-    reward=reward,
+    reward=known.reward,
     num_anchor=2,
     backward_weight=backward_weight,
     drift_weight=0.0,
@@ -50,16 +44,10 @@ def descend(config, *, backward_weight, rate, moves, first, inner, optimizer):
 
     return jax.lax.scan(step, (params, opt_state), None, steps)[0]
 
-  def measured(params):
-    log_policy = np.asarray(log_law(params), np.float64)
-    return enumerable.exact_measures(
-      log_policy, log_reference, reward, settings.best_of, curve
-    )
-
   params = anchor = task.reference
   state = optimizer.init(params)
   for move in range(moves + 1):
     steps = inner if move else first
     params, state = solve(params, state, log_law(anchor), steps)
-    yield measured(anchor), measured(params)
+    yield tuple(exact.measure(log_law(p), known) for p in (anchor, params))
     anchor = anchors.ema(rate).update(anchor, params, move)
