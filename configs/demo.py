@@ -27,7 +27,7 @@ ALGORITHMS = dict(
   ),
   best_of_n=dict(n=4, anchor='fixed'),
   wind=dict(
-    kl_weight=0.25,
+    kl_weight=0.2,
     step_size=1.0,
     risk='squared',
     constant='fitted',
@@ -35,8 +35,8 @@ ALGORITHMS = dict(
     rows=4,
   ),
   sppo=dict(step_size=1.0, num_anchor=4, rows='extremes'),
-  rloo=dict(num_policy=2, kl_weight=0.1),
-  online_dpo=dict(kl_weight=0.1),
+  rloo=dict(num_policy=2, kl_weight=0.7),
+  online_dpo=dict(kl_weight=0.5),
 )
 SIZES = dict(  # steps, batch
   jbond=(240, 128),

@@ -143,7 +143,7 @@ def _burn(fuse: str) -> None:
 
 
 @contextlib.contextmanager
-def _compile_once():
+def compile_once():
   """Programs come from, and go to, a cache that the subprocesses share."""
   jax.config.update('jax_compilation_cache_dir', cache())
   jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)
@@ -160,7 +160,7 @@ def run(stage: str, config, workdir: str) -> None:
   """Runs a stage in this process."""
   if not flags.FLAGS.is_parsed():
     flags.FLAGS.mark_as_parsed()
-  with _compile_once():
+  with compile_once():
     importlib.import_module(f'bond_jax.{stage}').main(config, workdir)
 
 
