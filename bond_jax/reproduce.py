@@ -18,6 +18,7 @@ from typing import Any
 
 import matplotlib as mpl
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
 import ml_collections
 import numpy as np
 
@@ -134,6 +135,8 @@ def draw(config, runs: dict[str, Series], exact: Series, path: str) -> None:
         ax.plot(points[x], points[y], dashes, color=colour, label=label)
       beside_best_of_n(ax, exact, x, y, config.figure.best_of, look)
       ax.set(xlabel=LABELS[x], ylabel=LABELS[y])
+      if x == 'completions':
+        ax.xaxis.set_major_formatter(EngFormatter())
       if y in config.figure.log:
         ax.set_yscale('log')
     figure.suptitle(config.figure.title, fontsize=10)
@@ -178,8 +181,9 @@ def reproduce(config: ml_collections.ConfigDict, workdir: str) -> None:
     os.path.join(workdir, 'summary.json'),
     {**summary, 'versions': build.versions()},
   )
-  head = next(iter(last.values()))
-  table = [(label, *row.values()) for label, row in last.items()]
+  wanted = {key for panel in config.figure.panels for key in panel}
+  head = [k for k in next(iter(last.values())) if k in wanted or ' to ' in k]
+  table = [(label, *(row[k] for k in head)) for label, row in last.items()]
   metrics.table([('', *head), *table], f'{config.figure.title}: {workdir}')
 
 

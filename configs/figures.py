@@ -80,15 +80,15 @@ def bond_4(config):
     ('kl/reference', 'reward/validation'),
   )  # fmt: skip
   for n in (4, 8, 16):
-    add(config, f'N = {n}', 'bond', steps=2000, n=n)
+    add(config, f'N = {n}', 'bond', steps=1600, n=n)
   for n in (2, 4):
     add(
       config,
       f'iterative n = {n}',
       'bond',
-      steps=2000,
+      steps=1600,
       n=n,
-      anchor='periodic:500',
+      anchor='periodic:400',
     )
 
 
@@ -161,12 +161,12 @@ def wind_2(config):
     ('kl/reference', 'win_rate/reference'),
   )  # fmt: skip
   config.figure.reach = (0.8, 0.9)
-  many = dict(steps=400, save_every=4)
+  many = dict(steps=200, save_every=5)
   add(config, 'J-BOND', 'jbond', **many)
   add(config, 'SPPO', 'sppo', **many)
   add(config, 'SPPO, all rows', 'sppo', rows='all', **many)
   for risk in ('squared', 'kl', 'nce'):
-    add(config, f'WIND {risk}', 'wind', risk=risk, kl_weight=0.05, **many)
+    add(config, f'WIND {risk}', 'wind', risk=risk, kl_weight=0.1, **many)
 
 
 FIGURES = {
