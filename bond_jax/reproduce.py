@@ -65,9 +65,9 @@ def run_all(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
 
 
 def in_order(name: str) -> list:
-  """Sorts numbers in a name as numbers: a ConfigDict has them as text."""
-  parts = re.split(r'(\d+)', name)
-  return [int(p) if p.isdigit() else p for p in parts]
+  """Sorts numbers in a name, 0_1 for 0.1, as numbers, not as text."""
+  parts = re.split(r'(\d+(?:_\d+)?)', name)
+  return [float(p.replace('_', '.')) if p[:1].isdigit() else p for p in parts]
 
 
 def series(rows: list[dict[str, Any]], run) -> Series:

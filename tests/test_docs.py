@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 
+import mutate
 import toy
 
 PAGE = os.path.join(toy.ROOT, 'docs', 'adding_an_algorithm.md')
@@ -53,3 +54,11 @@ def test_an_algorithm_is_added_by_the_files_of_the_page(tmp_path):
   rows = toy.rows(str(tmp_path / 'run'), 'train')
   assert [r['step'] for r in rows] == [1, 2, 3, 4]
   assert 'backward_kl' in rows[-1]
+
+
+def test_every_mutation_still_breaks_something():
+  """A line of mutations.txt whose code has changed is a check that is gone."""
+  lines = mutate.read('')
+  assert len(lines) > 100
+  for name in {test.partition('::')[0] for x in lines for test in x.tests}:
+    assert os.path.exists(os.path.join(toy.ROOT, name)), name

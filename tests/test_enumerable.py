@@ -7,7 +7,7 @@ import oracle
 import pytest
 import toy
 
-from bond_jax import enumerable, exact, sampling, sharding
+from bond_jax import bandit, enumerable, exact, sampling, sharding
 from bond_jax.errors import UserError
 from bond_jax.models import scalar_head
 from bond_jax.types import Rollout
@@ -162,6 +162,21 @@ def test_measures_are_their_definitions(ties):
   assert set(found) >= EXACT
   for name, value in expected.items():
     np.testing.assert_allclose(found[name], value, rtol=1e-9, err_msg=name)
+
+
+def test_the_equilibrium_is_wind_s():
+  """ref exp(P(. > pi) / b) / Z, and the KL is from it."""
+  log_reference, reward = random_laws(3, 6)
+  log_policy, _ = random_laws(3, 6, seed=1)
+  known = exact.know(log_reference, reward, 3, 0.5)
+  p = np.exp(known.equilibrium)
+  free = log_reference + 2 * (bandit.win_matrix(reward) @ p[..., None])[..., 0]
+  law = free - np.logaddexp.reduce(free, -1, keepdims=True)
+  np.testing.assert_allclose(known.equilibrium, law, rtol=0, atol=1e-9)
+  kl = (p * (known.equilibrium - log_policy)).sum(-1).mean()
+  found = exact.measure(log_policy, known)['equilibrium_kl']
+  np.testing.assert_allclose(found, kl, rtol=1e-9)
+  assert 'equilibrium_kl' not in measured(log_policy, log_reference, reward, 3)
 
 
 def test_best_of_n_is_on_its_own_curve():

@@ -215,6 +215,7 @@ def test_filler_rows_do_not_matter(setup, update, frozen, prompts, drawn):
   one, reward = drawn
   prompts = prompts._replace(weight=np.float32([1] * 6 + [0] * 2))
   plain = update(1)(start(setup, frozen), frozen, prompts, one, reward)
+  assert np.isfinite(plain[1]['gradient_norm'])
 
   def spoil(x, value):
     x = np.array(x)
@@ -269,6 +270,18 @@ def test_metrics_say_what_was_drawn(setup, update, frozen, prompts, drawn):
     start(setup, frozen, mix=0.3), frozen, prompts, one, reward
   )
   assert metrics['sampler_gap'] > 0.1
+
+
+def test_the_sampler_gap_is_of_the_policy_s_rows():
+  """By their weight; whatever the anchor's rows and the fillers hold."""
+  gaps = np.float32([[[1, 0], [9, 9]], [[-3, 1], [9, 9]], [[np.nan, 0]] * 2])
+  batch = step_lib.Batch(
+      prompts=Prompts(None, None, None, np.float32([1, 3, 0])),
+      completion=None, mask=None, log_sampled=-gaps,
+      own=np.array([[True, False]] * 3), rows=None, quantile_target=None,
+  )  # fmt: skip
+  gap = step_lib.sampler_gap(batch, jnp.zeros((3, 2, 2)))
+  np.testing.assert_allclose(gap, (1 * 1 + 3 * 2) / 4)
 
 
 def test_donated_state_shares_no_buffer(setup, update, frozen, prompts, drawn):
