@@ -29,7 +29,7 @@ from bond_jax import build, command, figures, metrics, train
 from configs import enumerable as config_file
 
 RATE, MOVES = 0.1, 24
-FIRST, INNER = 600, 60  # exact steps before the first move, before the others
+FIRST, INNER = 600, 200  # exact steps before the first move, before the others
 LINEAR = np.log(2), np.log(6)
 EXPECTED = {0.5: 0.97, 1.0: 0.955}  # of log(1 + rate) per move
 
