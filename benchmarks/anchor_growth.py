@@ -19,13 +19,25 @@ move, for its lag. Ten minutes on two cores. Writes figure.png, summary.json.
 import argparse
 import os
 
+import jax
+import jax.numpy as jnp
 import matplotlib as mpl
 from matplotlib.figure import Figure
 import numpy as np
 import optax
 
 from benchmarks import exact_gradients
-from bond_jax import build, command, figures, metrics, train
+from bond_jax import (
+  build,
+  command,
+  enumerable,
+  exact,
+  figures,
+  metrics,
+  objectives,
+  sharding,
+  train,
+)
 from configs import enumerable as config_file
 
 RATE, MOVES = 0.1, 24
@@ -57,6 +69,47 @@ def growth(backward_weight: float) -> np.ndarray:
     # At the start the anchor wins half the time, a rounding more or less.
     found.append(np.log(anchor.get('effective_n', 1.0)))
     print(f'weight {backward_weight}: move {move}, log m {found[-1]:.4f}')
+  return np.array(found)
+
+
+def table_growth(backward_weight: float) -> np.ndarray:
+  """The same of free logits, the anchor mixed in logit space."""
+  config = get_config()
+  task = enumerable.make(config, '', sharding.make_mesh(data=1, model=1))
+  known = enumerable.know(config, task)
+
+  def loss(logits, log_anchor):
+    return objectives.jbond(
+      jax.nn.log_softmax(logits, -1),
+      log_anchor,
+      jnp.asarray(known.reward),
+      num_anchor=2,
+      backward_weight=backward_weight,
+      drift_weight=0.0,
+    )
+
+  optimizer = optax.adam(optax.cosine_decay_schedule(0.02, 2500))
+
+  @jax.jit
+  def solve(log_anchor):
+    def step(carry, _):
+      logits, state = carry
+      gradient = jax.grad(loss)(logits, log_anchor)
+      changes, state = optimizer.update(gradient, state)
+      return (optax.apply_updates(logits, changes), state), None
+
+    start = log_anchor, optimizer.init(log_anchor)
+    (logits, _), _ = jax.lax.scan(step, start, None, 2500)
+    mixed = (1 - RATE) * log_anchor + RATE * jax.nn.log_softmax(logits, -1)
+    return jax.nn.log_softmax(mixed, -1)
+
+  found = []
+  with jax.enable_x64(True):
+    anchor = jnp.asarray(known.log_reference)
+    for _ in range(MOVES + 1):
+      row = exact.measure(np.asarray(anchor), known)
+      found.append(np.log(row.get('effective_n', 1.0)))
+      anchor = solve(anchor)
   return np.array(found)
 
 
@@ -104,6 +157,10 @@ def main():
     log_m = growth(weight)
     found = slope(moves, log_m) / np.log1p(RATE)
     label = f'exact, anchor, weight {weight:g}'
+    rows[label] = {'slope': found, 'expected': share, 'ratio': found / share}
+    curves[label] = moves * np.log1p(RATE), log_m
+    label, log_m = f'table, anchor, weight {weight:g}', table_growth(weight)
+    found = slope(moves, log_m) / np.log1p(RATE)
     rows[label] = {'slope': found, 'expected': share, 'ratio': found / share}
     curves[label] = moves * np.log1p(RATE), log_m
   config = get_config()
