@@ -137,11 +137,15 @@ def draw(curves, path: str) -> None:
       curves.items(), figures.LIGHT['colours'], strict=False
     ):
       ax.plot(x, y, color=colour, label=label)
-    x = np.linspace(0, ax.get_xlim()[1])
-    ax.plot(x, x + LINEAR[0], ':', color=figures.LIGHT['ink'], label='theory')
+    x = np.linspace(0, 3)
+    for who, start in (('anchor', 0.0), ('policy', np.log(2))):
+      ax.plot(x, x + start, ':', color=figures.LIGHT['ink'], lw=1)
+      ax.annotate(f'theory, {who}', (1.9, 1.9 + start), ha='right', fontsize=7)
     for level in LINEAR:
       ax.axhline(level, color=figures.LIGHT['faint'], lw=1)
-    ax.set(xlabel='moves x log(1 + rate)', ylabel='log m', ylim=(0, 3))
+    ax.set(
+      xlabel='moves x log(1 + rate)', ylabel='log m', xlim=(0, 3), ylim=(0, 3)
+    )
     ax.legend()
     figure.savefig(path, dpi=160)
 
