@@ -51,8 +51,8 @@ def reward_table(
 ) -> np.ndarray:
   """f64[X, Y]: a random worth of each token at each place, and of each pair.
 
-  What a prompt's completions are worth can be learnt token by token, almost:
-  half of the variance is in pairs of neighbours.
+  Each place and each pair of neighbours adds a standard normal number, so that
+  a completion of T tokens has a variance of about 2 T - 1.
   """
   rng = np.random.default_rng(seed)
   t = tokens.shape[1]
@@ -126,7 +126,7 @@ def make_policy(config: ml_collections.ConfigDict) -> Policy:
 def exact_law(policy: Policy, prompts: int, vocab: int, length: int):
   """A function from params to log pi of every completion: f32[X, Y, T]."""
   tokens, mask = completions(vocab, length)
-  each = Cycle(prompts, vocab, prompts).__next__()
+  each = next(Cycle(prompts, vocab, prompts))
   shape = (prompts, *tokens.shape)
 
   def law(params: Params):

@@ -9,50 +9,51 @@ take about five minutes. A real run differs in sizes alone.
 
 import ml_collections
 
-# Each trains on 92,160 completions: steps x batch x completions per prompt.
+# Steps, batch and arguments of each. All draw 92,160 completions: steps x
+# batch x completions per prompt.
 ALGORITHMS = dict(
-  jbond=dict(
-    num_anchor=2, backward_weight=0.5, anchor_rate=0.022, drift_weight=0.0
-  ),
-  bond=dict(
-    n=4,
-    backward_weight=0.5,
-    drift_weight=0.0,
-    num_policy=1,
-    quantile='monte_carlo',
-    num_quantile=8,
-    zero='half',
-    second_term=False,
+  jbond=(240, 128, dict(
+    num_anchor=2, backward_weight=0.5, anchor_rate=0.022, drift_weight=0.0,
+  )),
+  bond=(160, 64, dict(
+    n=4, backward_weight=0.5, drift_weight=0.0, num_policy=1,
+    quantile='monte_carlo', num_quantile=8, zero='half', second_term=False,
     anchor='fixed',
-  ),
-  best_of_n=dict(n=4, anchor='fixed'),
-  wind=dict(
-    kl_weight=0.2,
-    step_size=1.0,
-    risk='squared',
-    constant='fitted',
-    num_anchor=4,
-    rows=4,
-  ),
-  sppo=dict(step_size=1.0, num_anchor=4, rows='extremes'),
-  rloo=dict(num_policy=2, kl_weight=0.7),
-  online_dpo=dict(kl_weight=0.5),
-)
-SIZES = dict(  # steps, batch
-  jbond=(240, 128),
-  bond=(160, 64),
-  best_of_n=(180, 128),
-  wind=(180, 128),
-  sppo=(180, 128),
-  rloo=(360, 128),
-  online_dpo=(360, 128),
-)
+  )),
+  best_of_n=(180, 128, dict(n=4, anchor='fixed')),
+  vbon=(160, 64, dict(n=4, num_quantile=8)),
+  bonbon=(180, 128, dict(n=4, sft_weight=0.005)),
+  wind=(180, 128, dict(
+    kl_weight=0.2, step_size=1.0, risk='squared', constant='fitted',
+    num_anchor=4, rows=4,
+  )),
+  sppo=(180, 128, dict(step_size=1.0, num_anchor=4, rows='extremes')),
+  rloo=(360, 128, dict(num_policy=2, kl_weight=0.7)),
+  reinforce=(720, 128, dict(kl_weight=0.7)),
+  online_dpo=(360, 128, dict(kl_weight=0.5)),
+  ipo=(360, 128, dict(kl_weight=0.2)),
+)  # fmt: skip
+
+
+def adam(learning_rate, *, warmup_steps, decay_to):
+  """The settings of an optimizer; decay_to is the share of the rate left."""
+  return dict(
+    learning_rate=learning_rate,
+    warmup_steps=warmup_steps,
+    decay_to=decay_to,
+    b1=0.9,
+    b2=0.99,
+    epsilon=1e-8,
+    weight_decay=0.0,
+    clip=1.0,  # global norm
+  )
 
 
 def get_config(argument: str = 'algorithm=jbond') -> ml_collections.ConfigDict:
   """Returns the settings of all four stages, for one algorithm."""
   _, _, name = argument.partition('algorithm=')
-  steps, batch = SIZES.get(name, SIZES['jbond'])
+  # A name that is not here is refused, with those that are, by every stage.
+  steps, batch, args = ALGORITHMS.get(name, (1, 8, {}))
   config = ml_collections.ConfigDict()
   config.seed = 0
   # The run whose sft and reward stages this one starts from: by default its
@@ -80,16 +81,7 @@ def get_config(argument: str = 'algorithm=jbond') -> ml_collections.ConfigDict:
     steps=320,
     batch=64,
     length=48,  # pieces of a sentence, EOS included; longer ones are cut
-    optimizer=dict(
-      learning_rate=2e-2,
-      warmup_steps=30,
-      decay_to=0.0,  # share of the rate that is left at the end
-      b1=0.9,
-      b2=0.99,
-      epsilon=1e-8,
-      weight_decay=0.0,
-      clip=1.0,  # global norm
-    ),
+    optimizer=adam(2e-2, warmup_steps=30, decay_to=0.0),
     save_every=80,
     validation_batches=4,
   )
@@ -108,7 +100,7 @@ def get_config(argument: str = 'algorithm=jbond') -> ml_collections.ConfigDict:
 
   config.algorithm = dict(
     name=name,  # a file in bond_jax/algorithms; unknown ones are refused
-    args=ALGORITHMS.get(name, {}),
+    args=args,
   )
   config.train = dict(
     steps=steps,
@@ -116,16 +108,7 @@ def get_config(argument: str = 'algorithm=jbond') -> ml_collections.ConfigDict:
     rollouts=1,  # batches drawn before an iteration's updates
     epochs=1,  # updates on each of them, before the anchor moves
     micro_batches=1,
-    optimizer=dict(
-      learning_rate=5e-4,
-      warmup_steps=20,
-      decay_to=0.1,
-      b1=0.9,
-      b2=0.99,
-      epsilon=1e-8,
-      weight_decay=0.0,
-      clip=1.0,
-    ),
+    optimizer=adam(5e-4, warmup_steps=20, decay_to=0.1),
     save_every=20,
     probe_prompts=128,  # validation openings that the curves are made of
     probe_completions=4,
