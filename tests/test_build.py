@@ -10,6 +10,7 @@ import toy
 
 from bond_jax import build, command, sharding
 from bond_jax.errors import UserError
+from configs import demo, figures
 
 
 @pytest.fixture
@@ -218,6 +219,26 @@ def test_every_algorithm_has_its_settings_for_the_language():
   names = [f[:-3] for f in os.listdir(folder) if f[0] != '_']
   for name in names:
     build.check(language.full_config(f'algorithm={name}'))
+
+
+def test_every_algorithm_runs_on_the_demo_s_task_on_one_budget():
+  folder = os.path.join(toy.ROOT, 'bond_jax', 'algorithms')
+  names = {f[:-3] for f in os.listdir(folder) if f[0] != '_'} - {''}
+  assert names == set(demo.ALGORITHMS)
+  for name in names:
+    config = demo.get_config(f'algorithm={name}')
+    algorithm, train = build.make_algorithm(config), config.train
+    drawn = algorithm.num_policy + algorithm.num_anchor
+    assert train.steps * train.batch * drawn == 92_160, name
+    assert train.steps % train.save_every == 0
+
+
+@pytest.mark.parametrize('name', figures.FIGURES)
+def test_every_run_of_a_figure_is_a_run(name):
+  config = figures.get_config(name)
+  assert config.runs.keys() == config.labels.keys()
+  for run in config.runs.values():
+    build.check(run)
 
 
 @pytest.mark.parametrize('argument', ['algorithm=nope', 'jbond', ''])
