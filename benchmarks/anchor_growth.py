@@ -41,7 +41,7 @@ from bond_jax import (
 from configs import enumerable as config_file
 
 RATE, MOVES = 0.1, 24
-FIRST, INNER = 600, 200  # exact steps before the first move, before the others
+FIRST = 600  # exact steps before the first move
 LINEAR = np.log(2), np.log(6)
 EXPECTED = {0.5: 0.97, 1.0: 0.955}  # of log(1 + rate) per move
 
@@ -52,7 +52,7 @@ def get_config():
   return config
 
 
-def growth(backward_weight: float) -> np.ndarray:
+def growth(backward_weight: float, inner: int) -> np.ndarray:
   """log m of the anchor before each move, f64[MOVES + 1]."""
   found = []
   for move, (anchor, _) in enumerate(
@@ -62,7 +62,7 @@ def growth(backward_weight: float) -> np.ndarray:
       rate=RATE,
       moves=MOVES,
       first=FIRST,
-      inner=INNER,
+      inner=inner,
       optimizer=optax.adam(1e-3),
     )
   ):
@@ -78,12 +78,11 @@ def table_growth(backward_weight: float) -> np.ndarray:
   task = enumerable.make(config, '', sharding.make_mesh(data=1, model=1))
   known = enumerable.know(config, task)
 
-  def loss(logits, log_anchor):
-    return objectives.jbond(
+  def loss(logits, log_anchor, terms):
+    return objectives.bond(
       jax.nn.log_softmax(logits, -1),
       log_anchor,
-      jnp.asarray(known.reward),
-      num_anchor=2,
+      *terms,
       backward_weight=backward_weight,
       drift_weight=0.0,
     )
@@ -91,10 +90,10 @@ def table_growth(backward_weight: float) -> np.ndarray:
   optimizer = optax.adam(optax.cosine_decay_schedule(0.02, 2500))
 
   @jax.jit
-  def solve(log_anchor):
+  def solve(log_anchor, terms):
     def step(carry, _):
       logits, state = carry
-      gradient = jax.grad(loss)(logits, log_anchor)
+      gradient = jax.grad(loss)(logits, log_anchor, terms)
       changes, state = optimizer.update(gradient, state)
       return (optax.apply_updates(logits, changes), state), None
 
@@ -107,9 +106,11 @@ def table_growth(backward_weight: float) -> np.ndarray:
   with jax.enable_x64(True):
     anchor = jnp.asarray(known.log_reference)
     for _ in range(MOVES + 1):
-      row = exact.measure(np.asarray(anchor), known)
+      on_host = np.asarray(anchor)
+      row = exact.measure(on_host, known)
       found.append(np.log(row.get('effective_n', 1.0)))
-      anchor = solve(anchor)
+      terms = objectives.jbond_terms(on_host, known.reward, 2)
+      anchor = solve(anchor, terms)
   return np.array(found)
 
 
@@ -153,12 +154,16 @@ def draw(curves, path: str) -> None:
 def main():
   parser = argparse.ArgumentParser(description=__doc__)
   parser.add_argument('--out', required=True)
-  out = parser.parse_args().out
+  parser.add_argument(
+    '--inner', type=int, default=200, help='exact steps before each move'
+  )
+  args = parser.parse_args()
+  out = args.out
   build.configure_jax()
   os.makedirs(out, exist_ok=True)
   rows, curves, moves = {}, {}, np.arange(MOVES + 1)
   for weight, share in EXPECTED.items():
-    log_m = growth(weight)
+    log_m = growth(weight, args.inner)
     found = slope(moves, log_m) / np.log1p(RATE)
     label = f'exact, anchor, weight {weight:g}'
     rows[label] = {'slope': found, 'expected': share, 'ratio': found / share}

@@ -19,26 +19,19 @@ def descend(config, *, backward_weight, rate, moves, first, inner, optimizer):
       of the others.
     optimizer: of optax.
   """
-  settings = config.enumerable
   task = enumerable.make(config, '', sharding.make_mesh(data=1, model=1))
   known = enumerable.know(config, task)
   log_law = enumerable.log_law(config, task.policy)
-  law = enumerable.exact_law(
-    task.policy, settings.prompts, settings.vocab, config.length
-  )
+  law = enumerable.exact_law(config, task.policy)
   objective = functools.partial(
-    objectives.jbond,
-    reward=known.reward,
-    num_anchor=2,
-    backward_weight=backward_weight,
-    drift_weight=0.0,
+    objectives.bond, backward_weight=backward_weight, drift_weight=0.0
   )
 
-  @functools.partial(jax.jit, static_argnums=3)
-  def solve(params, opt_state, log_anchor, steps):
+  @functools.partial(jax.jit, static_argnums=4)
+  def solve(params, opt_state, log_anchor, terms, steps):
     def step(carry, _):
       params, opt_state = carry
-      loss = lambda p: objective(law(p).sum(-1), log_anchor)
+      loss = lambda p: objective(law(p).sum(-1), log_anchor, *terms)
       changes, opt_state = optimizer.update(jax.grad(loss)(params), opt_state)
       return (optax.apply_updates(params, changes), opt_state), None
 
@@ -48,6 +41,8 @@ def descend(config, *, backward_weight, rate, moves, first, inner, optimizer):
   state = optimizer.init(params)
   for move in range(moves + 1):
     steps = inner if move else first
-    params, state = solve(params, state, log_law(anchor), steps)
+    log_anchor = log_law(anchor)
+    terms = objectives.jbond_terms(log_anchor, known.reward, 2)
+    params, state = solve(params, state, log_anchor, terms, steps)
     yield tuple(exact.measure(log_law(p), known) for p in (anchor, params))
     anchor = anchors.ema(rate).update(anchor, params, move)

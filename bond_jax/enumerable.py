@@ -64,6 +64,16 @@ def reward_table(
   return (worth * mask).sum(-1)
 
 
+def language(config: ml_collections.ConfigDict):
+  """Rewards f64[X, Y] and completions, tokens and mask [Y, T], of a config."""
+  settings = config.enumerable
+  tokens, mask = completions(settings.vocab, config.length)
+  table = reward_table(
+    settings.seed, settings.prompts, tokens, mask, settings.vocab
+  )
+  return table, tokens, mask
+
+
 class Cycle:
   """The same prompts in every batch, in turn; ids are places in the batch."""
 
@@ -123,11 +133,12 @@ def make_policy(config: ml_collections.ConfigDict) -> Policy:
   return build.make_policy(model, settings.vocab)
 
 
-def exact_law(policy: Policy, prompts: int, vocab: int, length: int):
+def exact_law(config: ml_collections.ConfigDict, policy: Policy):
   """A function from params to log pi of every completion: f32[X, Y, T]."""
-  tokens, mask = completions(vocab, length)
-  each = next(Cycle(prompts, vocab, prompts))
-  shape = (prompts, *tokens.shape)
+  settings, length = config.enumerable, config.length
+  tokens, mask = completions(settings.vocab, length)
+  each = next(Cycle(settings.prompts, settings.vocab, settings.prompts))
+  shape = (settings.prompts, *tokens.shape)
 
   def law(params: Params):
     return log_probs(
@@ -142,21 +153,16 @@ def make(config: ml_collections.ConfigDict, workdir: str, mesh) -> build.Task:
   """The task: reference and rewards are drawn by the seed of the language."""
   del workdir
   settings = config.enumerable
-  sizes = settings.prompts, settings.vocab
   policy = make_policy(config)
   init = lambda: policy.init(build.key(settings.seed, 'reference'))
   shards = sharding.tree_shardings(jax.eval_shape(init), mesh)
   reference = jax.jit(init, out_shardings=shards)()
-  tokens, mask = completions(settings.vocab, config.length)
-  table = reward_table(
-    settings.seed, settings.prompts, tokens, mask, settings.vocab
-  )
   task = build.Task(
     policy=policy,
     reference=reference,
     stop_ids=(EOS,),
-    batches=Cycle(*sizes, config.train.batch),
-    reward=lookup(table, tokens, mask, settings.vocab),
+    batches=Cycle(settings.prompts, settings.vocab, config.train.batch),
+    reward=lookup(*language(config), settings.vocab),
     make_probe=lambda: make_probe(config, task),
   )
   return task
@@ -184,10 +190,7 @@ def lookup(table, tokens, mask, vocab: int):
 
 def log_law(config: ml_collections.ConfigDict, policy: Policy):
   """A function from params to log pi of every completion: f64[X, Y]."""
-  settings = config.enumerable
-  law = jax.jit(
-    exact_law(policy, settings.prompts, settings.vocab, config.length)
-  )
+  law = jax.jit(exact_law(config, policy))
 
   def on_host(params):
     log_p = np.asarray(law(params), np.float64).sum(-1)
@@ -200,9 +203,7 @@ def log_law(config: ml_collections.ConfigDict, policy: Policy):
 def know(config: ml_collections.ConfigDict, task: build.Task) -> exact.Known:
   """What is known of the language once and for all."""
   settings = config.enumerable
-  tokens, mask = completions(settings.vocab, config.length)
-  table = reward_table(
-    settings.seed, settings.prompts, tokens, mask, settings.vocab
-  )
   log_reference = log_law(config, task.policy)(task.reference)
-  return exact.know(log_reference, table, settings.best_of, settings.kl_weight)
+  return exact.know(
+    log_reference, language(config)[0], settings.best_of, settings.kl_weight
+  )

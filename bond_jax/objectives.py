@@ -1,7 +1,7 @@
 """What BOND and J-BOND descend, in closed form, on laws that can be enumerated.
 
 The expected gradient of `algorithms.bond` and `algorithms.jbond` is the
-gradient of these: proven in the tests, and used where a question is put to
+gradient of `bond`: proven in the tests, and used where a question is put to
 the algorithm without the noise of sampling.
 
 Axes: X prompts, Y all completions of a prompt. Laws are natural logarithms.
@@ -12,22 +12,10 @@ from __future__ import annotations
 import math
 
 import jax.numpy as jnp
+import numpy as np
 
+from bond_jax import bandit
 from bond_jax.types import Array
-
-
-def quantiles(mass: Array, reward: Array) -> tuple[Array, Array]:
-  """P(r(y') < r(y)) and P(r(y') <= r(y)) for y' from mass: f[X, Y] each."""
-  mine, other = reward[:, :, None], reward[:, None, :]
-  share = lambda beaten: (beaten * mass[:, None, :]).sum(-1)
-  return share(other < mine), share(other <= mine)
-
-
-def best_of_n(mass: Array, reward: Array, n: int) -> Array:
-  """The law of the best of n draws, BOND's theorem 1: f[X, Y]."""
-  less, at_most = quantiles(mass, reward)
-  terms = [at_most ** (n - i) * less ** (i - 1) for i in range(1, n + 1)]
-  return mass * sum(terms)
 
 
 def bond(
@@ -65,24 +53,14 @@ def bond(
   ).mean()
 
 
-def jbond(
-  log_policy: Array,
-  log_anchor: Array,
-  reward: Array,
-  *,
-  num_anchor: int,
-  backward_weight: float,
-  drift_weight: float,
-) -> Array:
-  """J-BOND's objective at a given anchor; f[X, Y] -> f[]."""
-  k, mass = num_anchor, jnp.exp(log_anchor)
-  _, at_most = quantiles(mass, reward)
-  floor = -(2.0**k) * math.log(2) * (1 - at_most) ** k
-  return bond(
-    log_policy,
-    log_anchor,
-    best_of_n(mass, reward, k),
-    (k - 1) * floor,
-    backward_weight=backward_weight,
-    drift_weight=drift_weight,
-  )
+def jbond_terms(
+  log_anchor: np.ndarray, reward: np.ndarray, k: int
+) -> tuple[np.ndarray, np.ndarray]:
+  """`target` and `quantile_reward` of J-BOND with k draws of this anchor.
+
+  f64[X, Y] each: Best-of-k's mass, and k - 1 times the mean of the floor,
+  which is met where all k draws beat y.
+  """
+  at_most, _ = bandit.quantiles(log_anchor, reward)
+  floor = -(2.0**k) * math.log(2) * (1 - np.exp(at_most)) ** k
+  return np.exp(bandit.best_of_n(log_anchor, reward, k)), (k - 1) * floor

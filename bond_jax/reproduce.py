@@ -122,7 +122,7 @@ def quantile_curves() -> dict[str, Series]:
   }
 
 
-def draw(config, runs: dict[str, Series], exact: Series, path: str) -> None:
+def draw(config, runs: dict[str, Series], beside: Series, path: str) -> None:
   """The panels, side by side."""
   look, panels = figures.LIGHT, config.figure.panels
   with mpl.rc_context(figures.style(look)):
@@ -133,7 +133,7 @@ def draw(config, runs: dict[str, Series], exact: Series, path: str) -> None:
         colour = look['colours'][i % len(look['colours'])]
         dashes = '--' if i >= len(look['colours']) else '-'
         ax.plot(points[x], points[y], dashes, color=colour, label=label)
-      beside_best_of_n(ax, exact, x, y, config.figure.best_of, look)
+      beside_best_of_n(ax, beside, x, y, config.figure.best_of, look)
       ax.set(xlabel=LABELS[x], ylabel=LABELS[y])
       if x == 'completions':
         ax.xaxis.set_major_formatter(EngFormatter())
@@ -145,15 +145,15 @@ def draw(config, runs: dict[str, Series], exact: Series, path: str) -> None:
     figure.savefig(path, dpi=160, bbox_inches='tight')
 
 
-def beside_best_of_n(ax, exact: Series, x: str, y: str, ns, look) -> None:
+def beside_best_of_n(ax, beside: Series, x: str, y: str, ns, look) -> None:
   """Best-of-N as a curve where x is a measure, else as a level for each N."""
-  if y not in exact or y.endswith('_kl'):
+  if y not in beside or y.endswith('_kl'):
     return
-  if x in exact:
-    ax.plot(exact[x], exact[y], 'o:', color=look['ink'], ms=3,
+  if x in beside:
+    ax.plot(beside[x], beside[y], 'o:', color=look['ink'], ms=3,
             label='exact Best-of-N')  # fmt: skip
     return
-  for n, level in zip(ns, exact[y], strict=True):
+  for n, level in zip(ns, beside[y], strict=True):
     ax.axhline(level, color=look['faint'], lw=1, ls=':')
     ax.annotate(f'N = {n:g}', (1, level), xycoords=('axes fraction', 'data'),
                 fontsize=7, ha='right', va='bottom')  # fmt: skip
@@ -161,15 +161,15 @@ def beside_best_of_n(ax, exact: Series, x: str, y: str, ns, look) -> None:
 
 def reproduce(config: ml_collections.ConfigDict, workdir: str) -> None:
   os.makedirs(workdir, exist_ok=True)
-  runs, exact = run_all(config, workdir), {}
+  runs, beside = run_all(config, workdir), {}
   if runs:
     first = next(iter(config.runs.values()))
-    exact = best_of_n(first, config.figure.best_of)
+    beside = best_of_n(first, config.figure.best_of)
   else:
     runs = quantile_curves()
-  draw(config, runs, exact, os.path.join(workdir, 'figure.png'))
+  draw(config, runs, beside, os.path.join(workdir, 'figure.png'))
   command.write_json(
-    os.path.join(workdir, 'figure.json'), {'runs': runs, 'best_of_n': exact}
+    os.path.join(workdir, 'figure.json'), {'runs': runs, 'best_of_n': beside}
   )
   shown = [k for k in LABELS if k in next(iter(runs.values()))]
   last = {label: {k: r[k][-1] for k in shown} for label, r in runs.items()}

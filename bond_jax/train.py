@@ -74,7 +74,7 @@ def run_iteration(
   `epochs`, in an order that the key `order` draws, then moves the anchor. Waits
   for the device, so that phases are true.
   """
-  batches, drawn_metrics = [], []
+  batches, weighed = [], []
   order = jax.random.fold_in(order, state.step)
   for index in range(setup.rollouts):
     with phase('sample'):
@@ -88,10 +88,7 @@ def run_iteration(
       reward = sharding.put_batch(reward, mesh)
       batch, row = programs.weigh(state, frozen, on_mesh, drawn, reward)
       batches.append(batch)
-      drawn_metrics.append(jax.device_get(row))
-  about = {
-    k: np.mean([row[k] for row in drawn_metrics]) for k in drawn_metrics[0]
-  }
+      weighed.append(row)  # on the device: the update need not wait for it
   for epoch in range(setup.epochs):
     places = np.arange(setup.rollouts)
     if setup.rollouts > 1:
@@ -103,8 +100,8 @@ def run_iteration(
         if last:
           state, moved = programs.move_anchor(state, frozen)
           row |= moved
-        row = jax.device_get(row)
-      yield state, about | row
+        rows, row = jax.device_get((weighed, row))
+      yield state, {k: np.mean([r[k] for r in rows]) for k in rows[0]} | row
 
 
 def check_finite(row: dict[str, Any], step: int, folder: str) -> None:

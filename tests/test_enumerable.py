@@ -83,7 +83,8 @@ def task():
 
 def law_of(task, params):
   """The probability of every completion, f64[X, Y]."""
-  law = jax.jit(enumerable.exact_law(task.policy, X, V, T))
+  config = language.get_config('jbond')
+  law = jax.jit(enumerable.exact_law(config, task.policy))
   return np.exp(np.asarray(law(params), np.float64).sum(-1))
 
 

@@ -160,20 +160,21 @@ def test_descending_the_drift_term_shrinks_the_drift(x64):
 
 @pytest.mark.parametrize('k', [2, 3])
 def test_the_package_s_closed_form_is_the_proven_one(x64, k):
-  """`objectives.jbond`, and `bond` in it: the mean over two prompts."""
+  """`objectives.bond` of `jbond_terms`: the mean over two prompts."""
   theta, anchor = tables(9, 2, TWO_TOKENS)
   reward = np.array(list(REWARDS.values()))
   laws = lambda x: jax.vmap(
     lambda t: oracle.table_log_probs(t, *TWO_TOKENS).sum(-1)
   )(x)
 
+  terms = objectives.jbond_terms(np.asarray(laws(anchor)), reward, k)
+
   @jax.jit
   def both(theta, b, g):
     def mine(theta):
-      return objectives.jbond(
-          laws(theta), laws(anchor), reward, num_anchor=k,
-          backward_weight=b, drift_weight=g,
-      )  # fmt: skip
+      return objectives.bond(
+        laws(theta), laws(anchor), *terms, backward_weight=b, drift_weight=g
+      )
 
     def exact(theta):
       weights = dict(backward=b, drift=g)
