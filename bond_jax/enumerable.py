@@ -14,12 +14,12 @@ from __future__ import annotations
 import itertools
 
 import jax
+import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
 from bond_jax import build, exact, sharding
 from bond_jax.errors import UserError
-from bond_jax.log_probs import log_probs
 from bond_jax.types import Params, Policy, Prompts, Rollout
 
 EOS = 1
@@ -134,17 +134,30 @@ def make_policy(config: ml_collections.ConfigDict) -> Policy:
 
 
 def exact_law(config: ml_collections.ConfigDict, policy: Policy):
-  """A function from params to log pi of every completion: f32[X, Y, T]."""
+  """A function from params to log pi of every completion: f32[X, Y, T].
+
+  What comes before a token is read once for all completions that begin so.
+  """
   settings, length = config.enumerable, config.length
   tokens, mask = completions(settings.vocab, length)
-  each = next(Cycle(settings.prompts, settings.vocab, settings.prompts))
-  shape = (settings.prompts, *tokens.shape)
+  # C beginnings without an end: EOS and what follows it predict nothing.
+  begin = np.where(tokens == EOS, 0, tokens)[:, :-1]
+  begin, row = np.unique(begin, axis=0, return_inverse=True)
+  prompts = next(Cycle(settings.prompts, settings.vocab, settings.prompts))
+  inputs = np.concatenate(
+    [
+      np.repeat(prompts.tokens, len(begin), 0),
+      np.tile(begin, (settings.prompts, 1)),
+    ],
+    axis=1,
+  ).astype(np.int32)
+  place = np.arange(length)
 
   def law(params: Params):
-    return log_probs(
-        policy, params, each, np.broadcast_to(tokens, shape),
-        np.broadcast_to(mask, shape), chunk=length,
-    )  # fmt: skip
+    hidden, _ = policy.hidden(params, inputs, np.ones(inputs.shape, bool), None)
+    log_p = jax.nn.log_softmax(policy.logits(params, hidden), -1)
+    log_p = log_p.reshape(settings.prompts, len(begin), length, -1)
+    return jnp.where(mask, log_p[:, row[:, None], place, tokens], 0.0)
 
   return law
 

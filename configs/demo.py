@@ -9,29 +9,29 @@ take about five minutes. A real run differs in sizes alone.
 
 import ml_collections
 
-# Steps, batch and arguments of each. All draw 92,160 completions: steps x
-# batch x completions per prompt.
+# Steps, batch, learning rate and arguments of each. All draw 92,160
+# completions: steps x batch x completions per prompt.
 ALGORITHMS = dict(
-  jbond=(240, 128, dict(
+  jbond=(240, 128, 5e-4, dict(
     num_anchor=2, backward_weight=0.5, anchor_rate=0.022, drift_weight=0.0,
   )),
-  bond=(160, 64, dict(
+  bond=(160, 64, 5e-4, dict(
     n=4, backward_weight=0.5, drift_weight=0.0, num_policy=1,
     quantile='monte_carlo', num_quantile=8, zero='half', second_term=False,
     anchor='fixed',
   )),
-  best_of_n=(180, 128, dict(n=4, anchor='fixed')),
-  vbon=(160, 64, dict(n=4, num_quantile=8)),
-  bonbon=(180, 128, dict(n=4, sft_weight=0.005)),
-  wind=(180, 128, dict(
+  best_of_n=(180, 128, 5e-4, dict(n=4, anchor='fixed')),
+  vbon=(160, 64, 5e-4, dict(n=4, num_quantile=8)),
+  bonbon=(180, 128, 5e-4, dict(n=4, sft_weight=0.005)),
+  wind=(180, 128, 3e-4, dict(
     kl_weight=0.2, step_size=1.0, risk='squared', constant='fitted',
     num_anchor=4, rows=4,
   )),
-  sppo=(180, 128, dict(step_size=1.0, num_anchor=4, rows='extremes')),
-  rloo=(360, 128, dict(num_policy=2, kl_weight=0.7)),
-  reinforce=(720, 128, dict(kl_weight=0.7)),
-  online_dpo=(360, 128, dict(kl_weight=0.5)),
-  ipo=(360, 128, dict(kl_weight=0.2)),
+  sppo=(180, 128, 1e-4, dict(step_size=1.0, num_anchor=4, rows='extremes')),
+  rloo=(360, 128, 3e-4, dict(num_policy=2, kl_weight=0.7)),
+  reinforce=(720, 128, 3e-4, dict(kl_weight=0.7)),
+  online_dpo=(360, 128, 1e-4, dict(kl_weight=1.0)),
+  ipo=(360, 128, 3e-4, dict(kl_weight=0.2)),
 )  # fmt: skip
 
 
@@ -53,7 +53,7 @@ def get_config(argument: str = 'algorithm=jbond') -> ml_collections.ConfigDict:
   """Returns the settings of all four stages, for one algorithm."""
   _, _, name = argument.partition('algorithm=')
   # A name that is not here is refused, with those that are, by every stage.
-  steps, batch, args = ALGORITHMS.get(name, (1, 8, {}))
+  steps, batch, rate, args = ALGORITHMS.get(name, (1, 8, 0.0, {}))
   config = ml_collections.ConfigDict()
   config.seed = 0
   # The run whose sft and reward stages this one starts from: by default its
@@ -108,7 +108,7 @@ def get_config(argument: str = 'algorithm=jbond') -> ml_collections.ConfigDict:
     rollouts=1,  # batches drawn before an iteration's updates
     epochs=1,  # updates on each of them, before the anchor moves
     micro_batches=1,
-    optimizer=adam(5e-4, warmup_steps=20, decay_to=0.1),
+    optimizer=adam(rate, warmup_steps=20, decay_to=0.1),
     save_every=20,
     probe_prompts=128,  # validation openings that the curves are made of
     probe_completions=4,

@@ -1,5 +1,7 @@
 """The language that can be enumerated, and what is said of its laws."""
 
+import functools
+
 import jax
 import language
 import numpy as np
@@ -9,6 +11,7 @@ import toy
 
 from bond_jax import bandit, enumerable, exact, sampling, sharding
 from bond_jax.errors import UserError
+from bond_jax.log_probs import log_probs
 from bond_jax.models import scalar_head
 from bond_jax.types import Rollout
 
@@ -98,6 +101,29 @@ def test_the_law_is_one(law):
   np.testing.assert_allclose(law.sum(-1), 1, rtol=0, atol=1e-6)
   assert np.ptp(law) > 0.2
   assert np.abs(law[0] - law[1]).max() > 0.02
+
+
+def test_the_law_is_that_of_scored_completions(task):
+  prompts = next(enumerable.Cycle(X, V, X))
+  shape = (X, 7, T)
+  tokens, mask = enumerable.completions(V, T)
+  score = functools.partial(log_probs, task[0].policy, chunk=T)
+  scored = jax.jit(score)(
+    task[1], prompts, *(np.broadcast_to(x, shape) for x in (tokens, mask))
+  )
+  config = language.get_config('jbond')
+  law = jax.jit(enumerable.exact_law(config, task[0].policy))
+  np.testing.assert_allclose(law(task[1]), scored, rtol=0, atol=1e-5)
+
+
+def test_a_language_of_single_tokens_has_a_law():
+  config = language.get_config('jbond')
+  config.length = 1
+  policy = enumerable.make_policy(config)
+  init = jax.jit(policy.init)
+  law = jax.jit(enumerable.exact_law(config, policy))(init(jax.random.key(0)))
+  assert law.shape == (X, V, 1)
+  np.testing.assert_allclose(np.exp(law).sum((1, 2)), 1, rtol=0, atol=1e-6)
 
 
 def test_the_sampler_draws_from_the_law(task, law):
