@@ -28,11 +28,11 @@ endef
 # anew: its stamp goes before make looks at it.
 healthy = import pip, importlib.util as u; \
   assert all(map(u.find_spec, ("jax", "flax", "grain", "optax", "pytest")))
-$(foreach folder,.venv .venv-parity,$(if $(wildcard $(folder)/.done),\
+$(foreach folder,.venv .venv-parity .venv-hf,$(if $(wildcard $(folder)/.done),\
   $(shell $(folder)/bin/python -c '$(healthy)' >&2 || rm $(folder)/.done)))
 
-.PHONY: help setup data demo test test-parity mutations figures notebooks lint \
-  venv
+.PHONY: help setup data demo test test-parity test-hf mutations figures \
+  notebooks lint venv
 
 help:  ## list these commands
 	@sed -n 's/^\([a-z-]*\):.*## /\1: /p' Makefile | column -t -s:
@@ -47,6 +47,10 @@ help:  ## list these commands
 
 .venv-parity/.done: requirements.txt requirements-dev.txt requirements-gemma.txt
 	@$(call environment,.venv-parity,$^)
+	@touch $@
+
+.venv-hf/.done: requirements.txt requirements-dev.txt requirements-hf.txt
+	@$(call environment,.venv-hf,$^)
 	@touch $@
 
 venv: .venv/.done
@@ -66,7 +70,11 @@ test: venv  ## the core test suite; needs no network and no data
 	@$(PYTHON) -m pytest
 
 test-parity: .venv-parity/.done  ## against the gemma library; own environment
-	@.venv-parity/bin/python -m pytest tests/parity
+	@.venv-parity/bin/python -m pytest tests/parity \
+	  --ignore=tests/parity/test_transformers.py
+
+test-hf: .venv-hf/.done  ## exports, read by transformers and peft; likewise
+	@.venv-hf/bin/python -m pytest tests/parity/test_transformers.py
 
 mutations: venv  ## break the code in every line of tests/mutations.txt
 	@$(PYTHON) tests/mutate.py

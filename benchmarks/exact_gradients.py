@@ -37,7 +37,7 @@ def descend(config, *, backward_weight, rate, moves, first, inner, optimizer):
 
     return jax.lax.scan(step, (params, opt_state), None, steps)[0]
 
-  params = anchor = task.reference
+  params = anchor = task.frozen.reference
   state = optimizer.init(params)
   for move in range(moves + 1):
     steps = inner if move else first

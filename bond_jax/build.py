@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-import dataclasses
 import importlib
 import importlib.metadata
 import inspect
-import json
 import os
 from typing import Any, NamedTuple
 import zlib
@@ -17,11 +15,10 @@ from jax.sharding import Mesh
 import ml_collections
 import numpy as np
 
-from bond_jax import checkpoint, command, data, metrics, sharding
+from bond_jax import command, data, metrics, sharding
 from bond_jax import tokenizer as tokenizer_lib
 from bond_jax.errors import UserError
-from bond_jax.models import gemma
-from bond_jax.types import Params, Policy, Prompts, RewardFn, Rollout
+from bond_jax.types import Frozen, Params, Policy, Prompts, RewardFn, Rollout
 
 
 def configure_jax() -> None:
@@ -38,7 +35,7 @@ class Task(NamedTuple):
   """
 
   policy: Policy
-  reference: Params  # in its shards
+  frozen: Frozen  # the reference, and what is under it, in their shards
   stop_ids: tuple[int, ...]
   batches: Any  # iterator of Prompts, with get_state() and set_state(state)
   reward: Callable[[Prompts, Rollout], np.ndarray]  # on the host: f32[B, K]
@@ -58,37 +55,6 @@ def key(seed: int, stream: str) -> jax.Array:
   return jax.random.fold_in(
     jax.random.key(seed), zlib.crc32(stream.encode('utf-8'))
   )
-
-
-def make_policy(model: ml_collections.ConfigDict, used_vocab: int) -> Policy:
-  """The model that `config.model` describes, drawing the first tokens alone.
-
-  Rows of the embedding from `used_vocab` on may be read and are never drawn.
-  """
-  if model.name not in gemma.CONFIGS:
-    raise UserError(
-      f'model.name is {model.name!r}; known are {", ".join(gemma.CONFIGS)}.'
-    )
-  try:
-    sizes = dataclasses.replace(gemma.CONFIGS[model.name], **model.sizes)
-  except TypeError as e:
-    raise UserError(
-      f'model.sizes: {e}; known are'
-      f' {", ".join(f.name for f in dataclasses.fields(gemma.Config))}.'
-    ) from e
-  if sizes.heads % sizes.kv_heads:
-    raise UserError(
-      f'model.sizes: heads ({sizes.heads}) must be a multiple of kv_heads'
-      f' ({sizes.kv_heads}).'
-    )
-  if used_vocab > sizes.vocab_size:
-    raise UserError(
-      f'tokenizer.vocab_size ({used_vocab}) is larger than the'
-      f' {sizes.vocab_size} embedding rows of {model.name}.'
-    )
-  sizes = dataclasses.replace(sizes, used_vocab=used_vocab)
-  kwargs = {k: v for k, v in model.items() if k not in ('name', 'sizes')}
-  return gemma.make(sizes, **kwargs)
 
 
 def make_algorithm(config: ml_collections.ConfigDict):
@@ -156,63 +122,6 @@ def make_reward(
     raise UserError(
       f'reward {section.function} raised {reason}; --debug shows where.'
     ) from e
-
-
-def load_tokenizer(
-  config: ml_collections.ConfigDict, workdir: str
-) -> tokenizer_lib.Tokenizer:
-  folder = reference_dir(config, workdir)
-  return tokenizer_lib.load(os.path.join(folder, 'tokenizer.model'))
-
-
-def load_reference(config, policy: Policy, workdir: str, mesh) -> Params:
-  """The parameters that the sft stage left; a UserError if of another model."""
-  folder = reference_dir(config, workdir)
-  path = os.path.join(folder, 'config.json')
-  if os.path.exists(path):
-    ours = json.loads(config.to_json_best_effort())
-    rows = command.differences(
-      _model_of(command.read_json(path)), _model_of(ours)
-    )
-    if rows:
-      raise UserError(
-        f'the reference of {folder} is of another model ({"; ".join(rows)});'
-        ' set these as there, or start from another run.'
-      )
-  return load_params(policy, folder, 'sft', 'last', mesh)
-
-
-def _model_of(config: dict[str, Any]) -> dict[str, Any]:
-  """What of a config the parameters of its sft stage depend on in shape."""
-  model = config['model']
-  return {
-    'model': {'name': model['name'], 'sizes': model.get('sizes', {})},
-    'tokenizer': config['tokenizer'],
-  }
-
-
-def load_params(
-  policy: Policy, workdir: str, stage: str, which: str, mesh
-) -> Params:
-  """The parameters that a finished stage left, straight into their shards.
-
-  `which` is 'last', 'best' or a step; see `checkpoint.choose`.
-  """
-  if not os.path.exists(os.path.join(workdir, stage, 'summary.json')):
-    raise UserError(
-      f'the {stage} stage has not finished in {workdir}; run "python -m'
-      f' bond_jax.{stage}" first, with the same --config and --workdir.'
-    )
-  folder = os.path.join(workdir, stage, 'checkpoints')
-  shapes = jax.eval_shape(policy.init, jax.random.key(0))
-  like = jax.tree.map(
-    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-    shapes,
-    sharding.tree_shardings(shapes, mesh),
-  )
-  with checkpoint.manager(folder) as checkpoints:
-    step = checkpoint.choose(checkpoints, which)
-    return checkpoint.restore_params(checkpoints, like, step)
 
 
 def rows(config: ml_collections.ConfigDict, split: str) -> data.Source:

@@ -42,6 +42,15 @@ def load(reference: str) -> Callable[..., Any]:
   return getattr(loaded, name)
 
 
+def checkpoint_flag() -> flags.Flag:
+  """--checkpoint, for the commands that read one, imported beside another."""
+  if 'checkpoint' not in flags.FLAGS:
+    flags.DEFINE_string(
+      'checkpoint', 'last', 'Which: "last", "best" or the number of a step.'
+    )
+  return flags.FLAGS['checkpoint']
+
+
 def differences(a: dict[str, Any], b: dict[str, Any], prefix='') -> list[str]:
   """Lists the leaves in which nested dicts differ, as `path: old -> new`."""
   rows = []
@@ -136,10 +145,26 @@ def run(
 
 def _loaded(config: Any) -> ml_collections.ConfigDict:
   """The config; a UserError if its file could not be read."""
-  if isinstance(config, ml_collections.ConfigDict):
-    return config
   path = config_flags.get_config_filename(flags.FLAGS['config'])
+  if isinstance(config, ml_collections.ConfigDict):
+    if unset := _unset(config, '--config'):
+      raise UserError(
+        f'{", ".join(unset)}: not set. They have no default; {path} says what'
+        ' they are.'
+      )
+    return config
   raise UserError(f'cannot read --config={path}; give a configs/*.py file.')
+
+
+def _unset(config: ml_collections.ConfigDict, above: str) -> list[str]:
+  """The flags of all fields that still hold a placeholder."""
+  found = []
+  for key, value in config.items():
+    if isinstance(value, ml_collections.ConfigDict):
+      found += _unset(value, f'{above}.{key}')
+    elif value is None:
+      found.append(f'{above}.{key}')
+  return found
 
 
 def _parse(args: list[str], doc: str) -> list[str]:

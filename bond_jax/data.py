@@ -1,4 +1,4 @@
-"""From sentences to batches of prompts, with Grain.
+"""From rows of text to batches of prompts, with Grain.
 
 Axes: B prompts, P prompt length, T completion length. All arrays are numpy.
 The order is a global shuffle, drawn anew each epoch; it depends on the seed
@@ -20,10 +20,13 @@ import tensorflow_datasets as tfds
 
 from bond_jax import movie_reviews  # noqa: F401 (registers the builder)
 from bond_jax.errors import UserError
-from bond_jax.tokenizer import Tokenizer
+from bond_jax.tokenizer import chat, Tokenizer
 from bond_jax.types import Prompts
 
-Source = Sequence[dict[str, Any]]  # random access; each row has a str 'text'
+Row = dict[str, Any]  # a str 'text', or 'messages' of roles and contents
+Source = Sequence[Row]  # random access
+KINDS = ('opening', 'text', 'turn')  # of prompts; see `encoder`
+Encode = Callable[[Row], list[int] | None]  # a prompt's pieces; None: left out
 
 
 def source(name: str, split: str, data_dir: str) -> Source:
@@ -78,10 +81,26 @@ def _read_jsonl(path: str) -> list[dict[str, Any]]:
       row = json.loads(line.decode('utf-8'))
     except ValueError as e:  # also UnicodeDecodeError
       raise UserError(f'{path}:{i}: not JSON in UTF-8 ({e}).') from e
-    if not isinstance(row, dict) or not isinstance(row.get('text'), str):
-      raise UserError(f'{path}:{i}: expected an object with a string "text".')
+    if not _is_row(row):
+      raise UserError(
+        f'{path}:{i}: expected an object with a string "text", or with'
+        ' "messages", a list of objects with strings "role" and "content".'
+      )
     rows.append(row)
   return rows
+
+
+def _is_row(row: Any) -> bool:
+  if not isinstance(row, dict):
+    return False
+  if 'messages' not in row:
+    return isinstance(row.get('text'), str)
+  return isinstance(row['messages'], list) and all(
+    isinstance(m, dict)
+    and isinstance(m.get('role'), str)
+    and isinstance(m.get('content'), str)
+    for m in row['messages']
+  )
 
 
 def sentences(
@@ -99,7 +118,7 @@ def sentences(
 
   def collate(examples):
     ids, pieces = zip(*examples, strict=True)
-    prompts = _prompts(ids, [[tokenizer.bos_id]] * len(ids), tokenizer)
+    prompts = _prompts(ids, [[tokenizer.bos_id]] * len(ids), 1)
     mask = np.arange(length) < np.array([len(p) for p in pieces])[:, None]
     completion = np.full(mask.shape, tokenizer.pad_id, np.int32)
     completion[mask] = np.concatenate(pieces)
@@ -108,59 +127,97 @@ def sentences(
   return _iterate(rows, example, collate, batch, seed)
 
 
-def openings(
-  rows: Source, tokenizer: Tokenizer, *, opening: int, batch: int, seed: int
-) -> grain.DatasetIterator:
-  """Yields Prompts of BOS and the first `opening` pieces, for ever.
+def encoder(
+  kind: str, tokenizer: Tokenizer, *, length: int, system: bool
+) -> Encode:
+  """Returns the function that makes a row the pieces of a prompt, BOS first.
 
-  P = `opening` + 1. Sentences with nothing after the opening are left out; a
-  UserError if that leaves none.
+  Args:
+    kind: 'opening', BOS and the first `length` - 1 pieces of a text that goes
+      on after them; 'text', the whole text; 'turn', the row's messages, or its
+      text as the user's only one, in the template of turns.
+    tokenizer: the vocabulary.
+    length: P. Texts and turns that are longer are left out.
+    system: see `tokenizer.chat`.
   """
-  fixed_openings(rows, tokenizer, opening=opening, count=1)  # else no end
+  check_prompt(kind, length)
 
-  def example(i: int, row: dict[str, Any]):
-    pieces = _opening(row, tokenizer, opening)
+  def pieces_of(row: Row) -> list[int]:
+    if 'text' not in row:
+      raise UserError(
+        f"a row has no text, which prompt.kind {kind!r} needs; take 'turn' for"
+        ' messages.'
+      )
+    return [tokenizer.bos_id, *tokenizer.encode(row['text'])]
+
+  def opening(row: Row) -> list[int] | None:
+    pieces = pieces_of(row)
+    return pieces[:length] if len(pieces) > length else None
+
+  def text(row: Row) -> list[int] | None:
+    pieces = pieces_of(row)
+    return pieces if len(pieces) <= length else None
+
+  def turn(row: Row) -> list[int] | None:
+    messages = row.get('messages')
+    if messages is None:
+      messages = [{'role': 'user', 'content': row['text']}]
+    pieces = chat(tokenizer, messages, system=system)
+    return pieces if len(pieces) <= length else None
+
+  return dict(zip(KINDS, (opening, text, turn), strict=True))[kind]
+
+
+def check_prompt(kind: str, length: int) -> None:
+  """Refuses a kind that `encoder` does not know, and an empty prompt."""
+  if kind not in KINDS:
+    raise UserError(f'prompt.kind is {kind!r}; known are {", ".join(KINDS)}.')
+  if length < 1:
+    raise UserError(f'prompt.length must be 1 or more, got {length}.')
+
+
+def prompts(
+  rows: Source, encode: Encode, *, length: int, batch: int, seed: int
+) -> grain.DatasetIterator:
+  """Yields Prompts of P = `length`, padded on the left, for ever.
+
+  Rows that `encode` leaves out are passed over; a UserError if all are.
+  """
+  fixed_prompts(rows, encode, length=length, count=1)  # else no end
+
+  def example(i: int, row: Row):
+    pieces = encode(row)
     return pieces and (i % len(rows), pieces)
 
   def collate(examples):
-    return _prompts(*zip(*examples, strict=True), tokenizer)
+    return _prompts(*zip(*examples, strict=True), length)
 
   return _iterate(rows, example, collate, batch, seed)
 
 
-def fixed_openings(
-  rows: Source, tokenizer: Tokenizer, *, opening: int, count: int
+def fixed_prompts(
+  rows: Source, encode: Encode, *, length: int, count: int
 ) -> Prompts:
-  """Returns the first `count` distinct openings, in the order of the rows."""
+  """Returns the first `count` distinct prompts, in the order of the rows."""
   found = {}
   for i in range(len(rows)):
-    pieces = _opening(rows[i], tokenizer, opening)
+    pieces = encode(rows[i])
     if pieces:
       found.setdefault(tuple(pieces), i)
     if len(found) == count:
-      return _prompts(found.values(), found.keys(), tokenizer)
+      return _prompts(found.values(), found.keys(), length)
   raise UserError(
-    f'the data has {len(found)} distinct openings of {opening} pieces with'
-    f' something after them; {count} are asked for. Ask for fewer or'
-    ' shorter ones, or give more data.'
+    f'the data has {len(found)} distinct prompts of prompt.length {length};'
+    f' {count} are asked for. Ask for fewer, choose another length, or give'
+    ' more data.'
   )
 
 
-def _opening(
-  row: dict[str, Any], tokenizer: Tokenizer, opening: int
-) -> list[int] | None:
-  pieces = tokenizer.encode(row['text'])
-  if len(pieces) <= opening:
-    return None
-  return [tokenizer.bos_id, *pieces[:opening]]
-
-
-def _prompts(ids, pieces, tokenizer: Tokenizer) -> Prompts:
-  """Packs piece lists into Prompts, padded on the left to the longest."""
+def _prompts(ids, pieces, length: int) -> Prompts:
+  """Packs piece lists into Prompts, padded on the left with PAD, 0."""
   lengths = np.array([len(p) for p in pieces])
-  width = lengths.max()
-  mask = np.arange(width) >= width - lengths[:, None]
-  tokens = np.full(mask.shape, tokenizer.pad_id, np.int32)
+  mask = np.arange(length) >= length - lengths[:, None]
+  tokens = np.zeros(mask.shape, np.int32)
   tokens[mask] = list(itertools.chain.from_iterable(pieces))
   weight = np.ones(len(lengths), np.float32)
   return Prompts(tokens, mask, np.array(list(ids), np.int32), weight)

@@ -18,9 +18,9 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from bond_jax import build, exact, sharding
+from bond_jax import build, exact, origin, sharding
 from bond_jax.errors import UserError
-from bond_jax.types import Params, Policy, Prompts, Rollout
+from bond_jax.types import Frozen, Params, Policy, Prompts, Rollout
 
 EOS = 1
 MOST = 3000  # completions of a prompt, so that tables of pairs fit in memory
@@ -121,6 +121,11 @@ def check(config: ml_collections.ConfigDict, mesh) -> None:
       f'train.batch ({config.train.batch}) must be a multiple of'
       f' enumerable.prompts ({settings.prompts}): the prompts come in turn.'
     )
+  if config.model.lora.rank:
+    raise UserError(
+      f'model.lora.rank is {config.model.lora.rank}: there are no weights under'
+      ' the adapters here; set it to 0.'
+    )
   make_policy(config)
 
 
@@ -130,7 +135,7 @@ def make_policy(config: ml_collections.ConfigDict) -> Policy:
   model = config.model.copy_and_resolve_references()
   with model.unlocked():
     model.sizes.vocab_size = settings.vocab + settings.prompts
-  return build.make_policy(model, settings.vocab)
+  return origin.make_policy(model, settings.vocab)
 
 
 def exact_law(config: ml_collections.ConfigDict, policy: Policy):
@@ -172,7 +177,7 @@ def make(config: ml_collections.ConfigDict, workdir: str, mesh) -> build.Task:
   reference = jax.jit(init, out_shardings=shards)()
   task = build.Task(
     policy=policy,
-    reference=reference,
+    frozen=Frozen(reference, {}),
     stop_ids=(EOS,),
     batches=Cycle(settings.prompts, settings.vocab, config.train.batch),
     reward=lookup(*language(config), settings.vocab),
@@ -216,7 +221,7 @@ def log_law(config: ml_collections.ConfigDict, policy: Policy):
 def know(config: ml_collections.ConfigDict, task: build.Task) -> exact.Known:
   """What is known of the language once and for all."""
   settings = config.enumerable
-  log_reference = log_law(config, task.policy)(task.reference)
+  log_reference = log_law(config, task.policy)(task.frozen.reference)
   return exact.know(
     log_reference, language(config)[0], settings.best_of, settings.kl_weight
   )

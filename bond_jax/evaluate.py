@@ -14,7 +14,6 @@ import os
 import textwrap
 from typing import Any
 
-from absl import flags
 import jax
 import ml_collections
 
@@ -24,34 +23,35 @@ from bond_jax import (
   data,
   measures,
   metrics,
+  origin,
   report,
   rewards,
   sharding,
 )
 from bond_jax.log_probs import log_probs
+from bond_jax.models import lora
 from bond_jax.sampling import sample
 from bond_jax.types import Prompts
 
-_CHECKPOINT = flags.DEFINE_string(
-  'checkpoint', 'last', 'The step to judge: "last", "best" or a number.'
-)
+_CHECKPOINT = command.checkpoint_flag()
 
 
 def make_draw(policy, config, tokenizer, mesh):
   """A function that samples from `own` and scores with `other` as well.
 
-  Returns `draw(own, other, prompts, key, first, num)`: the rollout on the
+  Returns `draw(base, own, other, prompts, key, first, num)`: the rollout on the
   host, of `num` completions of each prompt from number `first` on, and their
   summed log-probs f32[B, num] under `own` and under `other`, in nats.
   """
 
-  def evaluate(own, other, prompts, key, first, num):
+  def evaluate(base, own, other, prompts, key, first, num):
+    whole = lora.over(policy, base)
     drawn = sample(
-        policy, own, prompts, key, num=num, length=config.length,
-        stop_ids=(tokenizer.eos_id,), first=first,
+        whole, own, prompts, key, num=num, length=config.length,
+        stop_ids=tokenizer.stop_ids, first=first,
     )  # fmt: skip
     there = log_probs(
-        policy, other, prompts, drawn.completion, drawn.mask,
+        whole, other, prompts, drawn.completion, drawn.mask,
         chunk=config.chunk,
     )  # fmt: skip
     return drawn, drawn.log_prob.sum(-1), there.sum(-1)
@@ -60,9 +60,11 @@ def make_draw(policy, config, tokenizer, mesh):
     evaluate, static_argnames='num', out_shardings=sharding.by_row(mesh)
   )
 
-  def draw(own, other, prompts: Prompts, key, first: int, num: int):
+  def draw(base, own, other, prompts: Prompts, key, first: int, num: int):
     on_mesh = sharding.put_batch(prompts, mesh)
-    return jax.device_get(program(own, other, on_mesh, key, first, num=num))
+    return jax.device_get(
+      program(base, own, other, on_mesh, key, first, num=num)
+    )
 
   return draw
 
@@ -95,7 +97,7 @@ def records(
           who=who,
           length=length,
           truncated=bool(
-            drawn.completion[b, k, length - 1] != tokenizer.eos_id
+            drawn.completion[b, k, length - 1] not in tokenizer.stop_ids
           ),
         )
 
@@ -106,18 +108,20 @@ def evaluate(
   """Draws, judges and reports; returns the summary of the whole run."""
   settings = config.evaluate
   mesh = sharding.make_mesh(**config.mesh)
-  tokenizer = build.load_tokenizer(config, workdir)
-  policy = build.make_policy(config.model, config.tokenizer.vocab_size)
-  reference = build.load_reference(config, policy, workdir, mesh)
-  trained = build.load_params(policy, workdir, 'train', checkpoint, mesh)
+  tokenizer = origin.load_tokenizer(config, workdir)
+  policy = origin.make_policy(config.model, config.tokenizer.vocab_size)
+  reference, base = origin.load_frozen(config, policy, workdir, mesh)
+  trained = origin.load_params(policy, workdir, 'train', checkpoint, mesh)
   judges = dict(
     reward=build.make_reward(config, config.reward, workdir),
     vader=build.make_reward(config, config.gold, workdir),
   )
-  prompts = data.fixed_openings(
-      build.rows(config, 'test'), tokenizer, opening=config.opening,
-      count=settings.prompts,
-  )  # fmt: skip
+  prompts = data.fixed_prompts(
+    build.rows(config, 'test'),
+    origin.make_encoder(config, tokenizer),
+    length=config.prompt.length,
+    count=settings.prompts,
+  )
   key = build.key(config.seed, 'evaluate')
   sides = (
     ('policy', settings.policy_completions, trained, reference),
@@ -130,7 +134,7 @@ def evaluate(
     draw = make_draw(policy, config, tokenizer, mesh)
     for i, (who, count, own, other) in enumerate(sides):
       side = functools.partial(
-        draw, own, other, prompts, jax.random.fold_in(key, i)
+        draw, base, own, other, prompts, jax.random.fold_in(key, i)
       )
       rows += records(
           side, judges, tokenizer, prompts, who=who, count=count,
@@ -159,10 +163,9 @@ def history(config, workdir: str) -> dict[str, Any]:
     os.path.join(folder, name, 'summary.json')
   )
   start = build.reference_dir(config, workdir)
-  sft, train = read(start, 'sft'), read(workdir, 'train')
+  train = read(workdir, 'train')
   own = metrics.phase_seconds(stage_rows(workdir, 'evaluate'))
   phases = {
-    **{f'sft/{k}': v for k, v in sft['phase_seconds'].items()},
     **{f'train/{k}': v for k, v in train['phase_seconds'].items()},
     **{f'evaluate/{k}': round(v, 3) for k, v in own.items()},
   }
@@ -171,9 +174,12 @@ def history(config, workdir: str) -> dict[str, Any]:
     'anchor_drift': train['anchor_drift'],
     'signal_fires': train['signal_fires'],
     'compilations_after_first_step': train['compilations_after_first_step'],
-    'parameters': sft['parameters'],
-    'sft_validation_loss': sft['validation_loss'],
   }
+  if 'sft' in config:
+    sft = read(start, 'sft')
+    phases |= {f'sft/{k}': v for k, v in sft['phase_seconds'].items()}
+    row['parameters'] = sft['parameters']
+    row['sft_validation_loss'] = sft['validation_loss']
   # A reward of the user's own needs no stage.
   if os.path.exists(os.path.join(start, 'reward', 'summary.json')):
     reward = read(start, 'reward')
@@ -190,11 +196,13 @@ def stage_rows(workdir: str, stage: str) -> list[dict[str, Any]]:
 def draw_report(config, workdir, rows, summary) -> None:
   """Writes report.html and its figures."""
   rewards_ = measures.grid(rows, 'reference')['reward']
+  start = build.reference_dir(config, workdir)
+  sft = stage_rows(start, 'sft') if 'sft' in config else []
   path = report.write_report(
     workdir,
     settings=config.to_dict(),
     train=stage_rows(workdir, 'train'),
-    sft=stage_rows(build.reference_dir(config, workdir), 'sft'),
+    sft=sft,
     summary=summary,
     curve=measures.best_of_n_curve(rewards_),
     samples=report.side_by_side(rows, config.evaluate.samples_shown),

@@ -11,11 +11,12 @@ import os
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import optax
 
-from bond_jax import build, checkpoint, command, data, metrics, sharding
+from bond_jax import build, checkpoint, command, data, metrics, origin, sharding
 from bond_jax import optimizer as optimizer_lib
 from bond_jax import tokenizer as tokenizer_lib
 from bond_jax.log_probs import log_probs
@@ -23,8 +24,8 @@ from bond_jax.train import check_finite
 from bond_jax.types import Policy, TrainState
 
 
-def make_programs(policy: Policy, optimizer, chunk: int, mesh, init):
-  """init() -> state; update(state, batch) -> state, metrics; and the loss.
+def make_programs(policy: Policy, optimizer, chunk: int, mesh, state):
+  """update(state, batch) -> state, metrics; and the loss.
 
   loss(params, batch) is in nats per token; a batch is what `data.sentences`
   yields.
@@ -46,12 +47,8 @@ def make_programs(policy: Policy, optimizer, chunk: int, mesh, init):
     )
     return state, {'loss': value, 'gradient_norm': optax.tree.norm(gradient)}
 
-  shards = sharding.tree_shardings(jax.eval_shape(init), mesh)
-  # Optimizing the random numbers of `init` takes 10 s on CPU, and saves none.
-  cpu = jax.default_backend() == 'cpu'
-  options = {'xla_backend_optimization_level': 0} if cpu else None
+  shards = jax.tree.map(lambda x: x.sharding, state)
   return (
-    jax.jit(init, out_shardings=shards, compiler_options=options),
     jax.jit(
       update,
       out_shardings=(shards, sharding.replicated(mesh)),
@@ -61,29 +58,50 @@ def make_programs(policy: Policy, optimizer, chunk: int, mesh, init):
   )
 
 
+def init_state(config, policy: Policy, optimizer, mesh) -> TrainState:
+  """The state before the first step, created in its shards.
+
+  Its parameters are the checkpoint `config.weights`, or random without one.
+  """
+
+  def begin(params):
+    return TrainState(jnp.int32(0), params, {}, optimizer.init(params), {})
+
+  init = lambda: policy.init(build.key(config.seed, 'sft'))
+  shapes = jax.eval_shape(init)
+  if config.weights:
+    params = origin.load_weights(config, mesh, 'float32')
+  else:
+    # Optimizing the random numbers of `init` takes 10 s on CPU, and saves none.
+    cpu = jax.default_backend() == 'cpu'
+    options = {'xla_backend_optimization_level': 0} if cpu else None
+    shards = sharding.tree_shardings(shapes, mesh)
+    params = jax.jit(init, out_shardings=shards, compiler_options=options)()
+  shards = sharding.tree_shardings(jax.eval_shape(begin, shapes), mesh)
+  return jax.jit(begin, out_shardings=shards, donate_argnums=(0,))(params)
+
+
 def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
   """Runs the stage to its end, from its last checkpoint if it has one."""
   settings, folder = config.sft, os.path.join(workdir, 'sft')
   mesh = sharding.make_mesh(**config.mesh)
   rows = build.rows(config, 'train')
-  tokenizer = tokenizer_lib.ensure(
-    os.path.join(workdir, 'tokenizer.model'),
-    # By index: iterating, Grain starts threads that take four times as long.
-    (rows[i]['text'] for i in range(len(rows))),
-    config.tokenizer.vocab_size,
+  if config.tokenizer.path:
+    tokenizer = origin.load_tokenizer(config, workdir)
+  else:
+    tokenizer = tokenizer_lib.ensure(
+      os.path.join(workdir, 'tokenizer.model'),
+      # By index: iterating, Grain starts threads that take four times as long.
+      (rows[i]['text'] for i in range(len(rows))),
+      config.tokenizer.vocab_size,
+    )
+  policy = origin.make_policy(
+    config.model, config.tokenizer.vocab_size, full=True
   )
-  policy = build.make_policy(config.model, config.tokenizer.vocab_size)
   optimizer = optimizer_lib.adam(steps=settings.steps, **settings.optimizer)
 
-  def init():
-    params = policy.init(build.key(config.seed, 'sft'))
-    opt_state = optimizer.init(params)
-    return TrainState(jax.numpy.int32(0), params, {}, opt_state, {})
-
-  start_state, update, loss = make_programs(
-    policy, optimizer, config.chunk, mesh, init
-  )
-  state = start_state()
+  state = init_state(config, policy, optimizer, mesh)
+  update, loss = make_programs(policy, optimizer, config.chunk, mesh, state)
   batches = lambda split: data.sentences(
       build.rows(config, split), tokenizer, length=settings.length,
       batch=settings.batch, seed=config.seed,

@@ -17,16 +17,24 @@ import numpy as np
 
 from bond_jax.errors import UserError
 
-# The first pattern found in a parameter's path decides. A leading layer axis
-# (stacked layers) is never split.
+# The first pattern found in a parameter's path decides. Axes that lead those of
+# the rule (stacked layers, the 3 of qkv) are never split.
 RULES = (
   (r'input_embedding$', P('model', 'data')),  # [V, D]
-  (r'qkv_einsum/w$', P(None, 'model', 'data', None)),  # [3, N, D, H]
-  (r'q_einsum/w$', P('model', 'data', None)),  # [N, D, H]
-  (r'kv_einsum/w$', P(None, None, 'data', None)),  # [2, K, D, H]
-  (r'attn_vec_einsum/w$', P('model', None, 'data')),  # [N, H, D]
-  (r'gating_einsum$', P(None, 'model', 'data')),  # [2, F, D]
-  (r'linear$', P('model', 'data')),  # [F, D]
+  (r'(q|qkv)_einsum/(w|lora_delta)$', P('model', 'data', None)),  # [N, D, H]
+  (r'kv_einsum/(w|lora_delta)$', P(None, 'data', None)),  # [2, K, D, H]
+  (r'attn_vec_einsum/(w|lora_delta)$', P('model', None, 'data')),  # [N, H, D]
+  (r'gating_einsum(_lora_delta)?$', P(None, 'model', 'data')),  # [2, F, D]
+  (r'linear(_lora_delta)?$', P('model', 'data')),  # [F, D]
+  # Adapters, A [..., r] and B [..., r, ...]: as their weights where these are
+  # split over `model`, and over `data` as FSDP splits anything.
+  (r'attn_vec_einsum/lora_a$', P('model', None, 'data')),  # [N, H, r]
+  (r'linear_lora_a$', P('model', 'data')),  # [F, r]
+  (r'(q|kv|qkv|gating)_einsum.lora_a$', P('data', None)),  # [D, r]
+  (r'(q|qkv)_einsum/lora_b$', P('data', 'model', None)),  # [r, N, H]
+  (r'kv_einsum/lora_b$', P('data', None, None)),  # [r, K, H]
+  (r'gating_einsum_lora_b$', P('data', 'model')),  # [r, F]
+  (r'(attn_vec_einsum/|linear_)lora_b$', P(None, 'data')),  # [r, D]
   (r'scalar_head/[wb]$', P()),
   (r'scale$', P()),  # norms: a few hundred numbers
   (r'^(.*/)?(step|count)$', P()),  # optimizer and step counters

@@ -20,7 +20,7 @@ import optax
 
 from bond_jax import ops, quantiles
 from bond_jax.log_probs import log_probs
-from bond_jax.models import scalar_head
+from bond_jax.models import lora, scalar_head
 from bond_jax.sampling import sample
 from bond_jax.types import (
   Algorithm,
@@ -62,14 +62,18 @@ class Batch(NamedTuple):
   quantile_target: Array  # f32[B, len(quantile_rows)], for the learned one
 
 
-def init_state(setup: Setup, params: Params) -> TrainState:
-  """The state before step 0; the anchor is a copy, since state is donated."""
-  anchor = {}
+def init_state(setup: Setup, frozen: Frozen) -> TrainState:
+  """The state before step 0: the policy is the reference, and the anchor too.
+
+  They are copies, since state is donated.
+  """
+  anchor, params = {}, frozen.reference
   if setup.algorithm.anchor.moves:
-    anchor = jax.tree.map(lambda x: x.astype(jnp.float32), params)
+    view = setup.algorithm.anchor.view(params)
+    anchor = jax.tree.map(lambda x: x.astype(jnp.float32), view)
   aux = {}
   if setup.algorithm.quantile_rows:
-    model = scalar_head.init(setup.policy, params)
+    model = scalar_head.init(_on_base(setup, frozen).policy, params)
     aux = {'params': model, 'opt_state': setup.optimizer.init(model)}
   return TrainState(
     step=jnp.int32(0),
@@ -85,6 +89,11 @@ def anchor_of(setup: Setup, state: TrainState, frozen: Frozen) -> Params:
   return state.anchor if setup.algorithm.anchor.moves else frozen.reference
 
 
+def _on_base(setup: Setup, frozen: Frozen) -> Setup:
+  """The setup whose policy is called with what is trained alone."""
+  return setup._replace(policy=lora.over(setup.policy, frozen.base))
+
+
 def rollout(
   setup: Setup,
   state: TrainState,
@@ -98,7 +107,7 @@ def rollout(
   `index` counts the rollouts of an iteration from 0. An iteration has at least
   as many steps, so that no two rollouts of a run share a key.
   """
-  algorithm = setup.algorithm
+  setup, algorithm = _on_base(setup, frozen), setup.algorithm
   key = jax.random.fold_in(key, state.step + index)
   anchor = anchor_of(setup, state, frozen)
   parts = [
@@ -134,7 +143,7 @@ def score(
   `drawn` holds K completions per prompt and `reward`, f32[B, K], theirs.
   Returns the M selected completions, and their Scores.
   """
-  algorithm = setup.algorithm
+  setup, algorithm = _on_base(setup, frozen), setup.algorithm
   win = ops.win_matrix(reward)
   index = algorithm.select(reward, win)
   chosen = jax.tree.map(lambda x: ops.take_rows(x, index), drawn)
@@ -204,13 +213,14 @@ def weigh(
 
 
 def update(
-  setup: Setup, state: TrainState, batch: Batch
+  setup: Setup, state: TrainState, frozen: Frozen, batch: Batch
 ) -> tuple[TrainState, dict[str, Array]]:
   """One optimizer step on a batch.
 
   Returns:
     The next state, its anchor unmoved, and scalar metrics.
   """
+  setup = _on_base(setup, frozen)
 
   def loss(params, part: Batch):
     log_policy = log_probs(
@@ -283,13 +293,21 @@ def _descend(setup: Setup, loss, params: Params, opt_state, batch: Batch):
 def move_anchor(
   setup: Setup, state: TrainState, frozen: Frozen
 ) -> tuple[TrainState, dict[str, Array]]:
-  """The anchor's move, after all updates of an iteration."""
-  if not setup.algorithm.anchor.moves:
+  """The anchor's move, after all updates of an iteration.
+
+  `anchor/drift` is its distance from the reference, against the norm of all
+  weights that the reference is called with, the base among them.
+  """
+  rule = setup.algorithm.anchor
+  if not rule.moves:
     return state, {'anchor/drift': jnp.float32(0)}
   iteration = state.step // (setup.rollouts * setup.epochs)
-  anchor = setup.algorithm.anchor.update(state.anchor, state.params, iteration)
-  moved = jax.tree.map(jnp.subtract, anchor, frozen.reference)
-  drift = optax.tree.norm(moved) / optax.tree.norm(frozen.reference)
+  anchor = rule.update(state.anchor, rule.view(state.params), iteration)
+  start = rule.view(frozen.reference)
+  moved = jax.tree.map(jnp.subtract, anchor, start)
+  whole = lora.join(frozen.base, start)
+  whole = jax.tree.map(lambda x: x.astype(jnp.float32), whole)
+  drift = optax.tree.norm(moved) / optax.tree.norm(whole)
   return state._replace(anchor=anchor), {'anchor/drift': drift}
 
 

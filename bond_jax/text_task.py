@@ -1,4 +1,4 @@
-"""What the text stages train on: openings of sentences, a reward on text.
+"""What the text stages train on: prompts of the data, a reward on text.
 
 Named by `config.task`; `build.Task` says what a task is.
 """
@@ -10,10 +10,11 @@ from typing import Any
 import jax
 import ml_collections
 
-from bond_jax import build, data, measures, rewards, sharding
+from bond_jax import build, data, measures, origin, rewards, sharding
 from bond_jax.log_probs import log_probs
+from bond_jax.models import lora
 from bond_jax.sampling import sample
-from bond_jax.types import Params, Prompts
+from bond_jax.types import Frozen, Params, Prompts
 
 
 def check(config: ml_collections.ConfigDict, mesh) -> None:
@@ -21,13 +22,16 @@ def check(config: ml_collections.ConfigDict, mesh) -> None:
 
   A wrong setting of a late stage must not cost the early ones.
   """
-  for name, batch in (
-    ('sft.batch', config.sft.batch),
-    ('train.probe_prompts', config.train.probe_prompts),
-    ('evaluate.prompts', config.evaluate.prompts),
-  ):
+  batches = {
+    'train.probe_prompts': config.train.probe_prompts,
+    'evaluate.prompts': config.evaluate.prompts,
+  }
+  if 'sft' in config:
+    batches['sft.batch'] = config.sft.batch
+  for name, batch in batches.items():
     sharding.check_batch(name, batch, mesh, 1)
-  build.make_policy(config.model, config.tokenizer.vocab_size)
+  data.check_prompt(config.prompt.kind, config.prompt.length)
+  origin.make_policy(config.model, config.tokenizer.vocab_size)
   for section in (config.reward, config.gold):
     build.check_reward(section)
   for split in ('train', 'validation', 'test'):
@@ -36,30 +40,33 @@ def check(config: ml_collections.ConfigDict, mesh) -> None:
 
 def make(config: ml_collections.ConfigDict, workdir: str, mesh) -> build.Task:
   """The task of a run whose sft stage has finished."""
-  tokenizer = build.load_tokenizer(config, workdir)
-  policy = build.make_policy(config.model, config.tokenizer.vocab_size)
-  reference = build.load_reference(config, policy, workdir, mesh)
+  tokenizer = origin.load_tokenizer(config, workdir)
+  encode = origin.make_encoder(config, tokenizer)
+  policy = origin.make_policy(config.model, config.tokenizer.vocab_size)
+  frozen = origin.load_frozen(config, policy, workdir, mesh)
   reward = build.make_reward(config, config.reward, workdir)
 
   def reward_of(prompts, drawn):
     return rewards.call(reward, *build.texts(tokenizer, prompts, drawn))
 
   def make_probe():
-    prompts = data.fixed_openings(
-        build.rows(config, 'validation'), tokenizer, opening=config.opening,
-        count=config.train.probe_prompts,
-    )  # fmt: skip
-    draw = make_draw(config, policy, reference, tokenizer, mesh)
-    return probe_of(draw, reward_of, prompts, reference)
+    prompts = data.fixed_prompts(
+      build.rows(config, 'validation'),
+      encode,
+      length=config.prompt.length,
+      count=config.train.probe_prompts,
+    )
+    draw = make_draw(config, policy, frozen, tokenizer, mesh)
+    return probe_of(draw, reward_of, prompts, frozen.reference)
 
   return build.Task(
     policy=policy,
-    reference=reference,
-    stop_ids=(tokenizer.eos_id,),
-    batches=data.openings(
+    frozen=frozen,
+    stop_ids=tokenizer.stop_ids,
+    batches=data.prompts(
       build.rows(config, 'train'),
-      tokenizer,
-      opening=config.opening,
+      encode,
+      length=config.prompt.length,
       batch=config.train.batch,
       seed=config.seed,
     ),
@@ -68,20 +75,21 @@ def make(config: ml_collections.ConfigDict, workdir: str, mesh) -> build.Task:
   )
 
 
-def make_draw(config, policy, reference: Params, tokenizer, mesh):
+def make_draw(config, policy, frozen: Frozen, tokenizer, mesh):
   """A function from (params, prompts, stream) to completions and log-ratios.
 
   The rollout, on the host, and the summed log-ratio of each of its completions
   to the reference, f32[B, probe_completions], in nats.
   """
 
-  def draw(params, reference, prompts, key):
+  def draw(params, frozen, prompts, key):
+    whole = lora.over(policy, frozen.base)
     drawn = sample(
-        policy, params, prompts, key, num=config.train.probe_completions,
-        length=config.length, stop_ids=(tokenizer.eos_id,),
+        whole, params, prompts, key, num=config.train.probe_completions,
+        length=config.length, stop_ids=tokenizer.stop_ids,
     )  # fmt: skip
     log_reference = log_probs(
-        policy, reference, prompts, drawn.completion, drawn.mask,
+        whole, frozen.reference, prompts, drawn.completion, drawn.mask,
         chunk=config.chunk,
     )  # fmt: skip
     return drawn, (drawn.log_prob - log_reference).sum(-1)
@@ -92,7 +100,7 @@ def make_draw(config, policy, reference: Params, tokenizer, mesh):
   def drawn_on_host(params, prompts: Prompts, stream: int):
     on_mesh = sharding.put_batch(prompts, mesh)
     return jax.device_get(
-      program(params, reference, on_mesh, jax.random.fold_in(key, stream))
+      program(params, frozen, on_mesh, jax.random.fold_in(key, stream))
     )
 
   return drawn_on_host

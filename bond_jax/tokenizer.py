@@ -1,8 +1,9 @@
-"""SentencePiece: text to piece ids and back, and a vocabulary of one's own.
+"""SentencePiece: text and turns to piece ids and back; new vocabularies.
 
 The convention is Gemma's: PAD 0, EOS 1, BOS 2, UNK 3, spaces kept as they are,
 none put in front. So a text may be cut anywhere between two pieces:
-decode(a) + decode(b) == decode(a + b).
+decode(a) + decode(b) == decode(a + b). The ids that begin and end a turn differ
+between the families, and are looked up by their pieces.
 """
 
 from __future__ import annotations
@@ -17,6 +18,9 @@ import sentencepiece
 
 from bond_jax.errors import UserError
 
+START, END = '<start_of_turn>', '<end_of_turn>'
+Messages = Sequence[dict[str, str]]  # of 'role' and 'content'
+
 
 @dataclasses.dataclass(frozen=True)
 class Tokenizer:
@@ -24,6 +28,8 @@ class Tokenizer:
 
   processor: sentencepiece.SentencePieceProcessor
   sha256: str
+  start_of_turn: int | None  # None where the vocabulary knows no turns
+  end_of_turn: int | None
   pad_id: int = 0
   eos_id: int = 1
   bos_id: int = 2
@@ -33,14 +39,69 @@ class Tokenizer:
   def vocab_size(self) -> int:
     return self.processor.vocab_size()
 
+  @property
+  def stop_ids(self) -> tuple[int, ...]:
+    """The tokens that end a completion: EOS, and the end of a turn."""
+    if self.end_of_turn is None:
+      return (self.eos_id,)
+    return self.eos_id, self.end_of_turn
+
   def encode(self, text: str) -> list[int]:
     """Returns the pieces of `text`, without BOS or EOS."""
     return self.processor.encode(text)
 
   def decode(self, ids: Sequence[int]) -> str:
-    """Returns the text of `ids`, leaving PAD, EOS and BOS out."""
-    control = (self.pad_id, self.eos_id, self.bos_id)
+    """Returns the text of `ids`, leaving out what only controls."""
+    control = (
+      self.pad_id, self.eos_id, self.bos_id,
+      self.start_of_turn, self.end_of_turn,
+    )  # fmt: skip
     return self.processor.decode([int(i) for i in ids if i not in control])
+
+
+def chat(
+  tokenizer: Tokenizer, messages: Messages, *, system: bool
+) -> list[int]:
+  """Returns the pieces after which the model writes its turn, BOS once.
+
+  The template of Gemma 1, 2 and 3's instruction-tuned releases. It has no
+  system turn: Gemma 3 (`system`) puts the system's words before the user's
+  first ones, Gemma 1 and 2 refuse them.
+
+  Args:
+    tokenizer: of a vocabulary with turns.
+    messages: 'role' is user or assistant (or model), in turn, the user's first
+      and last; before them there may be one of role system.
+    system: whether the family takes a system's words.
+  """
+  if tokenizer.end_of_turn is None:
+    raise UserError(
+      f'this vocabulary has no pieces {START} and {END}: it is not of an'
+      " instruction-tuned model; take prompts of kind 'text'."
+    )
+  messages = [(m['role'], m['content'].strip()) for m in messages]
+  prefix = ''
+  if messages and messages[0][0] == 'system':
+    if not system:
+      raise UserError(
+        "this family has no system turn; put the system's words into the"
+        " user's first message."
+      )
+    prefix, messages = messages[0][1] + '\n\n', messages[1:]
+  roles = [{'model': 'assistant'}.get(role, role) for role, _ in messages]
+  due = ['assistant' if i % 2 else 'user' for i in range(len(roles))]
+  if roles != due or not len(roles) % 2:
+    raise UserError(
+      f'the roles of a conversation are {roles}; user and assistant must take'
+      ' turns, the user first and last.'
+    )
+  ids, newline = [tokenizer.bos_id], tokenizer.encode('\n')
+  for role, (_, content) in zip(roles, messages, strict=True):
+    name = 'user' if role == 'user' else 'model'
+    text = tokenizer.encode(f'{name}\n{prefix}{content}')
+    ids += [tokenizer.start_of_turn, *text, tokenizer.end_of_turn, *newline]
+    prefix = ''
+  return [*ids, tokenizer.start_of_turn, *tokenizer.encode('model\n')]
 
 
 def parse(content: bytes, name: str) -> Tokenizer:
@@ -61,19 +122,34 @@ def parse(content: bytes, name: str) -> Tokenizer:
       f'{name}: PAD, EOS, BOS, UNK are {ids}; they must be (0, 1, 2, 3), as'
       ' in the vocabularies of Gemma.'
     )
-  return Tokenizer(processor, hashlib.sha256(content).hexdigest())
+  start, end = (
+    None if i == processor.unk_id() else i
+    for i in (processor.piece_to_id(START), processor.piece_to_id(END))
+  )
+  sha256 = hashlib.sha256(content).hexdigest()
+  return Tokenizer(processor, sha256, start, end)
 
 
-def load(path: str) -> Tokenizer:
-  """Reads a SentencePiece model; a UserError if it is missing or broken."""
+def load(path: str, sha256: str = '') -> Tokenizer:
+  """Reads a SentencePiece model; a UserError if it is missing or broken.
+
+  `sha256`, unless empty, is that of the right file.
+  """
   try:
     with open(path, 'rb') as f:
-      return parse(f.read(), path)
+      tokenizer = parse(f.read(), path)
   except OSError as e:
     raise UserError(
       f'cannot read the tokenizer {path} ({e.strerror}); run the sft stage'
       ' first, or copy a SentencePiece model there.'
     ) from e
+  if sha256 and tokenizer.sha256 != sha256:
+    raise UserError(
+      f'{path} has the sha256 {tokenizer.sha256}, tokenizer.sha256 asks for'
+      f' {sha256}: it is the vocabulary of another model, or was not copied'
+      ' whole.'
+    )
+  return tokenizer
 
 
 def train(sentences: Iterable[str], path: str, vocab_size: int) -> Tokenizer:

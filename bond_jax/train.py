@@ -16,7 +16,7 @@ import jax
 import ml_collections
 import numpy as np
 
-from bond_jax import build, checkpoint, command, metrics, sharding
+from bond_jax import build, checkpoint, command, metrics, origin, sharding
 from bond_jax import optimizer as optimizer_lib
 from bond_jax import step as step_lib
 from bond_jax.errors import UserError
@@ -43,8 +43,8 @@ def make_programs(setup: step_lib.Setup, mesh, state) -> Programs:
   def weigh(state, frozen, prompts, drawn, reward):
     return step_lib.weigh(setup, state, frozen, prompts, drawn, reward)
 
-  def update(state, batch):
-    return step_lib.update(setup, state, batch)
+  def update(state, frozen, batch):
+    return step_lib.update(setup, state, frozen, batch)
 
   def move_anchor(state, frozen):
     return step_lib.move_anchor(setup, state, frozen)
@@ -96,7 +96,7 @@ def run_iteration(
     for i, place in enumerate(places):
       last = epoch == setup.epochs - 1 and i == setup.rollouts - 1
       with phase('update'):
-        state, row = programs.update(state, batches[int(place)])
+        state, row = programs.update(state, frozen, batches[int(place)])
         if last:
           state, moved = programs.move_anchor(state, frozen)
           row |= moved
@@ -126,7 +126,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
   task = build.task(config).make(config, workdir, mesh)
   setup = step_lib.Setup(
     policy=task.policy,
-    algorithm=build.make_algorithm(config),
+    algorithm=origin.with_anchor(build.make_algorithm(config), config.model),
     optimizer=optimizer_lib.adam(steps=settings.steps, **settings.optimizer),
     length=config.length,
     stop_ids=task.stop_ids,
@@ -135,7 +135,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
     micro_batches=settings.micro_batches,
     chunk=config.chunk,
   )
-  frozen = Frozen(task.reference)
+  frozen = task.frozen
   state = init_state(setup, frozen, mesh)
   checkpoints = checkpoint.manager(os.path.join(folder, 'checkpoints'))
   start = checkpoints.latest_step()
@@ -178,10 +178,9 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
 
 def init_state(setup, frozen: Frozen, mesh) -> TrainState:
   """The state before the first step, created in its shards."""
-  init = lambda reference: step_lib.init_state(setup, reference)
-  shapes = jax.eval_shape(init, frozen.reference)
-  shards = sharding.tree_shardings(shapes, mesh)
-  return jax.jit(init, out_shardings=shards)(frozen.reference)
+  init = lambda frozen: step_lib.init_state(setup, frozen)
+  shards = sharding.tree_shardings(jax.eval_shape(init, frozen), mesh)
+  return jax.jit(init, out_shardings=shards)(frozen)
 
 
 def summarise(rows: list[dict[str, Any]], compilations: int) -> dict[str, Any]:

@@ -56,9 +56,11 @@ Rows = Any  # a pytree with leading axis B: baselines, coefficients, targets
 class AnchorRule(NamedTuple):
   """How the anchor follows the policy; see `anchors`."""
 
-  # (anchor, params, iteration, counted from 1) -> anchor
+  # (anchor, view of the params, iteration, counted from 1) -> anchor
   update: Callable[[Params, Params, Array], Params]
   moves: bool  # False: the anchor is the reference, and no copy is kept
+  # params -> what of them the anchor follows, itself parameters of the policy
+  view: Callable[[Params], Params] = lambda params: params
 
 
 class Algorithm(NamedTuple):
@@ -100,6 +102,7 @@ class Frozen(NamedTuple):
   """Trees that no step changes and no checkpoint repeats."""
 
   reference: Params
+  base: Params  # weights under policy, anchor and reference alike; may be {}
 
 
 class TrainState(NamedTuple):
@@ -107,6 +110,6 @@ class TrainState(NamedTuple):
 
   step: Array  # i32[], steps completed
   params: Params  # the policy
-  anchor: Params  # float32, the structure of params; {} when it never moves
+  anchor: Params  # float32, a view of params; {} when it never moves
   opt_state: Any
   aux: Any  # the learned quantile and its optimizer; {} where there is none

@@ -64,7 +64,9 @@ def get_config(argument: str = 'algorithm=jbond') -> ml_collections.ConfigDict:
   config.mesh = dict(data=-1, model=1)
   # A TFDS builder, or a path with {split} that ends in .jsonl.
   config.data = dict(name='movie_reviews', data_dir='data')
-  config.tokenizer = dict(vocab_size=1024)
+  config.weights = ''  # a checkpoint that the sft stage starts from; '' = none
+  # A SentencePiece file; '' = one that the sft stage trains on the data.
+  config.tokenizer = dict(path='', sha256='', vocab_size=1024)
   config.model = dict(
     name='gemma3_tiny',  # see models/gemma.py:CONFIGS
     sizes=dict(),  # of models/gemma.py:Config, instead of those of the name
@@ -72,8 +74,13 @@ def get_config(argument: str = 'algorithm=jbond') -> ml_collections.ConfigDict:
     dtype='float32',  # of the computation; parameters are float32 always
     scan=False,  # loop over layers: compiles faster, runs slower on CPU
     remat=False,  # recompute activations in the backward pass
+    # Adapters instead of all weights; rank 0 = all weights. targets: a regular
+    # expression, found in names such as attn/q_einsum/w and mlp/linear.
+    # exact_anchor: average the products of the adapters, not the adapters.
+    lora=dict(rank=0, alpha=16.0, targets='attn|mlp', exact_anchor=False),
   )
-  config.opening = 4  # pieces of a sentence that make a prompt
+  # BOS and the first four pieces of a sentence; see data.encoder.
+  config.prompt = dict(kind='opening', length=5)
   config.length = 24  # new tokens at most
   config.chunk = 24  # positions whose logits exist at one time
 

@@ -10,6 +10,7 @@ import pytest
 from bond_jax import anchors
 from bond_jax import step as step_lib
 from bond_jax.algorithms import best_of_n
+from bond_jax.types import Frozen
 
 
 def test_ema_moves_a_small_step_towards_the_policy():
@@ -49,7 +50,7 @@ def test_the_anchor_starts_in_float32_whatever_the_parameters_are():
       micro_batches=1, chunk=1,
   )  # fmt: skip
   params = {'w': jnp.full(2, 1.03125, jnp.bfloat16)}
-  state = step_lib.init_state(setup, params)
+  state = step_lib.init_state(setup, Frozen(params, {}))
   assert state.anchor['w'].dtype == jnp.float32
   assert state.params['w'].dtype == jnp.bfloat16
   np.testing.assert_array_equal(state.anchor['w'], 1.03125)

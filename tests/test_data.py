@@ -8,6 +8,7 @@ import time
 
 import numpy as np
 import pytest
+import test_tokenizer
 
 from bond_jax import data, tokenizer
 from bond_jax.errors import UserError
@@ -40,6 +41,16 @@ def rows(path):
   return data.source(path, 'train', '')
 
 
+def openings(rows, tok, length, **kwargs):
+  encode = data.encoder('opening', tok, length=length, system=False)
+  return data.prompts(rows, encode, length=length, **kwargs)
+
+
+def fixed(rows, tok, length, **kwargs):
+  encode = data.encoder('opening', tok, length=length, system=False)
+  return data.fixed_prompts(rows, encode, length=length, **kwargs)
+
+
 def _assert_equal(a, b):
   for x, y in zip(a, b, strict=True):
     if isinstance(x, tuple):
@@ -68,6 +79,8 @@ def test_split_may_be_part_of_the_name(tmp_path):
     (b'{"text": "a"}\n{"txt": "b"}', ':2', 'a string "text"'),
     (b'{"text": 3}', ':1', 'a string "text"'),
     (b'["text"]', ':1', 'a string "text"'),
+    (b'{"messages": "a"}', ':1', '"messages", a list'),
+    (b'{"messages": [{"role": "user"}]}', ':1', '"messages", a list'),
     (b'{"text": "a"}\n{"text": "caf\xe9"}', ':2', 'UTF-8'),
     (b'', '', 'is empty'),
     (b'\n', '', 'is empty'),
@@ -134,7 +147,7 @@ def test_seeds_give_other_orders_not_shifted_epochs(rows, tok):
 
 
 def test_openings_leave_something_to_write(rows, tok):
-  it = data.openings(rows, tok, opening=4, batch=8, seed=0)
+  it = openings(rows, tok, 5, batch=8, seed=0)
   seen = set()
   for prompts in itertools.islice(it, 40):
     assert prompts.tokens.shape == (8, 5) and prompts.tokens.dtype == np.int32
@@ -149,7 +162,7 @@ def test_openings_leave_something_to_write(rows, tok):
 
 
 def test_fixed_openings_are_distinct_and_in_order(rows, tok):
-  prompts = data.fixed_openings(rows, tok, opening=4, count=9)
+  prompts = fixed(rows, tok, 5, count=9)
   heads = [tuple(row) for row in prompts.tokens]
   assert len(set(heads)) == 9
   assert (np.diff(prompts.id) > 0).all()
@@ -161,34 +174,79 @@ def test_fixed_openings_are_distinct_and_in_order(rows, tok):
 
 
 def test_too_few_openings_are_said(rows, tok):
-  with pytest.raises(UserError, match='distinct openings of 6 pieces'):
-    data.fixed_openings(rows, tok, opening=6, count=1000)
-  with pytest.raises(UserError, match='has 0 distinct openings of 99 pieces'):
-    data.openings(rows, tok, opening=99, batch=8, seed=0)
+  with pytest.raises(UserError, match='distinct prompts of prompt.length 7'):
+    fixed(rows, tok, 7, count=1000)
+  with pytest.raises(UserError, match='has 0 distinct prompts of .* 100'):
+    openings(rows, tok, 100, batch=8, seed=0)
 
 
 def test_one_piece_must_be_left_to_write(tok):
   rows = [{'text': TEXTS[0]}]
   n = len(tok.encode(TEXTS[0]))
-  data.fixed_openings(rows, tok, opening=n - 1, count=1)
-  with pytest.raises(UserError, match=f'0 distinct openings of {n} pieces'):
-    data.fixed_openings(rows, tok, opening=n, count=1)
+  fixed(rows, tok, n, count=1)
+  with pytest.raises(UserError, match=f'0 distinct prompts of .* {n + 1}'):
+    fixed(rows, tok, n + 1, count=1)
 
 
 def test_prompts_are_padded_on_the_left(tok):
-  prompts = data._prompts([7, 9], [[2, 5], [2, 6, 8, 9]], tok)
-  np.testing.assert_array_equal(prompts.tokens, [[0, 0, 2, 5], [2, 6, 8, 9]])
-  np.testing.assert_array_equal(prompts.mask, [[0, 0, 1, 1], [1, 1, 1, 1]])
-  np.testing.assert_array_equal(prompts.id, [7, 9])
+  texts = ['No', TEXTS[0], 'Yes']
+  pieces = [[tok.bos_id, *tok.encode(t)] for t in texts]
+  width = len(pieces[1])
+  encode = data.encoder('text', tok, length=width, system=False)
+  rows = [{'text': t} for t in texts]
+  prompts = data.fixed_prompts(rows, encode, length=width, count=3)
+  for row, mask, expected in zip(
+    prompts.tokens, prompts.mask, pieces, strict=True
+  ):
+    pad = width - len(expected)
+    assert row.tolist() == [tok.pad_id] * pad + expected
+    assert mask.tolist() == [False] * pad + [True] * len(expected)
+  np.testing.assert_array_equal(prompts.id, [0, 1, 2])
+
+
+def test_longer_texts_are_left_out(tok):
+  texts = ['No', TEXTS[0]]
+  width = len(tok.encode(TEXTS[0]))  # and BOS is one more
+  encode = data.encoder('text', tok, length=width, system=False)
+  assert encode({'text': 'No'}) == [tok.bos_id, *tok.encode('No')]
+  assert encode({'text': TEXTS[0]}) is None
+  it = data.prompts(
+    [{'text': t} for t in texts], encode, length=width, batch=2, seed=0
+  )
+  assert next(it).id.tolist() == [0, 0]
+
+
+def test_turns_come_from_messages_or_from_a_text():
+  tok = test_tokenizer.with_turns()
+  encode = data.encoder('turn', tok, length=99, system=True)
+  messages = [{'role': 'user', 'content': 'The film?'}]
+  expected = tokenizer.chat(tok, messages, system=True)
+  assert encode({'text': 'The film?'}) == expected
+  assert encode({'messages': messages, 'text': 'no'}) == expected
+  messages = [{'role': 'system', 'content': 'Be short.'}, *messages]
+  assert len(encode({'messages': messages})) > len(expected)
+  with pytest.raises(UserError, match='no system turn'):
+    data.encoder('turn', tok, length=99, system=False)({'messages': messages})
+  short = data.encoder('turn', tok, length=len(expected) - 1, system=True)
+  assert short({'text': 'The film?'}) is None
+  with pytest.raises(UserError, match="take 'turn' for messages"):
+    data.encoder('text', tok, length=99, system=True)({'messages': messages})
+
+
+@pytest.mark.parametrize(
+  'kind, length, why',
+  [('text', 0, 'must be 1 or more'), ('turns', 5, 'opening, text, turn')],
+)
+def test_wrong_settings_are_named(tok, kind, length, why):
+  with pytest.raises(UserError, match=why):
+    data.encoder(kind, tok, length=length, system=False)
 
 
 MAKERS = {
   'sentences': lambda rows, tok: data.sentences(
     rows, tok, length=16, batch=8, seed=3
   ),
-  'openings': lambda rows, tok: data.openings(
-    rows, tok, opening=4, batch=8, seed=3
-  ),
+  'openings': lambda rows, tok: openings(rows, tok, 5, batch=8, seed=3),
 }
 
 
@@ -213,9 +271,10 @@ def test_restored_in_another_process(path, rows, tok, tmp_path):
   script = f"""
 import json
 from bond_jax import data, tokenizer
-it = data.openings(data.source({path!r}, '', ''),
-                   tokenizer.load({str(tmp_path / 'tok.model')!r}),
-                   opening=4, batch=8, seed=3)
+tok = tokenizer.load({str(tmp_path / 'tok.model')!r})
+encode = data.encoder('opening', tok, length=5, system=False)
+it = data.prompts(data.source({path!r}, '', ''), encode,
+                  length=5, batch=8, seed=3)
 it.set_state(json.loads({json.dumps(it.get_state())!r}))
 print(json.dumps(next(it).tokens.tolist()))
 """
@@ -235,7 +294,7 @@ assert not [m for m in sys.modules if m.split('.')[0] == 'tensorflow']
 
 def test_fifty_batches_a_second(rows, tok):
   many = list(rows) * 100  # shuffling a handful of rows is slow in Grain
-  it = data.openings(many, tok, opening=4, batch=128, seed=0)
+  it = openings(many, tok, 5, batch=128, seed=0)
   next(it)
   start = time.process_time()
   for _ in range(25):

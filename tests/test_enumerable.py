@@ -81,7 +81,7 @@ def task():
   task = enumerable.make(config, '', sharding.make_mesh(1, 1))
   rng = np.random.default_rng(0)
   noise = lambda x: x + 0.5 * rng.standard_normal(x.shape).astype(np.float32)
-  return task, jax.tree.map(noise, task.reference)
+  return task, jax.tree.map(noise, task.frozen.reference)
 
 
 def law_of(task, params):
@@ -124,6 +124,13 @@ def test_a_language_of_single_tokens_has_a_law():
   law = jax.jit(enumerable.exact_law(config, policy))(init(jax.random.key(0)))
   assert law.shape == (X, V, 1)
   np.testing.assert_allclose(np.exp(law).sum((1, 2)), 1, rtol=0, atol=1e-6)
+
+
+def test_adapters_have_nothing_under_them():
+  config = language.get_config('jbond')
+  config.model.lora.rank = 2
+  with pytest.raises(UserError, match='no weights under the adapters'):
+    enumerable.check(config, None)
 
 
 def test_the_sampler_draws_from_the_law(task, law):
@@ -268,7 +275,7 @@ def test_a_run_reports_exact_measures(finished, task):
   assert summary['win_rate_validation'] == last['win_rate/reference'] > 0.6
   # Said once more, of what has been saved.
   p = law_of(task[0], saved(finished, STEPS)['params'])
-  q = law_of(task[0], task[0].reference)
+  q = law_of(task[0], task[0].frozen.reference)
   reward = enumerable.reward_table(0, X, *enumerable.completions(V, T), V)
   target = np.stack([oracle.best_of_n(q[x], reward[x], 4) for x in range(X)])
   kl = (p * np.log(p / target)).sum(-1).mean()
@@ -282,13 +289,13 @@ def test_the_learned_quantile_learns_the_quantile(finished, task):
   tokens, mask = enumerable.completions(V, T)
   each = [np.broadcast_to(x, (X, *x.shape)) for x in (tokens, mask)]
   logits = jax.jit(lambda p: scalar_head.logits(policy, p, prompts, *each))
-  law = law_of(task[0], task[0].reference)
+  law = law_of(task[0], task[0].frozen.reference)
   reward = enumerable.reward_table(0, X, tokens, mask, V)
   rows = zip(law, reward, strict=True)
   exact = np.stack([oracle.quantiles(*row)[1] for row in rows])
   error = []  # of completions as frequent as under the reference
   for params in (
-    scalar_head.init(policy, task[0].reference),
+    scalar_head.init(policy, task[0].frozen.reference),
     *(saved(finished, s)['rest']['aux']['params'] for s in (20, 40)),
   ):
     gap = np.abs(jax.nn.sigmoid(logits(params)) - exact)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import toy
 
-from bond_jax import build, data, evaluate, measures, metrics, sharding
+from bond_jax import build, data, evaluate, measures, metrics, origin, sharding
 from bond_jax.errors import UserError
 from bond_jax.log_probs import log_probs
 from bond_jax.types import Prompts, Rollout
@@ -77,16 +77,19 @@ def test_scores_belong_to_the_texts_beside_them(config):
 
 def test_draws_are_scored_under_both_models(config):
   mesh = sharding.make_mesh(**config.mesh)
-  tokenizer = build.load_tokenizer(config, toy.finished())
-  policy = build.make_policy(config.model, config.tokenizer.vocab_size)
+  tokenizer = origin.load_tokenizer(config, toy.finished())
+  policy = origin.make_policy(config.model, config.tokenizer.vocab_size)
   own, other = (
     toy.saved(toy.finished(), stage, 6)['params'] for stage in ('train', 'sft')
   )
-  prompts = data.fixed_openings(
-    build.rows(config, 'test'), tokenizer, opening=config.opening, count=8
+  prompts = data.fixed_prompts(
+    build.rows(config, 'test'),
+    origin.make_encoder(config, tokenizer),
+    length=config.prompt.length,
+    count=8,
   )
   draw = evaluate.make_draw(policy, config, tokenizer, mesh)
-  drawn, here, there = draw(own, other, prompts, jax.random.key(3), 0, 2)
+  drawn, here, there = draw({}, own, other, prompts, jax.random.key(3), 0, 2)
   score = jax.jit(
     lambda params: log_probs(
       policy, params, prompts, drawn.completion, drawn.mask, chunk=6
@@ -107,7 +110,7 @@ def test_draws_are_scored_under_both_models(config):
 )
 def test_records_of_a_side(config, tmp_path, who, own, other):
   """Three completions of two prompts, two at once: each drawn once."""
-  tokenizer = build.load_tokenizer(config, toy.finished())
+  tokenizer = origin.load_tokenizer(config, toy.finished())
   piece = tokenizer.encode('film')[0]
   prompts = Prompts(
     np.array([[2, piece], [2, 5]]), None, np.array([7, 9]), None
@@ -149,9 +152,9 @@ def test_records_of_a_side(config, tmp_path, who, own, other):
 
 def test_a_policy_equal_to_its_reference(config, workdir, monkeypatch):
   """No KL, no effective N but the reason, and draws of its own."""
-  load = build.load_params
+  load = origin.load_params
   monkeypatch.setattr(
-    build,
+    origin,
     'load_params',
     lambda policy, workdir, stage, which, mesh: load(
       policy, workdir, 'sft', 'last', mesh

@@ -24,7 +24,7 @@ MATHEMATICS = {
 MEETING = {
     'step', 'build', 'train', 'sft', 'reward_model', 'evaluate', 'sample',
     'plan', 'export', 'figures', 'report', 'report_style', 'text_task',
-    'enumerable', 'reproduce', 'bandit_figure',
+    'enumerable', 'reproduce', 'bandit_figure', 'origin',
 }  # fmt: skip
 # Must run where only jax, flax, optax and orbax are installed.
 CORE = {'types', 'errors', 'ops', 'anchors', 'log_probs', 'sampling', 'step',
@@ -32,7 +32,7 @@ CORE = {'types', 'errors', 'ops', 'anchors', 'log_probs', 'sampling', 'step',
 # The only readers of configs.
 CONFIGURED = {
     'command', 'build', 'sft', 'reward_model', 'train', 'evaluate', 'sample',
-    'plan', 'export', 'text_task', 'enumerable', 'reproduce',
+    'plan', 'export', 'text_task', 'enumerable', 'reproduce', 'origin',
 }  # fmt: skip
 
 

@@ -61,7 +61,7 @@ def record(monkeypatch, fail_at=None):
         raise UserError('out of order')
       before = jax.device_get(state)  # it may be donated
       out = program(state, *args)
-      batch = {'weigh': out[0], 'update': args[0]}.get(name)
+      batch = {'weigh': out[0], 'update': args[-1]}.get(name)
       calls.append(Call(name, before, batch, jax.device_get(out)))
       return out
 
@@ -181,7 +181,7 @@ def test_the_anchor_counts_iterations():
     state = TrainState(
       jnp.int32(step), {'x': jnp.ones(2)}, {'x': jnp.zeros(2)}, {}, {}
     )
-    frozen = Frozen({'x': jnp.full(2, 0.5)})
+    frozen = Frozen({'x': jnp.full(2, 0.5)}, {})
     state, metrics = step_lib.move_anchor(setup, state, frozen)
     np.testing.assert_array_equal(state.anchor['x'], float(moves))
     assert metrics['anchor/drift'] == 1  # 1/2 against 1/2
@@ -212,7 +212,7 @@ def dry_run(key, rollouts, epochs, step=0):
     drawn.append(None)
     return len(drawn) - 1, {'signal/fires': np.float32(len(drawn))}
 
-  def update(state, batch):
+  def update(state, frozen, batch):
     called.append(('update', batch))
     return state, {}
 

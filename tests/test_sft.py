@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import toy
 
-from bond_jax import build, data, sft
+from bond_jax import build, data, origin, sft
 from bond_jax.errors import UserError
 
 
@@ -26,8 +26,8 @@ def workdir(tmp_path):
 def test_the_loss_is_nats_per_token_and_falls(config):
   first, *_, last = rows = toy.rows(toy.finished(), 'sft')
   assert [row['step'] for row in rows] == [1, 2, 3, 4, 5, 6]
-  tokenizer = build.load_tokenizer(config, toy.finished())
-  policy = build.make_policy(config.model, config.tokenizer.vocab_size)
+  tokenizer = origin.load_tokenizer(config, toy.finished())
+  policy = origin.make_policy(config.model, config.tokenizer.vocab_size)
   batches = data.sentences(
       build.rows(config, 'train'), tokenizer, length=config.sft.length,
       batch=config.sft.batch, seed=config.seed,

@@ -51,7 +51,7 @@ def setup():
 
 @pytest.fixture(scope='module')
 def frozen():
-  return Frozen(jax.tree.map(jnp.asarray, random_params(CONFIG, 0)))
+  return Frozen(jax.tree.map(jnp.asarray, random_params(CONFIG, 0)), {})
 
 
 @pytest.fixture(scope='module')
@@ -74,7 +74,7 @@ def draw(setup):
 def whole_step(setup, state, frozen, prompts, drawn, reward):
   """Weighs, updates and moves the anchor; all metrics together."""
   batch, weighed = step_lib.weigh(setup, state, frozen, prompts, drawn, reward)
-  state, updated = step_lib.update(setup, state, batch)
+  state, updated = step_lib.update(setup, state, frozen, batch)
   state, moved = step_lib.move_anchor(setup, state, frozen)
   return state, weighed | updated | moved
 
@@ -94,7 +94,7 @@ def update(setup):
 @pytest.fixture(scope='module')
 def drawn(setup, draw, frozen, prompts):
   """A rollout of a policy that is its own anchor, on the host, rewarded."""
-  state = step_lib.init_state(setup, frozen.reference)
+  state = step_lib.init_state(setup, frozen)
   drawn = jax.device_get(draw(state, frozen, prompts, jax.random.key(3)))
   return drawn, reward_of(drawn)
 
@@ -108,7 +108,7 @@ def reward_of(drawn):
 
 def start(setup, frozen, mix=0.0):
   """A fresh state; its policy is `mix` of the way to another one."""
-  state = step_lib.init_state(setup, frozen.reference)
+  state = step_lib.init_state(setup, frozen)
   other = jax.tree.map(lambda x: x[::-1], state.params)
   move = lambda x, y: (1 - mix) * x + mix * y
   return state._replace(params=jax.tree.map(move, state.params, other))
@@ -290,7 +290,7 @@ def test_donated_state_shares_no_buffer(setup, update, frozen, prompts, drawn):
     step_lib.init_state,
     jax.jit(step_lib.init_state, static_argnums=0),
   ):
-    state = init(adam, frozen.reference)
+    state = init(adam, frozen)
     leaves = jax.tree.leaves((state, frozen))
     pointers = {x.unsafe_buffer_pointer() for x in leaves}
     assert len(pointers) == len(leaves)
@@ -304,7 +304,7 @@ def test_a_fixed_anchor_is_the_reference_and_no_copy(setup, frozen):
   fixed = setup._replace(
     algorithm=setup.algorithm._replace(anchor=anchors.fixed())
   )
-  assert step_lib.init_state(fixed, frozen.reference).anchor == {}
+  assert step_lib.init_state(fixed, frozen).anchor == {}
 
 
 def test_eight_devices_are_one(setup, draw, update, frozen, prompts):
@@ -332,7 +332,7 @@ def test_eight_devices_are_one(setup, draw, update, frozen, prompts):
   )  # fmt: skip
   tokens8, state8 = run(
     on_mesh,
-    Frozen(jax.device_put(frozen.reference, shards.params)),
+    Frozen(jax.device_put(frozen.reference, shards.params), {}),
     functools.partial(sharding.put_batch, mesh=mesh),
     program,
   )
@@ -428,7 +428,7 @@ def test_the_quantile_sees_no_split_and_no_filler(
   put = functools.partial(sharding.put_batch, mesh=mesh)
   other = program(
     jax.device_put(state, shards),
-    Frozen(jax.device_put(frozen.reference, shards.params)),
+    Frozen(jax.device_put(frozen.reference, shards.params), {}),
     put(prompts),
     put(one._replace(log_prob=spoil(one.log_prob))),
     put(spoil(reward)),
@@ -441,10 +441,10 @@ def test_the_quantile_sees_no_split_and_no_filler(
 
 
 def test_only_a_learned_quantile_is_kept(setup, learned, frozen):
-  state = step_lib.init_state(setup, frozen.reference)
+  state = step_lib.init_state(setup, frozen)
   assert state.aux == {}
   adam = learned._replace(optimizer=optax.adam(1e-3))
-  state = step_lib.init_state(adam, frozen.reference)
+  state = step_lib.init_state(adam, frozen)
   assert set(state.aux) == {'params', 'opt_state'}
   leaves = jax.tree.leaves((state, frozen))
   pointers = {x.unsafe_buffer_pointer() for x in leaves}

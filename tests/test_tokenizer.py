@@ -1,8 +1,10 @@
 """Text to pieces and back."""
 
+import io
 import os
 
 import pytest
+import sentencepiece
 
 from bond_jax import tokenizer
 from bond_jax.errors import UserError
@@ -96,3 +98,92 @@ def test_impossible_vocabulary_is_one_line(tmp_path, texts, size):
   assert f'vocabulary of {size} pieces' in str(e.value)
   assert '\n' not in str(e.value)
   assert not os.listdir(tmp_path)
+
+
+# -- turns --------------------------------------------------------------------
+
+HELLO = [
+  {'role': 'user', 'content': ' The film?\n'},
+  {'role': 'assistant', 'content': 'Everyone loved it.'},
+  {'role': 'user', 'content': 'And the music?'},
+]
+
+
+def with_turns(*before: str) -> tokenizer.Tokenizer:
+  """A vocabulary in which turns have pieces of their own, after `before`."""
+  model = io.BytesIO()
+  sentencepiece.SentencePieceTrainer.train(
+    sentence_iterator=iter(TEXTS), model_writer=model, model_type='bpe',
+    vocab_size=120, pad_id=0, eos_id=1, bos_id=2, unk_id=3,
+    normalization_rule_name='identity', add_dummy_prefix=False,
+    remove_extra_whitespaces=False, split_digits=True, minloglevel=2,
+    user_defined_symbols=[
+      *before, '<start_of_turn>', '<end_of_turn>', '\n', '\n\n'
+    ],
+  )  # fmt: skip
+  return tokenizer.parse(model.getvalue(), 'turns')
+
+
+@pytest.mark.parametrize('before', [(), ('<one>',)])
+def test_turn_ids_are_looked_up(before):
+  tok = with_turns(*before)
+  assert tok.start_of_turn == 4 + len(before)
+  assert tok.end_of_turn == 5 + len(before)
+  assert tok.stop_ids == (1, 5 + len(before))
+
+
+def test_a_vocabulary_without_turns(path):
+  tok = tokenizer.load(path)
+  assert (tok.start_of_turn, tok.end_of_turn) == (None, None)
+  assert tok.stop_ids == (1,)
+  with pytest.raises(UserError, match='no pieces <start_of_turn>'):
+    tokenizer.chat(tok, HELLO, system=False)
+
+
+def test_turns_are_the_official_text():
+  tok = with_turns()
+  text = (
+    '<start_of_turn>user\nThe film?<end_of_turn>\n'
+    '<start_of_turn>model\nEveryone loved it.<end_of_turn>\n'
+    '<start_of_turn>user\nAnd the music?<end_of_turn>\n'
+    '<start_of_turn>model\n'
+  )
+  ids = tokenizer.chat(tok, HELLO, system=False)
+  assert ids == [tok.bos_id, *tok.encode(text)]
+  assert ids.count(tok.bos_id) == 1
+  turns = [m | {'role': m['role'].replace('assistant', 'model')} for m in HELLO]
+  assert tokenizer.chat(tok, turns, system=False) == ids
+
+
+def test_the_system_speaks_before_the_user_or_not_at_all():
+  tok = with_turns()
+  messages = [{'role': 'system', 'content': 'Be short. '}, *HELLO]
+  ids = tokenizer.chat(tok, messages, system=True)
+  start = '<start_of_turn>user\nBe short.\n\nThe film?<end_of_turn>\n'
+  start = [tok.bos_id, *tok.encode(start)]
+  assert ids[: len(start)] == start
+  rest = tokenizer.chat(tok, HELLO, system=True)
+  assert ids[len(start) :] == rest[rest.index(tok.end_of_turn) + 2 :]
+  with pytest.raises(UserError, match='no system turn'):
+    tokenizer.chat(tok, messages, system=False)
+
+
+@pytest.mark.parametrize(
+  'messages', [[], HELLO[:2], HELLO[1:], [HELLO[0], HELLO[0], HELLO[0]]]
+)
+def test_turns_must_alternate(messages):
+  with pytest.raises(UserError, match='must take turns'):
+    tokenizer.chat(with_turns(), messages, system=True)
+
+
+def test_what_controls_is_not_text():
+  tok = with_turns()
+  ids = [2, 4, *tok.encode('the film'), 5, 1, 0]
+  assert tok.decode(ids) == 'the film'
+
+
+def test_another_vocabulary_is_named(path):
+  right = tokenizer.load(path).sha256
+  assert tokenizer.load(path, right).sha256 == right
+  with pytest.raises(UserError, match=f'has the sha256 {right}.*another model'):
+    tokenizer.load(path, 'f' * 64)

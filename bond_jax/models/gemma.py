@@ -9,6 +9,7 @@ with a leading axis, and the layers left over keep their own names `layer_j`:
     layer_j/attn/...                                (remainder)
     final_norm/scale                                [D]
 
+Beside a weight its LoRA adapter may lie, which adds to its product: lora.py.
 Training scans over the G patterns, or unrolls them; decoding always unrolls,
 so that each layer's cache is updated in place.
 
@@ -18,75 +19,19 @@ G query heads per key-value head, H head size, F feed-forward size, D features.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
+import re
 from typing import Any
 
 from flax import linen as nn
 import jax
 import jax.numpy as jnp
 
+from bond_jax.models.gemma_configs import Config
+from bond_jax.models.gemma_configs import CONFIGS as CONFIGS
 from bond_jax.types import Array, Params, Policy
 
 _MASKED = -2.3819763e38  # finite: a row without any valid key must not be NaN
-
-
-@dataclasses.dataclass(frozen=True)
-class Config:
-  """Sizes and switches of one Gemma model."""
-
-  vocab_size: int  # rows of the embedding
-  features: int
-  layers: int
-  heads: int
-  kv_heads: int
-  head_size: int
-  feed_forward: int
-  pattern: tuple[str, ...] = ('global',)  # 'local' or 'global'
-  window: int = 0  # positions a local layer sees, itself included
-  qk_norm: bool = False
-  post_norms: bool = False
-  query_scale: float | None = None  # default head_size ** -0.5
-  attention_softcap: float | None = None
-  final_softcap: float | None = None
-  local_rope_base: float = 10_000.0
-  global_rope_base: float = 10_000.0
-  global_rope_scale: float = 1.0
-  gating_transposed: bool = False  # official [2, F, D] instead of [2, D, F]
-  used_vocab: int | None = None  # tokens the tokenizer knows; the rest masked
-
-
-def _gemma3(**kwargs) -> Config:
-  return Config(
-    **{
-      **dict(
-        pattern=('local',) * 5 + ('global',),
-        qk_norm=True,
-        post_norms=True,
-        global_rope_base=1_000_000.0,
-        gating_transposed=True,
-        vocab_size=262_144,
-      ),
-      **kwargs,
-    }
-  )
-
-
-CONFIGS = {
-    # The demo's: 1.02M parameters, everything of Gemma 3 but the size.
-    'gemma3_tiny': _gemma3(
-        vocab_size=1024, features=128, layers=3, heads=4, kv_heads=2,
-        head_size=32, feed_forward=640, pattern=('local', 'global'), window=16,
-    ),
-    'gemma3_270m': _gemma3(
-        features=640, layers=18, heads=4, kv_heads=1, head_size=256,
-        feed_forward=2048, window=512,
-    ),
-    'gemma3_1b': _gemma3(
-        features=1152, layers=26, heads=4, kv_heads=1, head_size=256,
-        feed_forward=6912, window=512,
-    ),
-}  # fmt: skip
 
 
 class RMSNorm(nn.Module):
@@ -101,17 +46,58 @@ class RMSNorm(nn.Module):
     return (y * (1 + scale)).astype(x.dtype)
 
 
+def lora_axes(inputs: str, w: str) -> tuple[str, str]:
+  """The axes of A and B beside a weight's; its copies C have one pair each."""
+  copies = 'C' if 'C' in w else ''
+  into = ''.join(i for i in w if i in inputs)
+  out = ''.join(i for i in w if i not in inputs + copies)
+  return f'{copies}{into}r', f'{copies}r{out}'
+
+
+def product(equation, x, w, lora, scale):
+  """The einsum of x and w, in the dtype of x, plus what w's adapter adds.
+
+  x W + scale (x A) B where `lora` is {'a': A, 'b': B}, x W + x delta where it
+  is {'delta': delta}, x W where it is {}. Never x (W + scale A B): W + scale
+  A B in bfloat16 is W wherever the change is below 1/512 of it.
+  """
+  out = jnp.einsum(equation, x, w.astype(x.dtype))
+  if 'delta' in lora:
+    return out + jnp.einsum(equation, x, lora['delta'].astype(x.dtype))
+  if not lora:
+    return out
+  if scale is None:
+    raise ValueError('a tree with LoRA adapters, a Config without lora_scale')
+  of_x, of_w, of_out = re.split(',|->', equation)
+  a, b = lora_axes(of_x, of_w)
+  inner = a[: a.startswith('C')] + ''.join(i for i in of_x if i not in a) + 'r'
+  low = jnp.einsum(f'{of_x},{a}->{inner}', x, lora['a'].astype(x.dtype))
+  b_scaled = (scale * lora['b']).astype(x.dtype)
+  return out + jnp.einsum(f'{inner},{b}->{of_out}', low, b_scaled)
+
+
+def _lora(module: nn.Module, weight: str = '') -> dict[str, Array]:
+  """The adapter beside a weight of a module, {} if it has none; see lora.py."""
+  names = {k: f'{weight}lora_{k}' for k in ('a', 'b', 'delta')}
+  return {
+    k: module.get_variable('params', name)
+    for k, name in names.items()
+    if module.has_variable('params', name)
+  }
+
+
 class Einsum(nn.Module):
   """A parameter `w` and the product with it, in the dtype of x."""
 
   shape: tuple[int, ...]
   fan_in: int
+  lora_scale: float | None
 
   @nn.compact
   def __call__(self, equation, x):
     init = nn.initializers.normal(self.fan_in**-0.5)
     w = self.param('w', init, self.shape)
-    return jnp.einsum(equation, x, w.astype(x.dtype))
+    return product(equation, x, w, _lora(self), self.lora_scale)
 
 
 def rope(x: Array, position: Array, base: float, scale: float) -> Array:
@@ -138,14 +124,15 @@ class Attention(nn.Module):
     ones already written, the slot of the first new one).
     """
     c = self.config
+    einsum = functools.partial(Einsum, lora_scale=c.lora_scale)
     if c.kv_heads == c.heads:
-      qkv = Einsum((3, c.heads, c.features, c.head_size), c.features,
+      qkv = einsum((3, c.heads, c.features, c.head_size), c.features,
                    name='qkv_einsum')  # fmt: skip
       q, k, v = qkv('RSD,CNDH->CRSNH', x)
     else:
-      q = Einsum((c.heads, c.features, c.head_size), c.features,
+      q = einsum((c.heads, c.features, c.head_size), c.features,
                  name='q_einsum')('RSD,NDH->RSNH', x)  # fmt: skip
-      k, v = Einsum((2, c.kv_heads, c.features, c.head_size), c.features,
+      k, v = einsum((2, c.kv_heads, c.features, c.head_size), c.features,
                     name='kv_einsum')('RSD,CKDH->CRSKH', x)  # fmt: skip
     if c.qk_norm:
       q = RMSNorm(name='_query_norm')(q)
@@ -178,7 +165,7 @@ class Attention(nn.Module):
     out = jnp.einsum('RKGSL,RLKH->RSKGH', probs, v)
     out = out.reshape(r, s, c.heads, c.head_size)
     shape = (c.heads, c.head_size, c.features)
-    out = Einsum(shape, c.heads * c.head_size, name='attn_vec_einsum')(
+    out = einsum(shape, c.heads * c.head_size, name='attn_vec_einsum')(
       'RSNH,NHD->RSD', out
     )
     return out, new_cache
@@ -196,12 +183,20 @@ class FeedForward(nn.Module):
     w = self.param(
       'gating_einsum', nn.initializers.normal(c.features**-0.5), (2, *shape)
     ).astype(x.dtype)
+    lora = _lora(self, 'gating_einsum_')
     rows = x.reshape(-1, c.features)  # one long axis: faster on CPU
     equation = 'ND,FD->NF' if c.gating_transposed else 'ND,DF->NF'
-    gate, value = (jnp.einsum(equation, rows, w[i]) for i in (0, 1))
+    gate, value = (
+      product(
+        equation, rows, w[i], {k: v[i] for k, v in lora.items()}, c.lora_scale
+      )
+      for i in (0, 1)
+    )
     init = nn.initializers.normal(c.feed_forward**-0.5)
     w = self.param('linear', init, (c.feed_forward, c.features))
-    return (nn.gelu(gate) * value @ w.astype(x.dtype)).reshape(x.shape)
+    lora = _lora(self, 'linear_')
+    out = product('NF,FD->ND', nn.gelu(gate) * value, w, lora, c.lora_scale)
+    return out.reshape(x.shape)
 
 
 class Block(nn.Module):

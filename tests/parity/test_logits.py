@@ -18,6 +18,10 @@ _KIND = {
   'local': library_modules.AttentionType.LOCAL_SLIDING,
   'global': library_modules.AttentionType.GLOBAL,
 }
+_BY_FEATURES = (
+  'BY_ONE_OVER_SQRT_HEAD_DIM',
+  'BY_ONE_OVER_SQRT_EMBED_DIM_DIV_NUM_HEADS',
+)
 _SIZES = dict(vocab_size=37, features=24, head_size=8, feed_forward=40)
 CONFIGS = {
     'gemma3': gemma.Config(
@@ -33,9 +37,14 @@ CONFIGS = {
     'gemma2': gemma.Config(
         **_SIZES, layers=4, heads=4, kv_heads=2, pattern=('local', 'global'),
         window=4, post_norms=True, attention_softcap=5.0, final_softcap=3.0,
-        gating_transposed=True,
+        gating_transposed=True, query_scale=(24 / 4) ** -0.5,
     ),
-    'gemma1': gemma.Config(**_SIZES, layers=3, heads=3, kv_heads=3),
+    'gemma2_2b': gemma.Config(
+        **_SIZES, layers=3, heads=4, kv_heads=2, pattern=('local', 'global'),
+        window=4, post_norms=True, attention_softcap=5.0, final_softcap=3.0,
+    ),
+    'gemma1_2b': gemma.Config(**_SIZES, layers=3, heads=3, kv_heads=1),
+    'gemma1_7b': gemma.Config(**_SIZES, layers=3, heads=3, kv_heads=3),
 }  # fmt: skip
 
 
@@ -44,6 +53,7 @@ def library(config: gemma.Config) -> gm.nn.Transformer:
   kinds = [
     _KIND[config.pattern[i % len(config.pattern)]] for i in range(config.layers)
   ]
+  norms = library_config.QueryPreAttentionNormalisation
   return gm.nn.Transformer(
     config=library_config.TransformerConfig(
       num_embed=config.vocab_size,
@@ -57,6 +67,7 @@ def library(config: gemma.Config) -> gm.nn.Transformer:
       use_post_attn_norm=config.post_norms,
       use_post_ffw_norm=config.post_norms,
       attention_types=kinds,
+      query_pre_attn_norm=norms[_BY_FEATURES[config.query_scale is not None]],
       sliding_window_size=config.window or None,
       transpose_gating_einsum=config.gating_transposed,
       use_qk_norm=config.qk_norm,
@@ -135,19 +146,48 @@ def test_parameter_trees_are_the_same(name):
   assert shapes(ours) == shapes(theirs)
 
 
-@pytest.mark.parametrize('name', ['gemma3_270m', 'gemma3_1b'])
-def test_official_sizes(name):
-  """Every shape of the library's own model of that name, layer by layer."""
-  config = gemma.CONFIGS[name]
-  model = {
-    'gemma3_270m': gm.nn.Gemma3_270M,
-    'gemma3_1b': gm.nn.Gemma3_1B,
-  }[name]()
-  theirs = jax.eval_shape(
-    lambda: model.init(jax.random.key(0), np.zeros((1, 2), np.int32))['params']
+@pytest.mark.parametrize('name', ['gemma3', 'gemma2', 'gemma1_2b'])
+def test_cached_decoding_token_by_token(name):
+  """Three prompts of mixed lengths in one batch, then nine tokens each.
+
+  Thirteen positions are three windows. The library shares one slot among the
+  rows, as we do; prompts are padded on the left.
+  """
+  config = CONFIGS[name]
+  params = jax.tree.map(jnp.asarray, random_params(config))
+  width, prompt = 13, 4
+  rng = np.random.default_rng(1)
+  tokens = rng.integers(0, config.vocab_size, (3, width)).astype(np.int32)
+  mask = mask_of([13, 12, 10], width, 'left')
+  policy = gemma.make(
+    config, temperature=1.0, dtype='float32', scan=True, remat=False
   )
-  ours = jax.eval_shape(
-    lambda: nested(config, gemma.init(config, jax.random.key(0)))
-  )
-  shapes = lambda tree: jax.tree.map(lambda x: x.shape, tree)
-  assert shapes(ours) == shapes(theirs)
+  model, their_params = library(config), {'params': nested(config, params)}
+  positions = np.maximum(np.cumsum(mask, -1) - 1, 0).astype(np.int32)
+  causal = np.tril(np.ones((width, width), bool))[None] & mask[:, None, :]
+
+  @jax.jit
+  def mine(cache, tokens, mask):
+    x, cache = policy.hidden(params, tokens, mask, cache)
+    return policy.logits(params, x), cache
+
+  @jax.jit
+  def theirs(cache, tokens, positions, seen):
+    out = model.apply(
+      their_params,
+      tokens,
+      positions=positions,
+      attention_mask=seen,
+      cache=cache,
+    )
+    return out.logits, out.cache
+
+  ours, other = policy.init_cache(3, width), model.init_cache(
+    batch_size=3, dtype=jnp.float32, cache_length=width
+  )  # fmt: skip
+  for start, end in [(0, prompt), *((i, i + 1) for i in range(prompt, width))]:
+    new = slice(start, end)
+    a, ours = mine(ours, tokens[:, new], mask[:, new])
+    b, other = theirs(other, tokens[:, new], positions[:, new], causal[:, new])
+    a, b = a[mask[:, new]], b[mask[:, new]]
+    np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(b).max())

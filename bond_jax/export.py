@@ -1,0 +1,203 @@
+"""The policy of a finished run, as a folder that others read.
+
+    python -m bond_jax.export --workdir=runs/demo --out=exported
+
+`--format=hf` (the default) is a Hugging Face folder: weights, config.json, the
+tokenizer, and how to sample; LoRA is merged. `--format=adapter` is LoRA alone,
+as peft reads it; `--format=official` the layout of Gemma's public checkpoints.
+An existing folder is never touched, and a new one appears when it is complete.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from typing import Any
+
+from absl import app, flags, logging
+import jax
+import ml_collections
+
+from bond_jax import (
+  build,
+  checkpoint,
+  command,
+  hf,
+  hf_export,
+  metrics,
+  origin,
+  sharding,
+  weights,
+)
+from bond_jax.errors import UserError
+from bond_jax.models import lora
+
+FORMATS = ('hf', 'adapter', 'official')
+
+
+def export(
+  workdir: str, out: str, which: str, form: str, dtype: str
+) -> dict[str, Any]:
+  """Writes the policy of a run's train stage; returns the summary.
+
+  Args:
+    workdir: of the run.
+    out: the folder to make.
+    which: the checkpoint, 'last', 'best' or a step.
+    form: one of FORMATS.
+    dtype: of the weights; an official checkpoint keeps that of the run.
+  """
+  if '://' in out or os.path.lexists(out):
+    why = 'is no local folder' if '://' in out else 'exists'
+    raise UserError(f'--out={out} {why}; name a local one that does not exist.')
+  config = read_config(workdir)
+  settings = config.model.lora
+  if form == 'adapter' and not settings.rank:
+    raise UserError(
+      f'{workdir} was trained without LoRA: all its weights have changed;'
+      ' export with --format=hf.'
+    )
+  # Of this machine, which need not be the one that trained.
+  mesh = sharding.make_mesh(data=-1, model=1)
+  sizes = origin.make_sizes(config.model, config.tokenizer.vocab_size)
+  policy = origin.make_policy(config.model, config.tokenizer.vocab_size)
+  trained = origin.load_params(policy, workdir, 'train', which, mesh)
+  params, adapters = trained, None
+  if settings.rank:
+    adapters = trained
+  if form == 'adapter':
+    hf_export.export_adapter(
+      adapters, sizes, out, base=name_of_base(config, workdir)
+    )
+  else:
+    if adapters is not None:
+      params = origin.load_frozen(config, policy, workdir, mesh).base
+    if form == 'hf':
+      hf_export.export(
+        params,
+        sizes,
+        out,
+        dtype=dtype,
+        tokenizer_path=tokenizer_path(config, workdir),
+        source=source_of(config),
+        lora=adapters,
+        temperature=config.model.temperature,
+      )
+    else:
+      params = lora.merge(sizes, params, adapters) if adapters else params
+      weights.save_official(params, sizes, out)
+  with checkpoint.manager(os.path.join(workdir, 'train', 'checkpoints')) as c:
+    step = checkpoint.choose(c, which)
+  return {
+    'workdir': os.path.abspath(workdir),
+    'model': config.model.name,
+    'checkpoint': which,
+    'step': step,
+    'format': form,
+    'parameters': sum(x.size for x in jax.tree.leaves(params)),
+    'bytes': size_of(out),
+  }
+
+
+def read_config(workdir: str) -> ml_collections.ConfigDict:
+  """The config of a run; a UserError unless it trains a language model."""
+  path = os.path.join(workdir, 'config.json')
+  try:
+    config = ml_collections.ConfigDict(command.read_json(path))
+  except (OSError, ValueError) as e:
+    reason = getattr(e, 'strerror', None) or 'not JSON'
+    raise UserError(
+      f'cannot read {path} ({reason}); --workdir is the folder of a finished'
+      ' run.'
+    ) from e
+  if 'tokenizer' not in config or 'model' not in config:
+    raise UserError(f'{workdir} trains no language model: nothing to export.')
+  return config
+
+
+def tokenizer_path(config: ml_collections.ConfigDict, workdir: str) -> str:
+  """The SentencePiece model of a run."""
+  folder = build.reference_dir(config, workdir)
+  return config.tokenizer.path or os.path.join(folder, 'tokenizer.model')
+
+
+def source_of(config: ml_collections.ConfigDict) -> str | None:
+  """The Hugging Face folder that a run started from, if it is one."""
+  path = config.get('weights') or ''
+  if os.path.isdir(path):
+    return path if os.path.exists(os.path.join(path, 'config.json')) else None
+  return hf.resolve(path) if '@' in path else None
+
+
+def name_of_base(config: ml_collections.ConfigDict, workdir: str) -> str:
+  """What an adapter says it is for."""
+  path = config.get('weights') or build.reference_dir(config, workdir)
+  return path.partition('@')[0]
+
+
+def size_of(folder: str) -> int:
+  """Bytes of all files below a folder."""
+  return sum(
+    os.path.getsize(os.path.join(where, name))
+    for where, _, names in os.walk(folder)
+    for name in names
+  )
+
+
+def main(workdir: str, out: str, which: str, form: str, dtype: str) -> None:
+  build.configure_jax()
+  start = time.perf_counter()
+  print(f'export: {workdir}, checkpoint {which}, as {form}', flush=True)
+  summary = export(workdir, out, which, form, dtype)
+  summary['seconds'] = round(time.perf_counter() - start, 3)
+  summary['versions'] = build.versions()
+  path = os.path.join(out, 'summary.json')
+  command.write_json(path, summary)
+  metrics.table(build.scalars(summary), f'export: done, see {path}')
+
+
+def _run() -> None:
+  """Runs `main` as a command: a user error is one line and status 2."""
+  workdir = flags.DEFINE_string(
+    'workdir', None, 'A finished run.', required=True
+  )
+  out = flags.DEFINE_string('out', None, 'The folder to make.', required=True)
+  which = command.checkpoint_flag()
+  form = flags.DEFINE_enum('format', 'hf', FORMATS, 'What others are to read.')
+  dtype = flags.DEFINE_enum(
+    'dtype', 'bfloat16', ['bfloat16', 'float32'], 'Of the weights, with hf.'
+  )
+  debug = flags.DEFINE_bool('debug', False, 'Show tracebacks of user errors.')
+
+  def parse(args):
+    try:
+      return flags.FLAGS(args)
+    except flags.Error as e:
+      print(f'error: {e}', file=sys.stderr)
+      sys.exit(2)
+
+  def body(argv):
+    logging.set_verbosity(logging.WARNING)
+    try:
+      if len(argv) > 1:
+        raise UserError(f'unexpected argument {argv[1]!r}')
+      main(
+        os.path.normpath(workdir.value),
+        out.value,
+        which.value,
+        form.value,
+        dtype.value,
+      )
+    except UserError as e:
+      if debug.value:
+        raise
+      print(f'error: {e}', file=sys.stderr)
+      return 2
+    return 0
+
+  app.run(body, flags_parser=parse)
+
+
+if __name__ == '__main__':
+  _run()

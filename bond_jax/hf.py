@@ -1,0 +1,348 @@
+"""Gemma weights from a Hugging Face folder, straight into their shards.
+
+One tensor's pages are mapped at a time, and of them each device's slice is
+copied: beside the shards the host holds a tensor and a slice.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import os
+import re
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from safetensors import safe_open, SafetensorError
+
+from bond_jax import hf_config, hf_names
+from bond_jax.errors import UserError
+from bond_jax.models import gemma
+from bond_jax.stacks import assemble, shapes
+from bond_jax.types import Array, Params
+
+INDEX = 'model.safetensors.index.json'
+SINGLE = 'model.safetensors'
+TOKENIZER_FILES = (
+  'tokenizer.model', 'tokenizer.json', 'tokenizer_config.json',
+  'special_tokens_map.json', 'added_tokens.json', 'chat_template.jinja',
+  'chat_template.json',
+)  # fmt: skip
+
+_REPOSITORY = re.compile(r'([\w.-]+/[\w.-]+?)(?:@(.+))?')
+_DTYPES = ('F32', 'F16', 'BF16')
+_BLOCK = 16 * 2**20  # bytes; of two tensors that are compared
+
+
+class Tensor(NamedTuple):
+  """One tensor of a folder, not read yet."""
+
+  file: str
+  name: str
+  shape: tuple[int, ...]
+  dtype: str
+
+
+def load(path: str, config: gemma.Config, like: Params) -> Params:
+  """Loads the text model of a folder into the shards of `like`.
+
+  Args:
+    path: a local folder, or a repository as `resolve` takes it.
+    config: the sizes that it must have. Rows of the embedding that the folder
+      lacks, which no token uses, are zero; further ones that it has beside an
+      image encoder are left out.
+    like: the tree of models/gemma.py as jax.ShapeDtypeStruct with shardings.
+
+  Returns:
+    Arrays as in `like`. A UserError for a folder of another model, and for one
+    that is damaged or incomplete.
+  """
+  folder = resolve(path)
+  raw = read_config(folder)
+  _check_sizes(folder, hf_config.from_json(raw, folder), config)
+  tensors = _open(folder)
+  prefix = _prefix(folder, tensors)
+  _check_tensors(folder, tensors, prefix, config, 'text_config' in raw)
+  _check_head(folder, raw, tensors, prefix)
+  found = {k.removeprefix(prefix): x for k, x in tensors.items()}
+  return assemble(config, like, functools.partial(_read, found, config))
+
+
+def config_of(path: str) -> gemma.Config:
+  """The model that a folder's config.json describes, one of ours if it is."""
+  folder = resolve(path)
+  return hf_config.from_json(read_config(folder), folder)
+
+
+def read_config(folder: str) -> dict[str, Any]:
+  """The config.json of a folder; a UserError if it has no readable one."""
+  return read_json(
+    folder, 'config.json', 'it is no folder of a Hugging Face model'
+  )
+
+
+def resolve(path: str) -> str:
+  """The local folder of `path`, downloading a repository if it is one.
+
+  A repository is written owner/name@revision, the revision being the 40 digits
+  of a commit: a branch would be another model tomorrow.
+  """
+  if os.path.isdir(path):
+    return path
+  match = _REPOSITORY.fullmatch(path)
+  if not match:
+    raise UserError(
+      f'{path} is no folder here, and no Hugging Face repository'
+      ' (owner/name@revision).'
+    )
+  repository, revision = match.groups()
+  if not re.fullmatch(r'[0-9a-f]{40}', revision or ''):
+    raise UserError(
+      f'{path} is no folder here; of a Hugging Face repository give the commit'
+      f' too, {repository}@ and its 40 hexadecimal digits, got'
+      f' {revision or "none"}.'
+    )
+  try:
+    import huggingface_hub
+  except ModuleNotFoundError as e:
+    raise UserError(
+      f'{path} is no folder here, and downloading needs the package'
+      ' huggingface_hub: pip install huggingface_hub, or download it yourself'
+      ' and name the folder.'
+    ) from e
+  try:
+    return huggingface_hub.snapshot_download(
+      repository,
+      revision=revision,
+      allow_patterns=[
+        'config.json', 'generation_config.json', INDEX,
+        '*.safetensors', *TOKENIZER_FILES,
+      ],
+    )  # fmt: skip
+  except Exception as e:
+    reason = ' '.join(f'{type(e).__name__}: {e}'.split())[:300]
+    raise UserError(
+      f'cannot download {path}: {reason}; is the name right, and, for a gated'
+      ' model, has its licence been accepted and "hf auth login" been run?'
+    ) from e
+
+
+# -- Checks, before anything is read
+
+
+def _check_sizes(
+  folder: str, found: gemma.Config, wanted: gemma.Config
+) -> None:
+  """A UserError with the differences unless they are the same model."""
+  a, b = hf_config.essence(found), hf_config.essence(wanted)
+  rows = [f'{k}: found {a[k]}, wanted {b[k]}' for k in a if a[k] != b[k]]
+  if rows:
+    names = [hf_config.known_as(c) or 'another model' for c in (found, wanted)]
+    raise UserError(
+      f'{folder} does not hold the model of the config: this looks like'
+      f' {names[0]}, the config says {names[1]} ({"; ".join(rows[:10])}).'
+    )
+
+
+def _open(folder: str) -> dict[str, Tensor]:
+  """Every tensor of a folder by its name; reads the headers of all files."""
+  where = None
+  if os.path.exists(os.path.join(folder, INDEX)):
+    index = read_json(folder, INDEX, 'download it again')
+    where = index.get('weight_map')
+    if not isinstance(where, dict) or not where:
+      raise UserError(f'{folder}/{INDEX} has no weight_map; download it again.')
+  elif not os.path.exists(os.path.join(folder, SINGLE)):
+    raise UserError(
+      f'{folder} has neither {SINGLE} nor {INDEX}; weights in other formats'
+      ' must be converted first, say by save_pretrained of transformers.'
+    )
+  files = sorted(set(where.values())) if where else [SINGLE]
+  missing = [f for f in files if not os.path.exists(os.path.join(folder, f))]
+  if missing:
+    raise UserError(
+      f'{folder} lacks {len(missing)} of the {len(files)} files that its index'
+      f' names, {", ".join(missing[:3])}; download it again.'
+    )
+  tensors = {}
+  for file in files:
+    path = os.path.join(folder, file)
+    with _damage(path), safe_open(path, framework='np') as f:
+      for name in f.keys():  # noqa: SIM118 (it is no mapping)
+        x = f.get_slice(name)
+        tensors[name] = Tensor(path, name, tuple(x.get_shape()), x.get_dtype())
+  lost = [k for k, file in (where or {}).items() if k not in tensors]
+  if lost:
+    raise UserError(
+      f'{folder}: {where[lost[0]]} does not hold {lost[0]}, which the index'
+      f' says it does, nor {len(lost) - 1} others; download it again.'
+    )
+  return tensors
+
+
+def _prefix(folder: str, tensors: dict[str, Tensor]) -> str:
+  for prefix in hf_names.PREFIXES:
+    if f'{prefix}embed_tokens.weight' in tensors:
+      return prefix
+  raise UserError(
+    f'{folder} has no tensor embed_tokens.weight under'
+    f' {" or ".join(hf_names.PREFIXES)}; it has'
+    f' {", ".join(sorted(tensors)[:3])} ...'
+  )
+
+
+def _check_tensors(folder, tensors, prefix, config, images: bool) -> None:
+  """A UserError with the first ten tensors that are not as they must be."""
+  size = hf_names.sizes(config)
+  wanted = {
+    prefix + part.tensor: hf_names.shape(part, size)
+    for name in shapes(config)
+    for part in hf_names.parts(config, name)
+  }
+  table = f'{prefix}embed_tokens.weight'
+  rows = tensors[table].shape[0]
+  if hf_config.vocab_rows(config) <= rows and (
+    images or rows <= config.vocab_size
+  ):
+    wanted[table] = rows, config.features
+  found = {
+    k: x.shape
+    for k, x in tensors.items()
+    if k.startswith(prefix) and not k.endswith('rotary_emb.inv_freq')
+  }
+  names = [*wanted, *(name for name in found if name not in wanted)]
+  pairs = [(k, found.get(k), wanted.get(k)) for k in names]
+  lines = [
+    f'\n  {k}: found {a or "absent"}, wanted {b or "absent"}'
+    for k, a, b in pairs
+    if a != b
+  ]
+  if lines:
+    more = f'\n  and {len(lines) - 10} more' if len(lines) > 10 else ''
+    raise UserError(
+      f'the tensors of {folder} are not those of its config.json, or not of'
+      f' the vocabulary of the config:{"".join(lines[:10])}{more}'
+    )
+  for name in wanted:
+    if tensors[name].dtype not in _DTYPES:
+      raise UserError(
+        f'{tensors[name].file}: {name} is of dtype {tensors[name].dtype},'
+        f' readable are {", ".join(_DTYPES)}; quantised weights cannot be'
+        ' loaded.'
+      )
+
+
+def _check_head(folder, raw, tensors, prefix) -> None:
+  """Refuses a head that is not the embedding."""
+  text = raw.get('text_config', {})
+  tied = raw.get('tie_word_embeddings', text.get('tie_word_embeddings', True))
+  head = next((k for k in tensors if k.endswith('lm_head.weight')), None)
+  if head is None and not tied:
+    raise UserError(
+      f'{folder}/config.json says that the head is not the embedding'
+      ' (tie_word_embeddings), and there is no lm_head.weight; the export that'
+      ' wrote it lost the head.'
+    )
+  if head and not _same(tensors[head], tensors[f'{prefix}embed_tokens.weight']):
+    raise UserError(
+      f'{folder}: {head} is not the embedding; the head of every Gemma is, and'
+      ' a model with another one cannot be loaded.'
+    )
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+  """Whether two tensors hold the same numbers; reads them in blocks."""
+  if a.shape != b.shape:
+    return False
+  rows, step = a.shape[0], max(1, _BLOCK // (4 * a.shape[1]))
+  blocks = [slice(i, min(i + step, rows)) for i in range(0, rows, step)]
+  with _damage(a.file), _slices(a) as x, _slices(b) as y:
+    return all(np.array_equal(x[i], y[i]) for i in blocks)
+
+
+# -- Reading
+
+
+def _read(
+  tensors: dict[str, Tensor],
+  config: gemma.Config,
+  name: str,
+  struct: jax.ShapeDtypeStruct,
+) -> Array:
+  """One array of ours, from the tensors that hold its copies."""
+  parts = hf_names.parts(config, name)
+  size = hf_names.sizes(config)
+  found = [tensors[part.tensor] for part in parts]
+  copies = len(struct.shape) - len(parts[0].axes)  # 1 if they have an axis
+
+  def block(index: tuple[slice, ...]) -> np.ndarray:
+    out = np.zeros([s.stop - s.start for s in index], struct.dtype)
+    each = out if copies else out[None]
+    chosen = index[0] if copies else slice(0, 1)
+    letters = dict(zip(parts[0].axes, index[copies:], strict=True))
+    for x, part, file in zip(each, parts[chosen], files[chosen], strict=True):
+      where = hf_names.slices(part, size, letters)
+      if 'V' in letters:  # rows that the file lacks stay zero
+        rows = where[0].indices(found[0].shape[0])[:2]
+        if rows[0] < rows[1]:
+          x[: rows[1] - rows[0]] = file[slice(*rows), where[1]]
+      else:
+        x[...] = hf_names.to_ours(part, size, letters, file[where])
+    return out
+
+  with contextlib.ExitStack() as stack:
+    stack.enter_context(_damage(found[0].file))
+    files = [stack.enter_context(_slices(tensor)) for tensor in found]
+    return _place(struct, block)
+
+
+def _place(struct: jax.ShapeDtypeStruct, block) -> Array:
+  """The array of which each device holds its `block`, read once."""
+  devices: dict[tuple, list] = {}
+  where = struct.sharding.addressable_devices_indices_map(struct.shape)
+  for device, index in where.items():
+    bounds = tuple(
+      s.indices(n)[:2] for s, n in zip(index, struct.shape, strict=True)
+    )
+    devices.setdefault(bounds, []).append(device)
+  shards = []
+  for bounds, owners in devices.items():
+    x = block(tuple(slice(*b) for b in bounds))
+    shards += [jax.device_put(x, device) for device in owners]
+  return jax.make_array_from_single_device_arrays(
+    struct.shape, struct.sharding, shards
+  )
+
+
+@contextlib.contextmanager
+def _slices(tensor: Tensor):
+  """A tensor to cut; its pages are unmapped at the end."""
+  with safe_open(tensor.file, framework='np') as f:
+    yield f.get_slice(tensor.name)
+
+
+@contextlib.contextmanager
+def _damage(path: str):
+  """An error of reading as one line."""
+  try:
+    yield
+  except (SafetensorError, OSError) as e:
+    reason = ' '.join(str(e).split())
+    raise UserError(
+      f'{path} is truncated or corrupt: {reason}; download it again.'
+    ) from e
+
+
+def read_json(folder: str, name: str, remedy: str) -> dict[str, Any]:
+  path = os.path.join(folder, name)
+  try:
+    with open(path, encoding='utf-8') as f:
+      value = json.load(f)
+  except (OSError, ValueError) as e:
+    reason = getattr(e, 'strerror', None) or 'not JSON'
+    raise UserError(f'cannot read {path} ({reason}); {remedy}.') from e
+  if not isinstance(value, dict):
+    raise UserError(f'{path} holds no JSON object; {remedy}.')
+  return value

@@ -1,0 +1,294 @@
+"""Hugging Face's config.json of Gemma 1, 2 and 3, from our Config and back.
+
+What would change the numbers and is not in a Config is refused, not ignored.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from bond_jax.errors import UserError
+from bond_jax.models import gemma
+
+# model_type -> class. Of the last, which sees images too, we take the text.
+ARCHITECTURES = {
+  'gemma': 'GemmaForCausalLM',
+  'gemma2': 'Gemma2ForCausalLM',
+  'gemma3_text': 'Gemma3ForCausalLM',
+  'gemma3': 'Gemma3ForConditionalGeneration',
+}
+
+_KINDS = {'sliding_attention': 'local', 'full_attention': 'global'}
+_GELU = 'gelu_pytorch_tanh'
+
+# What a config.json means by what it leaves out.
+_COMMON = dict(
+  head_dim=256,
+  hidden_act=_GELU,
+  hidden_activation=_GELU,
+  rms_norm_eps=1e-6,
+  tie_word_embeddings=True,
+  attention_bias=False,
+  use_bidirectional_attention=None,
+  quantization_config=None,
+  query_pre_attn_scalar=None,
+  attn_logit_softcapping=None,
+  final_logit_softcapping=None,
+)
+_DEFAULTS = {
+    'gemma': dict(
+        _COMMON, vocab_size=256_000, hidden_size=3072, num_hidden_layers=28,
+        intermediate_size=24_576, num_attention_heads=16,
+        num_key_value_heads=16,
+    ),
+    'gemma2': dict(
+        _COMMON, vocab_size=256_000, hidden_size=2304, num_hidden_layers=26,
+        intermediate_size=9216, num_attention_heads=8, num_key_value_heads=4,
+        query_pre_attn_scalar=256, sliding_window=4096,
+        sliding_window_pattern=2, attn_logit_softcapping=50.0,
+        final_logit_softcapping=30.0,
+    ),
+    'gemma3_text': dict(
+        _COMMON, vocab_size=262_208, hidden_size=2304, num_hidden_layers=26,
+        intermediate_size=9216, num_attention_heads=8, num_key_value_heads=4,
+        query_pre_attn_scalar=256, sliding_window=4096,
+        sliding_window_pattern=6,
+    ),
+}  # fmt: skip
+
+
+def family(config: gemma.Config) -> str:
+  """The model_type that computes what the config says; a UserError if none."""
+  c, kinds = config, set(layer_kinds(config))
+  plain_rope = (
+    c.local_rope_base == c.global_rope_base and c.global_rope_scale == 1
+  )
+  if c.qk_norm and c.post_norms and not c.attention_softcap:
+    return 'gemma3_text'
+  if c.post_norms and not c.qk_norm and plain_rope:
+    return 'gemma2'
+  own_scale = c.query_scale or c.head_size**-0.5
+  if (
+    not (c.post_norms or c.qk_norm or c.attention_softcap or c.final_softcap)
+    and kinds == {'global'}
+    and c.global_rope_scale == 1
+    and math.isclose(own_scale, c.head_size**-0.5)
+  ):
+    return 'gemma'
+  raise UserError(
+    'these model.sizes mix the families of Gemma, and Hugging Face has no class'
+    ' for that; keep those of one family, or export with --format=official.'
+  )
+
+
+def to_json(config: gemma.Config, dtype: str) -> dict[str, Any]:
+  """The config.json of a model, in the keys that old and new readers know."""
+  kind = family(config)
+  c = config
+  out = {
+    'architectures': [ARCHITECTURES[kind]],
+    'model_type': kind,
+    'torch_dtype': dtype,
+    'vocab_size': vocab_rows(c),
+    'hidden_size': c.features,
+    'intermediate_size': c.feed_forward,
+    'num_hidden_layers': c.layers,
+    'num_attention_heads': c.heads,
+    'num_key_value_heads': c.kv_heads,
+    'head_dim': c.head_size,
+    'hidden_activation': _GELU,
+    'rms_norm_eps': 1e-6,
+    'rope_theta': c.global_rope_base,
+    'max_position_embeddings': 8192,
+    'attention_bias': False,
+    'attention_dropout': 0.0,
+    'initializer_range': 0.02,
+    'tie_word_embeddings': True,
+    'use_cache': True,
+    'pad_token_id': 0,
+    'eos_token_id': 1,
+    'bos_token_id': 2,
+  }
+  if kind == 'gemma':
+    return {**out, 'hidden_act': _GELU}
+  scalar = round((c.query_scale or c.head_size**-0.5) ** -2)
+  if c.query_scale and not math.isclose(scalar**-0.5, c.query_scale):
+    raise UserError(
+      f'Hugging Face writes query_scale as the root of a whole number, 1 /'
+      f' sqrt(n); model.sizes.query_scale is {c.query_scale}.'
+    )
+  names = {ours: theirs for theirs, ours in _KINDS.items()}
+  out |= {
+    'query_pre_attn_scalar': scalar,
+    'sliding_window': c.window,
+    'layer_types': [names[kind] for kind in layer_kinds(c)],
+    'attn_logit_softcapping': c.attention_softcap,
+    'final_logit_softcapping': c.final_softcap,
+  }
+  if kind == 'gemma3_text':
+    long = c.global_rope_scale != 1
+    linear = {'rope_type': 'linear', 'factor': c.global_rope_scale}
+    out |= {
+      'rope_local_base_freq': c.local_rope_base,
+      'rope_scaling': linear if long else None,
+      'max_position_embeddings': 131_072 if long else 32_768,
+    }
+    pattern = len(c.pattern)
+    if c.pattern == ('local',) * (pattern - 1) + ('global',):
+      out['sliding_window_pattern'] = pattern  # readers without layer_types
+  return out
+
+
+def from_json(raw: dict[str, Any], path: str) -> gemma.Config:
+  """The model of a config.json; a UserError if we do not compute that."""
+  kind = _model_type(raw, path)
+  if kind == 'gemma3':
+    # The head is a matter of the whole model.
+    tied = {k: raw[k] for k in ('tie_word_embeddings',) if k in raw}
+    raw, kind = {**raw.get('text_config', {}), **tied}, 'gemma3_text'
+  raw = {**_DEFAULTS[kind], **raw}
+  _refuse(raw, kind, path)
+  new = kind != 'gemma'
+  base = 1_000_000.0 if kind == 'gemma3_text' else 10_000.0
+  theta, factor = _rope(raw, 'full_attention', 'rope_theta', base, path)
+  local = theta
+  if kind == 'gemma3_text':
+    key = 'rope_local_base_freq'
+    local, _ = _rope(raw, 'sliding_attention', key, 10_000.0, path)
+  scalar = raw['query_pre_attn_scalar'] or raw['head_dim']
+  config = gemma.Config(
+    vocab_size=raw['vocab_size'],
+    features=raw['hidden_size'],
+    layers=raw['num_hidden_layers'],
+    heads=raw['num_attention_heads'],
+    kv_heads=raw['num_key_value_heads'],
+    head_size=raw['head_dim'],
+    feed_forward=raw['intermediate_size'],
+    pattern=_pattern(raw, path) if new else ('global',),
+    window=raw['sliding_window'] if new else 0,
+    qk_norm=kind == 'gemma3_text',
+    post_norms=new,
+    query_scale=None if scalar == raw['head_dim'] else scalar**-0.5,
+    attention_softcap=raw['attn_logit_softcapping'],
+    final_softcap=raw['final_logit_softcapping'],
+    local_rope_base=local,
+    global_rope_base=theta,
+    global_rope_scale=factor,
+    gating_transposed=new,
+  )
+  name = known_as(config)
+  return gemma.CONFIGS[name] if name else config
+
+
+def _model_type(raw: dict[str, Any], path: str) -> str:
+  names = {v: k for k, v in ARCHITECTURES.items()}
+  found = (raw.get('architectures') or ['none'])[0]
+  if found not in names:
+    raise UserError(
+      f'{path} holds a model of architecture {found}; readable are'
+      f' {", ".join(names)}.'
+    )
+  return names[found]
+
+
+def _refuse(raw: dict[str, Any], kind: str, path: str) -> None:
+  """What would change the numbers, and which our model does not do."""
+  activation = raw['hidden_act' if kind == 'gemma' else 'hidden_activation']
+  wrong = {
+    # 'gelu' in the first configs of Gemma 1 meant this one.
+    'activation': activation not in (_GELU, *['gelu'] * (kind == 'gemma')),
+    'rms_norm_eps': not math.isclose(raw['rms_norm_eps'], 1e-6),
+    'attention_bias': raw['attention_bias'],
+    'use_bidirectional_attention': raw['use_bidirectional_attention'],
+    'attn_logit_softcapping': kind == 'gemma3_text'
+    and raw['attn_logit_softcapping'],
+    'quantization_config': raw['quantization_config'],
+  }
+  for key, bad in wrong.items():
+    if bad:
+      raise UserError(
+        f'{path}/config.json: {key} is {raw.get(key, activation)!r}, not what'
+        ' the releases of Gemma have; such a model cannot be loaded.'
+      )
+
+
+def _rope(
+  raw: dict[str, Any], layers: str, key: str, base: float, path: str
+) -> tuple[float, float]:
+  """The base and the scale of the positions in one kind of layers."""
+  new = raw.get('rope_parameters') or {}
+  rope = new.get(layers, new) or {}
+  if not new and layers == 'full_attention':
+    rope = raw.get('rope_scaling') or {}
+  kind = rope.get('rope_type', rope.get('type', 'default'))
+  if kind not in ('default', 'linear'):
+    raise UserError(
+      f'{path}/config.json: rope_type is {kind!r}; readable are default and'
+      ' linear.'
+    )
+  theta = rope.get('rope_theta', raw.get(key, base))
+  return float(theta), float(rope.get('factor', 1.0))
+
+
+def _pattern(raw: dict[str, Any], path: str) -> tuple[str, ...]:
+  """The shortest pattern that repeats into the kinds of the layers."""
+  layers, period = raw['num_hidden_layers'], raw['sliding_window_pattern']
+  types = raw.get('layer_types') or [
+    'sliding_attention' if (j + 1) % period else 'full_attention'
+    for j in range(layers)
+  ]
+  if len(types) != layers or not set(types) <= set(_KINDS):
+    raise UserError(
+      f'{path}/config.json: layer_types has {len(types)} entries,'
+      f' {", ".join(sorted(set(types)))}; it must have {layers}, of'
+      f' {", ".join(_KINDS)}.'
+    )
+  kinds = [_KINDS[name] for name in types]
+  for n in range(1, layers + 1):
+    if all(kinds[j] == kinds[j % n] for j in range(layers)):
+      break
+  return tuple(kinds[:n])
+
+
+def layer_kinds(config: gemma.Config) -> list[str]:
+  """'local' or 'global' of every layer, bottom up."""
+  pattern = config.pattern
+  return [pattern[j % len(pattern)] for j in range(config.layers)]
+
+
+def vocab_rows(config: gemma.Config) -> int:
+  """Rows of the embedding there: those that the tokenizer uses."""
+  return config.used_vocab or config.vocab_size
+
+
+def essence(config: gemma.Config) -> dict[str, Any]:
+  """What of a config decides on the numbers, the vocabulary's rows apart."""
+  c, kinds = config, layer_kinds(config)
+  local, whole = 'local' in kinds, 'global' in kinds
+  return dict(
+    features=c.features,
+    layers=c.layers,
+    heads=c.heads,
+    kv_heads=c.kv_heads,
+    head_size=c.head_size,
+    feed_forward=c.feed_forward,
+    kinds=' '.join(kinds),
+    window=c.window if local else None,
+    qk_norm=c.qk_norm,
+    post_norms=c.post_norms,
+    query_scale=float(f'{c.query_scale or c.head_size**-0.5:.6g}'),
+    attention_softcap=c.attention_softcap,
+    final_softcap=c.final_softcap,
+    local_rope_base=c.local_rope_base if local else None,
+    global_rope_base=c.global_rope_base if whole else None,
+    global_rope_scale=c.global_rope_scale if whole else None,
+  )
+
+
+def known_as(config: gemma.Config) -> str | None:
+  """The name under which models/gemma.py knows a model."""
+  for name, sizes in gemma.CONFIGS.items():
+    if essence(sizes) == essence(config):
+      return name
+  return None

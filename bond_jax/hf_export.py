@@ -1,0 +1,388 @@
+"""Models and adapters as Hugging Face folders, for any server that reads them.
+
+A folder appears under its name when it is complete, and an existing one stays
+as it is. Tensors are written as they come: the host holds one at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+import contextlib
+import json
+import math
+import os
+import shutil
+import struct
+from typing import Any
+
+from flax import traverse_util
+import jax
+import numpy as np
+
+from bond_jax import hf, hf_config, hf_names, stacks
+from bond_jax import tokenizer as tokenizer_lib
+from bond_jax.errors import UserError
+from bond_jax.models import gemma, lora
+from bond_jax.types import Array, Params
+
+_DTYPES = {'float32': 'F32', 'bfloat16': 'BF16'}
+_SHARD = 5 * 10**9  # bytes of a file
+
+# The official turns, as `tokenizer.chat` writes them.
+_CHAT = """\
+{%- if messages[0]['role'] == 'system' -%}
+SYSTEM
+{%- else -%}
+  {%- set opening, turns = '', messages -%}
+{%- endif -%}
+{{ bos_token }}
+{%- for turn in turns -%}
+  {%- if (turn['role'] == 'user') != (loop.index0 % 2 == 0) -%}
+    {{ raise_exception('user and assistant must take turns, the user first') }}
+  {%- endif -%}
+  {{ '<start_of_turn>' + ('user' if turn['role'] == 'user' else 'model') }}
+  {{- '\\n' + (opening if loop.first else '') + turn['content'] | trim }}
+  {{- '<end_of_turn>\\n' }}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+  {{ '<start_of_turn>model\\n' }}
+{%- endif -%}
+"""
+_SYSTEM = """\
+  {%- set opening = messages[0]['content'] | trim + '\\n\\n' -%}
+  {%- set turns = messages[1:] -%}"""
+_NO_SYSTEM = "  {{ raise_exception('this family has no system turn') }}"
+
+
+def export(
+  params: Params,
+  config: gemma.Config,
+  path: str,
+  *,
+  dtype: str,
+  tokenizer_path: str | None = None,
+  source: str | None = None,
+  lora: Params | None = None,
+  temperature: float = 1.0,
+  shard_bytes: int = _SHARD,
+) -> None:
+  """Writes a model, with what a server needs beside its weights.
+
+  Args:
+    params: the tree of models/gemma.py, arrays on any devices of this process.
+    config: its sizes; of the embedding the rows that are used are written.
+    path: the folder to make.
+    dtype: of the weights, 'bfloat16' or 'float32'.
+    tokenizer_path: a SentencePiece model.
+    source: a Hugging Face folder whose tokenizer files are copied.
+    lora: adapters to merge, which config.lora_scale scales. The sum is taken
+      in float32 and rounded once.
+    temperature: at which the policy was trained, and is to be sampled.
+    shard_bytes: the size that a file of weights may have.
+  """
+  if dtype not in _DTYPES:
+    raise UserError(
+      f'cannot export dtype {dtype!r}; known are {", ".join(_DTYPES)}.'
+    )
+  described = hf_config.to_json(config, dtype)
+  shapes_ = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params
+  )
+  found = {k: x.shape for k, x in stacks.nested(config, shapes_)}
+  stacks.check('the tree to export', found, config)
+  names, stop_ids = _tokenizer(tokenizer_path, source, described['model_type'])
+  size = {**hf_names.sizes(config), 'V': hf_config.vocab_rows(config)}
+  shapes = {
+    f'model.{part.tensor}': hf_names.shape(part, size)
+    for name in found
+    for part in hf_names.parts(config, name)
+  }
+  leaves = merged(config, params, lora or {})
+  with new_folder(path, _bytes(shapes, dtype)) as folder:
+    tensors = _theirs(config, leaves, dtype)
+    _write_shards(folder, tensors, shapes, dtype, shard_bytes)
+    for name, content in names.items():
+      with open(os.path.join(folder, name), 'wb') as f:
+        f.write(content)
+    _write_json(folder, 'config.json', {**described, 'eos_token_id': stop_ids})
+    _write_json(
+      folder,
+      'generation_config.json',
+      {
+        'bos_token_id': 2,
+        'eos_token_id': stop_ids,
+        'pad_token_id': 0,
+        # Readers cut the tail off unless told not to.
+        'do_sample': True,
+        'temperature': temperature,
+        'top_k': 0,
+        'top_p': 1.0,
+      },
+    )
+
+
+def export_adapter(
+  adapters: Params, config: gemma.Config, path: str, *, base: str
+) -> None:
+  """Writes adapters in float32 as a folder that peft reads.
+
+  Args:
+    adapters: as in models/lora.py, without `lora_delta`.
+    config: of the model, with lora_scale.
+    path: the folder to make.
+    base: the model they are for, a folder or any name of it. It decides
+      whether the adapted modules are those of a text model alone.
+  """
+  images = _has_images(config, base)
+  prefix = hf_names.PREFIXES[-1] if images else 'model.'
+  leaves = dict(stacks.nested(config, adapters))
+  tensors: dict[str, np.ndarray] = {}
+  for name, x in leaves.items():
+    for part, copy in _copies(hf_names.lora_parts(config, name), np.asarray(x)):
+      tensors[f'base_model.model.{prefix}{part.tensor}'] = copy
+  rank = {x.shape[0] for name, x in tensors.items() if 'lora_A' in name}
+  if len(rank) != 1 or config.lora_scale is None:
+    raise UserError(
+      f'an adapter needs one rank and a lora_scale; found ranks {sorted(rank)}'
+      f' and lora_scale {config.lora_scale}.'
+    )
+  (rank,) = rank
+  modules = sorted({name.split('.')[-3] for name in tensors})
+  alpha = config.lora_scale * rank
+  described = {
+    'peft_type': 'LORA',
+    'task_type': 'CAUSAL_LM',
+    'base_model_name_or_path': base,
+    'r': rank,
+    'lora_alpha': round(alpha) if math.isclose(alpha, round(alpha)) else alpha,
+    # An image encoder has modules of the same names.
+    'target_modules': (
+      rf'.*language_model.*\.({"|".join(modules)})' if images else modules
+    ),
+    'lora_dropout': 0.0,
+    'bias': 'none',
+    'fan_in_fan_out': False,
+    'use_rslora': False,
+    'use_dora': False,
+    'modules_to_save': None,
+    'inference_mode': True,
+  }
+  shapes = {k: x.shape for k, x in tensors.items()}
+  with new_folder(path, _bytes(shapes, 'float32')) as folder:
+    file = os.path.join(folder, 'adapter_model.safetensors')
+    _write(file, iter(tensors.items()), shapes, 'float32')
+    _write_json(folder, 'adapter_config.json', described)
+
+
+def merged(
+  config: gemma.Config, params: Params, adapters: Params
+) -> Iterator[tuple[str, Array]]:
+  """Yields (nested name, array), adapted ones in float32 with what is added."""
+  beside: dict[str, dict[str, Any]] = {}
+  for name, x in stacks.nested(config, adapters):
+    weight, _ = hf_names.weight_of(name)
+    beside.setdefault(weight, {})[tuple(name.split('/'))] = x
+  for name, w in stacks.nested(config, params):
+    if name in beside:
+      key = tuple(name.split('/'))
+      tree = traverse_util.unflatten_dict
+      whole = lora.merge(
+        config, tree({key: w.astype('float32')}), tree(beside.pop(name))
+      )
+      w = traverse_util.flatten_dict(whole)[key]
+    yield name, w
+  if beside:
+    raise ValueError(f'adapters of weights that are not there: {list(beside)}')
+
+
+@contextlib.contextmanager
+def new_folder(path: str, size: int):
+  """A folder to fill, which bears the name `path` once the block is done.
+
+  An error inside removes what was written. `size`, in bytes, must be free.
+  """
+  if '://' in path:
+    raise UserError(
+      f'{path}: name a local folder, and copy it there from here.'
+    )
+  if jax.process_count() > 1:
+    raise UserError('export runs in one process: start it on one host alone.')
+  path = os.path.abspath(path)
+  if os.path.lexists(path):
+    raise UserError(f'{path} exists; name a folder that does not.')
+  temporary = f'{path}.{os.getpid()}.tmp'
+  try:
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    free = shutil.disk_usage(os.path.dirname(path)).free
+    if free < size:
+      raise UserError(
+        f'cannot write {path}: it needs {size / 1e9:.2f} GB, and'
+        f' {free / 1e9:.2f} GB are free there; name a folder on another disk.'
+      )
+    os.mkdir(temporary)
+    try:
+      yield temporary
+      if os.path.lexists(path):  # since we looked
+        raise UserError(f'{path} exists; name a folder that does not.')
+      os.rename(temporary, path)
+    except BaseException:
+      shutil.rmtree(temporary, ignore_errors=True)
+      raise
+  except OSError as e:
+    raise UserError(
+      f'cannot write {path}: {e.strerror or e}; nothing of it was kept.'
+    ) from e
+
+
+# -- Tensors
+
+
+def _theirs(
+  config: gemma.Config, leaves: Iterable[tuple[str, Array]], dtype: str
+) -> Iterator[tuple[str, np.ndarray]]:
+  """Yields (name, tensor) in their layout."""
+  for name, x in leaves:
+    x = np.asarray(x)
+    if name == 'embedder/input_embedding':
+      x = x[: hf_config.vocab_rows(config)]
+    for part, copy in _copies(hf_names.parts(config, name), x):
+      yield f'model.{part.tensor}', copy.astype(dtype)
+
+
+def _copies(parts: list[hf_names.Part], x: np.ndarray):
+  """Yields (part, their array) for every copy that lies in one array."""
+  copies = x if x.ndim > len(parts[0].axes) else x[None]
+  for part, copy in zip(parts, copies, strict=True):
+    yield part, hf_names.to_theirs(part, copy)
+
+
+def _bytes(shapes: dict[str, tuple[int, ...]], dtype: str) -> int:
+  return sum(map(math.prod, shapes.values())) * np.dtype(dtype).itemsize
+
+
+def _write_shards(folder, tensors, shapes, dtype, shard_bytes: int) -> None:
+  """Writes all tensors into as many files as it takes, with an index."""
+  files: list[dict[str, tuple[int, ...]]] = [{}]
+  for name, shape in shapes.items():
+    grown = {**files[-1], name: shape}
+    if files[-1] and _bytes(grown, dtype) > shard_bytes:
+      files.append({name: shape})
+    else:
+      files[-1] = grown
+  if len(files) == 1:
+    _write(os.path.join(folder, hf.SINGLE), tensors, shapes, dtype)
+    return
+  where = {}
+  for i, part in enumerate(files):
+    file = f'model-{i + 1:05}-of-{len(files):05}.safetensors'
+    _write(os.path.join(folder, file), tensors, part, dtype)
+    where.update(dict.fromkeys(part, file))
+  total = {'total_size': _bytes(shapes, dtype)}
+  _write_json(folder, hf.INDEX, {'metadata': total, 'weight_map': where})
+
+
+def _write(path: str, tensors, shapes, dtype: str) -> None:
+  """Writes the next len(shapes) tensors as one safetensors file.
+
+  The library's own writer wants all of them in memory: the format is the size
+  of a JSON header in 8 bytes, the header, and the numbers.
+  """
+  header: dict[str, Any] = {'__metadata__': {'format': 'pt'}}
+  end = 0
+  for name, shape in shapes.items():
+    start, end = end, end + _bytes({name: shape}, dtype)
+    header[name] = {
+      'dtype': _DTYPES[dtype],
+      'shape': shape,
+      'data_offsets': [start, end],
+    }
+  text = json.dumps(header).encode()
+  text += b' ' * (-len(text) % 8)
+  with open(path, 'wb') as f:
+    f.write(struct.pack('<Q', len(text)))
+    f.write(text)
+    for name, shape in shapes.items():
+      found, x = next(tensors)
+      assert (found, x.shape) == (name, shape), (found, x.shape, name, shape)
+      f.write(np.ascontiguousarray(x).reshape(-1).view(np.uint8).data)
+
+
+# -- What lies beside the weights
+
+
+def _tokenizer(
+  tokenizer_path: str | None, source: str | None, model_type: str
+) -> tuple[dict[str, bytes], list[int]]:
+  """The tokenizer's files, and the ids that end a completion."""
+  files = {}
+  if source is not None:
+    for name in hf.TOKENIZER_FILES:
+      path = os.path.join(source, name)
+      if os.path.exists(path):
+        with open(path, 'rb') as f:
+          files[name] = f.read()
+  if tokenizer_path is not None:
+    tokenizer = tokenizer_lib.load(tokenizer_path)
+    with open(tokenizer_path, 'rb') as f:
+      own = f.read()
+    if files.setdefault('tokenizer.model', own) != own:
+      raise UserError(
+        f'{tokenizer_path} is not the tokenizer of {source}; export with one of'
+        ' the two alone.'
+      )
+  elif 'tokenizer.model' in files:
+    name = os.path.join(source, 'tokenizer.model')
+    tokenizer = tokenizer_lib.parse(files['tokenizer.model'], name)
+  else:
+    return files, _stop_ids_of(source)
+  if 'tokenizer_config.json' not in files:
+    described = _describe_tokenizer(tokenizer, model_type)
+    files['tokenizer_config.json'] = json.dumps(described, indent=2).encode()
+  return files, list(tokenizer.stop_ids)
+
+
+def _stop_ids_of(source: str | None) -> list[int]:
+  """Those of a folder's generation_config.json, else Gemma's EOS."""
+  if source and os.path.exists(os.path.join(source, 'generation_config.json')):
+    found = hf.read_json(source, 'generation_config.json', 'mend or delete it')
+    ids = found.get('eos_token_id', 1)
+    return ids if isinstance(ids, list) else [ids]
+  return [1]
+
+
+def _describe_tokenizer(
+  tokenizer: tokenizer_lib.Tokenizer, model_type: str
+) -> dict[str, Any]:
+  """A tokenizer_config.json for a SentencePiece model of Gemma's kind."""
+  piece = tokenizer.processor.id_to_piece
+  mask = tokenizer.processor.piece_to_id('<mask>')
+  described = {
+    'tokenizer_class': 'GemmaTokenizer',
+    'pad_token': piece(tokenizer.pad_id),
+    'eos_token': piece(tokenizer.eos_id),
+    'bos_token': piece(tokenizer.bos_id),
+    'unk_token': piece(tokenizer.unk_id),
+    # Else readers add a piece that the embedding has no row for.
+    'mask_token': None if mask == tokenizer.unk_id else '<mask>',
+    'add_bos_token': True,
+    'add_eos_token': False,
+    'clean_up_tokenization_spaces': False,
+    'spaces_between_special_tokens': False,
+  }
+  if tokenizer.end_of_turn is not None:
+    system = _SYSTEM if model_type == 'gemma3_text' else _NO_SYSTEM
+    described['chat_template'] = _CHAT.replace('SYSTEM', system)
+  return described
+
+
+def _has_images(config: gemma.Config, base: str) -> bool:
+  """Whether the base sees images: by its config.json, else as released."""
+  if os.path.exists(os.path.join(base, 'config.json')):
+    return 'text_config' in hf.read_config(base)
+  return hf_config.known_as(config) in ('gemma3_4b', 'gemma3_12b', 'gemma3_27b')
+
+
+def _write_json(folder: str, name: str, value: Any) -> None:
+  with open(os.path.join(folder, name), 'w', encoding='utf-8') as f:
+    json.dump(value, f, indent=2)
+    f.write('\n')

@@ -1,0 +1,130 @@
+"""Any text model of the gemma library as a Policy: Gemma 3n and 4 as well.
+
+For models that `models/gemma.py` does not know. Slower and larger than that:
+importing the library loads TensorFlow; its layers are neither scanned nor
+rematerialised; the caches of local layers are as long as those of global ones;
+attention scores take the dtype of the computation.
+
+Its models return logits. They also return the hidden states that their head
+reads, and those are what a Policy hands on; the head is run apart, in float32
+and on the positions that are asked for. Under `jax.jit` the compiler removes
+the logits that nobody reads.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from bond_jax.errors import UserError
+from bond_jax.types import Array, Params, Policy
+
+_MASKED = -2.3819763e38
+
+
+def model(name: str) -> Any:
+  """The library's text model of that name, say 'Gemma3n_E2B', in float32."""
+  gm = _import()
+  known = [n for n in dir(gm.nn) if n.startswith('Gemma')]
+  if name not in known:
+    raise UserError(
+      f'the gemma library has no model {name!r}; known are {", ".join(known)}.'
+    )
+  kind = getattr(gm.nn, name)
+  text_only = {'text_only': True} if hasattr(kind, 'text_only') else {}
+  return kind(dtype=jnp.float32, **text_only)
+
+
+def make(
+  model: Any, *, temperature: float, dtype: str, used_vocab: int | None = None
+) -> Policy:
+  """A model of `gemma.gm.nn` as a Policy over the library's own parameters.
+
+  Args:
+    model: an instance, as of `model(name)`.
+    temperature: divides the logits.
+    dtype: of the computation, 'float32' or 'bfloat16'.
+    used_vocab: tokens that may be drawn, the first of them; None = all.
+  """
+  if temperature <= 0:
+    raise ValueError(f'temperature must be > 0, got {temperature}')
+
+  def init(key):
+    params = model.init(key, jnp.zeros((1, 1), jnp.int32))['params']
+    return jax.tree.map(lambda x: x.astype(jnp.float32), params)
+
+  return Policy(
+    init=init,
+    init_cache=lambda rows, length: dict(
+      library=model.init_cache(
+        batch_size=rows, dtype=jnp.dtype(dtype), cache_length=length
+      ),
+      position=jnp.full((rows, length), -1, jnp.int32),
+      slot=jnp.int32(0),
+    ),
+    hidden=lambda *args: _hidden(model, dtype, *args),
+    logits=lambda params, x: _logits(
+      model.config, params, x, temperature, used_vocab
+    ),
+    vocab_size=model.config.num_embed,
+  )
+
+
+def _hidden(
+  model: Any,
+  dtype: str,
+  params: Params,
+  tokens: Array,
+  mask: Array,
+  cache: Any,
+) -> tuple[Array, Any]:
+  """See Policy: positions come from the mask, padding may be anywhere."""
+  before = 0 if cache is None else cache['position'].max(-1, keepdims=True) + 1
+  position = jnp.where(mask, before + jnp.cumsum(mask, -1) - 1, -1)
+  position = position.astype(jnp.int32)
+  seen = position  # that of every key
+  if cache is not None:
+    seen = jax.lax.dynamic_update_slice_in_dim(
+      cache['position'], position, cache['slot'], 1
+    )
+  mine, theirs = position[:, :, None], seen[:, None, :]
+  out = model.apply(
+    {'params': jax.tree.map(lambda x: x.astype(dtype), params)},
+    tokens,
+    positions=jnp.maximum(position, 0),
+    attention_mask=(theirs >= 0) & (theirs <= mine),
+    cache=None if cache is None else cache['library'],
+    return_hidden_states=True,
+  )
+  if cache is not None:
+    slot = cache['slot'] + tokens.shape[1]
+    cache = dict(library=out.cache, position=seen, slot=slot)
+  return out.hidden_states, cache
+
+
+def _logits(config, params, hidden, temperature, used_vocab) -> Array:
+  table = params['embedder']['input_embedding'].astype(hidden.dtype)
+  out = jnp.einsum(
+    '...D,VD->...V', hidden, table, preferred_element_type=jnp.float32
+  )
+  if config.final_logit_softcap is not None:
+    cap = config.final_logit_softcap
+    out = jnp.tanh(out / cap) * cap
+  out /= temperature
+  if used_vocab is not None:
+    used = jnp.arange(out.shape[-1]) < used_vocab
+    out = jnp.where(used.reshape((1,) * (out.ndim - 1) + (-1,)), out, _MASKED)
+  return out
+
+
+def _import():
+  try:
+    from gemma import gm
+  except ImportError as e:
+    raise UserError(
+      f'models of the gemma library need that package ({e}); install'
+      ' requirements-gemma.txt.'
+    ) from e
+  return gm

@@ -1,0 +1,193 @@
+"""What a run starts from: its vocabulary, its model, and the weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import os
+from typing import Any
+
+import jax
+import ml_collections
+
+from bond_jax import build, checkpoint, command, data, sharding, weights
+from bond_jax import tokenizer as tokenizer_lib
+from bond_jax.errors import UserError
+from bond_jax.models import gemma, lora
+from bond_jax.types import Algorithm, Frozen, Params, Policy
+
+
+def make_sizes(
+  model: ml_collections.ConfigDict, used_vocab: int
+) -> gemma.Config:
+  """The sizes of the model that `config.model` describes.
+
+  Rows of the embedding from `used_vocab` on may be read and are never drawn.
+  """
+  if model.name not in gemma.CONFIGS:
+    raise UserError(
+      f'model.name is {model.name!r}; known are {", ".join(gemma.CONFIGS)}.'
+    )
+  try:
+    sizes = dataclasses.replace(gemma.CONFIGS[model.name], **model.sizes)
+  except TypeError as e:
+    raise UserError(
+      f'model.sizes: {e}; known are'
+      f' {", ".join(f.name for f in dataclasses.fields(gemma.Config))}.'
+    ) from e
+  if sizes.heads % sizes.kv_heads:
+    raise UserError(
+      f'model.sizes: heads ({sizes.heads}) must be a multiple of kv_heads'
+      f' ({sizes.kv_heads}).'
+    )
+  if used_vocab > sizes.vocab_size:
+    raise UserError(
+      f'tokenizer.vocab_size ({used_vocab}) is larger than the'
+      f' {sizes.vocab_size} embedding rows of {model.name}.'
+    )
+  # Merging adapters needs their scale as calling the model does.
+  scale = model.lora.alpha / model.lora.rank if model.lora.rank else None
+  return dataclasses.replace(sizes, used_vocab=used_vocab, lora_scale=scale)
+
+
+def make_policy(
+  model: ml_collections.ConfigDict, used_vocab: int, *, full: bool = False
+) -> Policy:
+  """The model that `config.model` describes, drawing the first tokens alone.
+
+  Its parameters are adapters where model.lora.rank is not 0, to be joined with
+  a base, unless `full` weights are asked for.
+  """
+  sizes = make_sizes(model, used_vocab)
+  asked = ('name', 'sizes', 'lora')
+  kwargs = {k: v for k, v in model.items() if k not in asked}
+  if full or not model.lora.rank:
+    return gemma.make(sizes, **kwargs)
+  asked = {k: model.lora[k] for k in ('rank', 'alpha', 'targets')}
+  return lora.make(sizes, **asked, **kwargs)
+
+
+def with_anchor(
+  algorithm: Algorithm, model: ml_collections.ConfigDict
+) -> Algorithm:
+  """The algorithm with the anchor that `model.lora.exact_anchor` asks for."""
+  if not (model.lora.rank and model.lora.exact_anchor):
+    return algorithm
+  sizes = make_sizes(model, used_vocab=1)  # embeddings have no adapters
+  view = functools.partial(lora.dense, sizes)
+  return algorithm._replace(anchor=algorithm.anchor._replace(view=view))
+
+
+def load_tokenizer(
+  config: ml_collections.ConfigDict, workdir: str
+) -> tokenizer_lib.Tokenizer:
+  """The vocabulary of `tokenizer.path`, else the one that was trained."""
+  settings = config.tokenizer
+  folder = build.reference_dir(config, workdir)
+  path = settings.path or os.path.join(folder, 'tokenizer.model')
+  tokenizer = tokenizer_lib.load(path, settings.sha256)
+  if settings.path and tokenizer.vocab_size != settings.vocab_size:
+    raise UserError(
+      f'{path} has {tokenizer.vocab_size} pieces, the'
+      f' config asks for tokenizer.vocab_size {settings.vocab_size}: is it of'
+      f' another model than {config.model.name}?'
+    )
+  return tokenizer
+
+
+def has_system_turn(config: ml_collections.ConfigDict) -> bool:
+  """Whether a system may speak: of the families in Gemma 3 alone."""
+  return config.model.name.startswith('gemma3')
+
+
+def make_encoder(
+  config: ml_collections.ConfigDict, tokenizer: tokenizer_lib.Tokenizer
+) -> data.Encode:
+  """What makes a row of the data a prompt; see `data.encoder`."""
+  return data.encoder(
+    config.prompt.kind,
+    tokenizer,
+    length=config.prompt.length,
+    system=has_system_turn(config),
+  )
+
+
+def load_frozen(config, policy: Policy, workdir: str, mesh) -> Frozen:
+  """What the policy starts from: the reference, and the base under it.
+
+  The full weights are those that the sft stage left, or `config.weights` where
+  the config has no such stage. With LoRA they are the base, in the dtype of
+  the computation, and the reference is adapters that change nothing.
+  """
+  low_rank = bool(config.model.lora.rank)
+  if 'sft' in config:
+    full = _load_sft(config, workdir, mesh)
+  else:
+    dtype = config.model.dtype if low_rank else 'float32'
+    full = load_weights(config, mesh, dtype)
+  if not low_rank:
+    return Frozen(reference=full, base={})
+  init = lambda: policy.init(build.key(config.seed, 'lora'))
+  shards = sharding.tree_shardings(jax.eval_shape(init), mesh)
+  base = jax.tree.map(lambda x: x.astype(config.model.dtype), full)
+  return Frozen(jax.jit(init, out_shardings=shards)(), base)
+
+
+def load_weights(config: ml_collections.ConfigDict, mesh, dtype) -> Params:
+  """The checkpoint `config.weights`, straight into its shards."""
+  sizes = make_sizes(config.model, config.tokenizer.vocab_size)
+  shapes = jax.eval_shape(lambda: gemma.init(sizes, jax.random.key(0)))
+  shards = sharding.tree_shardings(shapes, mesh)
+  return weights.load(config.weights, sizes, shardings=shards, dtype=dtype)
+
+
+def _load_sft(config, workdir: str, mesh) -> Params:
+  """The weights that the sft stage left; a UserError if of another model."""
+  folder = build.reference_dir(config, workdir)
+  path = os.path.join(folder, 'config.json')
+  if os.path.exists(path):
+    ours = json.loads(config.to_json_best_effort())
+    rows = command.differences(
+      _model_of(command.read_json(path)), _model_of(ours)
+    )
+    if rows:
+      raise UserError(
+        f'the reference of {folder} is of another model ({"; ".join(rows)});'
+        ' set these as there, or start from another run.'
+      )
+  policy = make_policy(config.model, config.tokenizer.vocab_size, full=True)
+  return load_params(policy, folder, 'sft', 'last', mesh)
+
+
+def _model_of(config: dict[str, Any]) -> dict[str, Any]:
+  """What of a config the parameters of its sft stage depend on in shape."""
+  model = config['model']
+  return {
+    'model': {'name': model['name'], 'sizes': model.get('sizes', {})},
+    'tokenizer': config['tokenizer'],
+  }
+
+
+def load_params(
+  policy: Policy, workdir: str, stage: str, which: str, mesh
+) -> Params:
+  """The parameters that a finished stage left, straight into their shards.
+
+  `which` is 'last', 'best' or a step; see `checkpoint.choose`.
+  """
+  if not os.path.exists(os.path.join(workdir, stage, 'summary.json')):
+    raise UserError(
+      f'the {stage} stage has not finished in {workdir}; run "python -m'
+      f' bond_jax.{stage}" first, with the same --config and --workdir.'
+    )
+  folder = os.path.join(workdir, stage, 'checkpoints')
+  shapes = jax.eval_shape(policy.init, jax.random.key(0))
+  like = jax.tree.map(
+    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+    shapes,
+    sharding.tree_shardings(shapes, mesh),
+  )
+  with checkpoint.manager(folder) as checkpoints:
+    step = checkpoint.choose(checkpoints, which)
+    return checkpoint.restore_params(checkpoints, like, step)

@@ -1,0 +1,318 @@
+"""Gemma weights from and to files, straight into the shards of a mesh.
+
+Official checkpoints are Orbax folders in one of three layouts: *flat*, one key
+per module ('transformer/layer_0/mlp/linear' -> 'w'), as most public releases
+are; *nested*, as the gemma library initialises its models; *stacked*, like
+flat, with the layers of one position in the attention pattern along a leading
+axis. All become the tree of `models/gemma.py`, one array at a time; on the way
+every array bears its nested name, 'layer_0/mlp/linear'.
+"""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Callable
+import functools
+import json
+import os
+import re
+import shutil
+from typing import Any
+
+from etils import epath
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+import tensorstore as ts
+
+from bond_jax.errors import UserError
+from bond_jax.models import gemma
+from bond_jax.sharding import path_name
+from bond_jax.stacks import assemble_leaf, check, init_shapes, nested, STACKED
+from bond_jax.types import Array, Params
+
+# Where the public releases lie; those of Gemma 1 are on Kaggle only.
+RELEASES = {
+  f'{name}_{kind}': (
+    f'gs://gemma-data/checkpoints/{name.replace("_", "-")}-{kind}'
+  )
+  for name in gemma.CONFIGS
+  for kind in ('pt', 'it')
+  if re.fullmatch(r'gemma[23]_\d+[bm]', name)
+}
+
+# Image and sound: parameters that text models leave where they are.
+_MEDIA = re.compile(
+  r'(SigLiPFromPatches_0|vision_encoder|audio_encoder)/|embedder/(mm|audio)_'
+)
+_CHUNK = 16 * 2**20  # bytes; what a reader holds beside the shards it fills
+
+
+def load(path: str, config: gemma.Config, *, shardings: Any, dtype) -> Params:
+  """Loads a model from an official checkpoint or a Hugging Face folder.
+
+  Each array goes into its shards as it is read; beside them the host holds at
+  most the largest array. Every process reads its own shards alone.
+
+  Args:
+    path: a local folder, a gs:// address, a public release ('gemma3_1b_it') or
+      a Hugging Face repository ('owner/name@commit').
+    config: the sizes that the weights must have.
+    shardings: a tree of shardings, in the structure of `gemma.init`.
+    dtype: of the result; cast on the devices.
+
+  Returns:
+    The tree of `models/gemma.py`. A UserError says what is wrong with a path,
+    with weights of another model, and with damaged files.
+  """
+  like = jax.tree.map(
+    lambda x, sharding: jax.ShapeDtypeStruct(
+      x.shape, jnp.dtype(dtype), sharding=sharding
+    ),
+    init_shapes(config),
+    shardings,
+  )
+  path = _find(path)
+  if path.startswith('gs://') or not _is_hugging_face(path):
+    return _load_official(path, config, like)
+  from bond_jax import hf
+
+  return hf.load(path, config, like)
+
+
+def save_official(params: Params, config: gemma.Config, path: str) -> None:
+  """Writes the flat layout of the public releases, in the dtype of `params`.
+
+  The folder appears when it is complete, and an existing one stays as it is.
+  The layers are unstacked on the devices: room for a second copy is needed.
+  """
+  folder = epath.Path(path if '://' in path else os.path.abspath(path))
+  if _check_access(folder, folder.exists):
+    raise UserError(f'{path} exists; name a folder that does not.')
+  if '://' not in path:
+    _check_space(folder, sum(x.nbytes for x in jax.tree.leaves(params)))
+  tree: dict[str, Any] = {}
+  for name, array in nested(config, params):
+    *module, leaf = f'transformer/{name}'.split('/')
+    if module[-1] == 'mlp':
+      module, leaf = [*module, leaf], 'w'
+    tree.setdefault('/'.join(module), {})[leaf] = array
+  args = ocp.args.StandardSave(
+    tree, jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=_CHUNK), tree)
+  )
+  try:
+    with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
+      checkpointer.save(folder, args=args)
+  except BaseException as e:
+    if jax.process_index() == 0:  # what Orbax would have renamed in the end
+      shutil.rmtree(f'{folder}.orbax-checkpoint-tmp', ignore_errors=True)
+    if not isinstance(e, Exception):
+      raise
+    raise UserError(f'cannot write {path}: {_reason(e)}.') from e
+
+
+# -- Reading official checkpoints
+
+
+def _load_official(path: str, config: gemma.Config, like: Params) -> Params:
+  stores = _open(path)
+  kinds = [int(m[1]) for m in map(STACKED.fullmatch, stores) if m]
+  period = max(kinds, default=0) + 1
+  where = {}  # nested name -> the array that holds it, its index in the stack
+  for key, store in stores.items():
+    match = STACKED.fullmatch(key)
+    for g in range(store.shape[0]) if match else ():
+      layer = g * period + int(match[1])
+      where[f'layer_{layer}/{match[2]}'] = key, g
+    if not match:
+      where[key] = key, None
+  found = {}
+  for name, (key, g) in where.items():
+    found[name] = stores[key].shape[0 if g is None else 1 :]
+  check(path, found, config)
+
+  def read(key, first, struct):
+    try:
+      return _read(stores[key][first], struct)
+    except (ValueError, OSError) as e:
+      raise UserError(_damaged(path, key, e)) from e
+
+  def read_nested(name, struct):
+    key, g = where[name]
+    return read(key, slice(None) if g is None else g, struct)
+
+  def leaf(path, struct):
+    name = path_name(path)
+    # A stack that cuts the layers as ours does: in one go. It may hold one
+    # more layer, which we keep apart.
+    if name in stores and period == len(config.pattern):
+      return read(name, slice(0, struct.shape[0]), struct)
+    return assemble_leaf(config, name, struct, read_nested)
+
+  return jax.tree_util.tree_map_with_path(leaf, like)
+
+
+def _open(path: str) -> dict[str, ts.TensorStore]:
+  """The arrays of an Orbax folder, of which none is read yet.
+
+  They are under their nested names, or under 'stacked_layers/...'. Orbax tells
+  where they lie, and tensorstore reads them: Orbax itself cannot restore one
+  layer of a stack, casts on the host, takes missing files for zeros when it
+  restores in part, and asks for the parameters of images too.
+  """
+  folder = epath.Path(path)
+  marker = '_METADATA'
+  has = lambda folder: _check_access(folder, (folder / marker).exists)
+  if not has(folder) and has(folder / 'default'):  # a training run's
+    folder /= 'default'
+  if not has(folder):
+    inside = [] if '://' in path else sorted(os.listdir(path))
+    inside = [f for f in inside if os.path.exists(f'{path}/{f}/{marker}')]
+    raise UserError(
+      f'{path} is no checkpoint: it has neither {marker} (Orbax) nor'
+      ' config.json and safetensors (Hugging Face)'
+      + (f'; {path}/{inside[0]} is one.' if inside else '.')
+    )
+  try:
+    metadata = json.loads((folder / marker).read_text())
+    keys = [
+      tuple(str(part['key']) for part in entry['key_metadata'])
+      for entry in metadata['tree_metadata'].values()
+    ]
+    use_ocdbt = ocp.type_handlers.is_ocdbt_checkpoint(folder)
+  except Exception as e:
+    raise UserError(_damaged(path, marker, e)) from e
+  if any(key[0] == 'params' for key in keys):  # beside an optimizer's state
+    keys = [key for key in keys if key[0] == 'params']
+  context = ocp.type_handlers.get_ts_context(use_ocdbt=use_ocdbt)
+  opening = {}
+  for key in keys:
+    info = ocp.type_handlers.ParamInfo(
+      name='.'.join(key),
+      parent_dir=folder,
+      is_ocdbt_checkpoint=use_ocdbt,
+      use_zarr3=metadata.get('use_zarr3', False),
+      ts_context=context,
+    )
+    spec = ocp.type_handlers.get_json_tspec_read(
+      info,
+      use_ocdbt,
+      # Old writers left arrays of zeros out; since then a gap is an error.
+      raise_array_data_missing_error=metadata.get(
+        'store_array_data_equal_to_fill_value', False
+      ),
+    )
+    name = _nested_name(key)
+    if not _MEDIA.match(name):
+      opening[name] = ts.open(spec, open=True, context=context)
+  stores = {}
+  for name, future in opening.items():
+    try:
+      stores[name] = future.result()
+    except (ValueError, OSError) as e:
+      raise UserError(_damaged(path, name, e)) from e
+  return stores
+
+
+def _nested_name(key: tuple[str, ...]) -> str:
+  name = re.sub(r'^(params/)?(transformer/)?', '', '/'.join(key))
+  return re.sub(r'(/mlp/(?:linear|gating_einsum))/w$', r'\1', name)
+
+
+def _read(store: ts.TensorStore, struct: jax.ShapeDtypeStruct) -> Array:
+  """Reads an array into the shards of `struct`, and casts it there."""
+  devices = collections.defaultdict(list)
+  where = struct.sharding.addressable_devices_indices_map(struct.shape)
+  for device, index in where.items():
+    bounds = [s.indices(n)[:2] for s, n in zip(index, struct.shape)]
+    devices[tuple(bounds)].append(device)
+  # All at once: shards that lie in one chunk of the file share its reading.
+  reads = collections.deque(
+    (store[tuple(slice(*b) for b in bounds)].read(), owners)
+    for bounds, owners in devices.items()
+  )
+  shards = []
+  while reads:
+    future, owners = reads.popleft()
+    shards += [jax.device_put(future.result(), d) for d in owners]
+    del future  # on the device now
+  array = jax.make_array_from_single_device_arrays(
+    struct.shape, struct.sharding, shards
+  )
+  if array.dtype == struct.dtype:
+    return array
+  return _cast(struct.dtype, struct.sharding)(array)
+
+
+@functools.lru_cache
+def _cast(dtype, sharding):
+  return jax.jit(lambda x: x.astype(dtype), out_shardings=sharding)
+
+
+# -- Paths and errors
+
+
+def _find(path: str) -> str:
+  """The folder, address or repository that `path` means."""
+  if os.path.isdir(path):
+    return os.path.abspath(path)
+  if path.startswith('gs://') or re.fullmatch(r'[\w-][\w.-]*/[^/]+', path):
+    return path
+  if path in RELEASES:
+    return RELEASES[path]
+  if re.fullmatch(r'gemma_[27]b_(pt|it)', path):
+    raise UserError(
+      f'{path}: Gemma 1 is released on Kaggle; download its Flax weights and'
+      ' name the folder.'
+    )
+  raise UserError(
+    f'{path} is no folder here, no gs:// address, no Hugging Face repository'
+    f' and no public release; known are {", ".join(RELEASES)}.'
+  )
+
+
+def _is_hugging_face(path: str) -> bool:
+  if not os.path.isdir(path):
+    return True  # a repository
+  names = os.listdir(path)
+  return any(n == 'config.json' or '.safetensors' in n for n in names)
+
+
+def _check_access(folder: epath.Path, ask: Callable[[], bool]) -> bool:
+  """What `ask` returns; a UserError where the folder cannot be asked."""
+  try:
+    return ask()
+  except ImportError as e:
+    raise UserError(
+      f'{folder}: gs:// needs the package gcsfs; pip install gcsfs, or copy'
+      ' the folder here and name it.'
+    ) from e
+  except Exception as e:
+    raise UserError(f'cannot read {folder}: {_reason(e)}.') from e
+
+
+def _check_space(folder: epath.Path, size: int) -> None:
+  parent = next(p for p in folder.parents if p.exists())
+  free = shutil.disk_usage(parent).free
+  if free < size:
+    raise UserError(
+      f'cannot write {folder}: it needs {size / 1e9:.2f} GB, and'
+      f' {free / 1e9:.2f} GB are free in {parent}.'
+    )
+
+
+def _damaged(path: str, name: str, error: Exception) -> str:
+  return (
+    f'cannot read {name} in {path} ({_reason(error)}): it is damaged,'
+    ' incomplete or out of reach; fetch the checkpoint again.'
+  )
+
+
+def _reason(error: BaseException) -> str:
+  """What the system said, if it did, or the first words of an error."""
+  line = (str(error).splitlines() or [''])[0]
+  system = re.search(r'([^:]+) \[os_error_code', line)
+  code = re.match(r'[A-Z_]{4,}(?=: )', line)
+  if system or code:
+    return system[1].strip() if system else code[0]
+  return f'{type(error).__name__}: {line[:200]}'

@@ -1,0 +1,156 @@
+"""Models of the gemma library as policies: sampled and scored as ours are."""
+
+import os
+
+os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+
+import dataclasses
+import functools
+
+from gemma import gm
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_logits import CONFIGS, library, nested, random_params
+
+from bond_jax import log_probs, sampling
+from bond_jax.errors import UserError
+from bond_jax.models import gemma
+from bond_jax.models import library as adapter
+from bond_jax.types import Prompts
+
+_WIDTHS = dict(
+  num_embed=37, embed_dim=24, hidden_dim=40, num_heads=4, head_dim=8,
+  num_kv_heads=2, sliding_window_size=4, vision_encoder=None,
+)  # fmt: skip
+
+
+@functools.cache
+def tiny(name):
+  """Gemma 3n or 4, everything but the sizes; shared caches included."""
+  kind = getattr(gm.nn, name)
+  config = kind.config
+  # Local and global, each once with a cache of its own and once without.
+  types = (config.attention_types[0], config.attention_types[-1]) * 2
+  sizes = dict(attention_types=types, per_layer_input_dim=6)
+  if name == 'Gemma3n_E2B':
+    sizes |= dict(activation_sparsity_pattern=(0.95, 0, 0, 0), laurel_rank=3)
+  else:
+    sizes |= dict(
+      global_key_size=16, audio_encoder=None, override_kv_shared_ffw_hidden=48
+    )
+  sharing = dataclasses.replace(
+    config.kv_cache_sharing_config, frac_shared_layers=0.5
+  )
+  config = dataclasses.replace(
+    config, **_WIDTHS, **sizes, kv_cache_sharing_config=sharing
+  )
+  model = kind(config=config, dtype=jnp.float32)
+  init = lambda: model.init(jax.random.key(0), np.zeros((1, 2), np.int32))
+  shapes = jax.eval_shape(init)['params']
+  rng = np.random.default_rng(0)
+  params = jax.tree.map(
+    lambda x: (0.3 * rng.standard_normal(x.shape)).astype(np.float32), shapes
+  )
+  return model, params
+
+
+@pytest.fixture(autouse=True)
+def _rank_promotion():
+  """The library relies on it, in Gemma 3n and 4."""
+  with jax.numpy_rank_promotion('allow'):
+    yield
+
+
+def prompts():
+  """Of three lengths, padded on the left; token 0 is one like any other."""
+  rng = np.random.default_rng(2)
+  mask = np.arange(5)[None] >= np.array([[0], [2], [4]])
+  tokens = rng.integers(0, 37, (3, 5)).astype(np.int32)
+  tokens[0, 1] = 0
+  ones = np.ones((3,), np.float32)
+  return Prompts(tokens, mask, np.arange(3, dtype=np.int32), ones)
+
+
+def draw(policy, params):
+  """Two completions of eight tokens each, and their scores in one go."""
+  rollout = jax.jit(
+    lambda params: sampling.sample(
+      policy, params, prompts(), jax.random.key(3), num=2, length=8,
+      stop_ids=(1,),
+    )
+  )(params)  # fmt: skip
+  scores = jax.jit(
+    lambda params: log_probs.log_probs(
+      policy, params, prompts(), rollout.completion, rollout.mask, chunk=3
+    )
+  )(params)
+  return rollout, scores
+
+
+@pytest.mark.parametrize('name', ['gemma3', 'gemma2'])
+def test_as_our_own_model(name):
+  """The same completions, with the same log-probs, sampled and scored."""
+  config = dataclasses.replace(CONFIGS[name], used_vocab=30)
+  params = random_params(config)
+  kwargs = dict(temperature=0.7, dtype='float32')
+  mine, scores = draw(
+    gemma.make(config, **kwargs, scan=False, remat=False), params
+  )
+  policy = adapter.make(library(config), **kwargs, used_vocab=30)
+  theirs, their_scores = draw(policy, nested(config, params))
+  np.testing.assert_array_equal(theirs.completion, mine.completion)
+  np.testing.assert_array_equal(theirs.mask, mine.mask)
+  assert mine.mask.sum() > 30 and np.max(mine.completion) < 30
+  close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
+  close(theirs.log_prob, mine.log_prob)
+  close(their_scores, scores)
+  close(their_scores, theirs.log_prob)
+
+
+@pytest.mark.parametrize('name', ['Gemma3n_E2B', 'Gemma4_E2B'])
+def test_models_that_ours_does_not_know(name):
+  """Cached sampling equals scoring, which equals the library's own logits."""
+  model, params = tiny(name)
+  policy = adapter.make(model, temperature=1.0, dtype='float32')
+  rollout, scores = draw(policy, params)
+  np.testing.assert_allclose(scores, rollout.log_prob, rtol=1e-4, atol=1e-4)
+  # One row by itself, without padding, through the library alone.
+  tokens, mask = prompts().tokens[1], prompts().mask[1]
+  row, alive = rollout.completion[1, 0], rollout.mask[1, 0]
+  whole = np.concatenate([tokens[mask], row[alive]])[None]
+  positions = np.arange(whole.shape[1])[None]
+  causal = np.tril(np.ones((1, whole.shape[1], whole.shape[1]), bool))
+  logits = model.apply(
+    {'params': params}, whole, positions=positions, attention_mask=causal
+  ).logits
+  law = jax.nn.log_softmax(logits[0, mask.sum() - 1 : -1], -1)
+  expected = np.take_along_axis(law, whole[0, mask.sum() :][:, None], -1)[:, 0]
+  np.testing.assert_allclose(
+    rollout.log_prob[1, 0][alive], expected, rtol=1e-4, atol=1e-4
+  )
+  init = jax.eval_shape(policy.init, jax.random.key(0))
+  assert jax.tree.map(lambda x: x.shape, init) == jax.tree.map(
+    lambda x: x.shape, params
+  )
+
+
+def test_no_logits_where_none_are_read():
+  """The library's head is gone from the program of `hidden`."""
+  config = CONFIGS['gemma3']
+  policy = adapter.make(library(config), temperature=1.0, dtype='float32')
+  params = nested(config, random_params(config))
+  tokens, mask = prompts().tokens, prompts().mask
+  hidden = lambda params: policy.hidden(params, tokens, mask, None)[0]
+  text = jax.jit(hidden).lower(params).compile().as_text()
+  assert 'f32[3,5,24]' in text
+  assert 'f32[3,5,37]' not in text and 'f32[15,37]' not in text
+
+
+def test_models_by_name():
+  model = adapter.model('Gemma3_4B')
+  assert model.config.vision_encoder is None and model.dtype == jnp.float32
+  assert adapter.model('Gemma2_2B').config.num_embed == 256_128
+  with pytest.raises(UserError, match=r"no model 'Gemma5'; known .*Gemma2_2B"):
+    adapter.model('Gemma5')

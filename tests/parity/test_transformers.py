@@ -1,0 +1,518 @@
+"""Our folders in transformers and peft, and theirs here; on CPU, float32."""
+
+import dataclasses
+import functools
+import http.server
+import io
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import threading
+
+os.environ['HF_HUB_OFFLINE'] = '1'  # this process asks nobody
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import sentencepiece
+
+from bond_jax import hf, hf_export, sharding, stacks
+from bond_jax import tokenizer as tokenizer_lib
+from bond_jax.errors import UserError
+from bond_jax.models import gemma, lora
+
+why = 'needs requirements-hf.txt'
+torch = pytest.importorskip('torch', reason=why)
+peft = pytest.importorskip('peft', reason=why)
+transformers = pytest.importorskip('transformers', reason=why)
+
+ROOT = pathlib.Path(__file__).parents[2]
+LENGTH, NEW = 15, 64  # of prompts, of greedy continuations
+
+_SIZES = dict(vocab_size=64, features=32, head_size=8, feed_forward=48)
+CONFIGS = {
+    # A remainder of two layers; windows that the sequences outgrow twelvefold.
+    'gemma3': gemma.Config(
+        **_SIZES, layers=5, heads=4, kv_heads=2,
+        pattern=('local', 'local', 'global'), window=6, qk_norm=True,
+        post_norms=True, query_scale=12**-0.5, final_softcap=8.0,
+        global_rope_base=1_000_000.0, global_rope_scale=8.0,
+        gating_transposed=True,
+    ),
+    'gemma3_one_kv_head': gemma.Config(
+        **_SIZES, layers=3, heads=4, kv_heads=1, pattern=('local', 'global'),
+        window=6, qk_norm=True, post_norms=True, gating_transposed=True,
+        global_rope_base=1_000_000.0,
+    ),
+    'gemma2': gemma.Config(
+        **{**_SIZES, 'vocab_size': 70}, layers=4, heads=4, kv_heads=2,
+        pattern=('local', 'global'), window=6, post_norms=True,
+        query_scale=12**-0.5, attention_softcap=2.0, final_softcap=4.0,
+        used_vocab=64,
+    ),
+    'gemma1_multi_query': gemma.Config(
+        **{**_SIZES, 'vocab_size': 70}, layers=2, heads=4, kv_heads=1,
+        used_vocab=64,
+    ),
+    'gemma1_multi_head': gemma.Config(
+        **_SIZES, layers=2, heads=3, kv_heads=3, used_vocab=64,
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+  torch.set_num_threads(1)
+
+
+@functools.cache
+def params_of(name):
+  """Random parameters, none of them zero but rows that no token uses."""
+  config = CONFIGS[name]
+  rng = np.random.default_rng(len(name))
+  params = jax.tree.map(
+    lambda x: (0.4 * rng.standard_normal(x.shape)).astype(np.float32),
+    stacks.init_shapes(config),
+  )
+  # A head that says more than to repeat the token that it is beside.
+  params['embedder']['input_embedding'] *= 0.2
+  params['embedder']['input_embedding'][64:] = 0
+  params['final_norm']['scale'] += 6
+  return params
+
+
+def policy_of(config):
+  return gemma.make(
+    config, temperature=1.0, dtype='float32', scan=False, remat=False
+  )
+
+
+def logits(config, params, tokens, mask=None):
+  policy = policy_of(config)
+
+  @jax.jit
+  def forward(params):
+    seen = np.ones_like(tokens, bool) if mask is None else mask
+    hidden, _ = policy.hidden(params, tokens, seen, None)
+    return policy.logits(params, hidden)[..., :64]
+
+  return np.asarray(forward(params))
+
+
+def greedy(config, params, prompt):
+  """64 tokens after each prompt, each the likeliest, with our cache."""
+  policy = policy_of(config)
+
+  @jax.jit
+  def decode(params):
+    cache = policy.init_cache(len(prompt), LENGTH + NEW)
+    hidden, cache = policy.hidden(params, prompt, prompt >= 0, cache)
+    first = policy.logits(params, hidden[:, -1]).argmax(-1)
+
+    def step(state, _):
+      token, cache = state
+      hidden, cache = policy.hidden(
+        params, token[:, None], jnp.ones((len(prompt), 1), bool), cache
+      )
+      return (policy.logits(params, hidden[:, -1]).argmax(-1), cache), token
+
+    return jax.lax.scan(step, (first, cache), None, length=NEW)[1].T
+
+  return np.asarray(decode(params))
+
+
+def tokens_of(rows, size):
+  return np.random.default_rng(7).integers(4, 64, (rows, size))
+
+
+def load(folder, cls=transformers.AutoModelForCausalLM):
+  """Their model, told everything by the folder; nothing lacks in it."""
+  model, info = cls.from_pretrained(
+    folder,
+    dtype=torch.float32,
+    attn_implementation='eager',
+    output_loading_info=True,
+  )
+  assert not any(info.values()), info
+  return model.eval()
+
+
+def theirs(model, tokens, mask=None):
+  with torch.no_grad():
+    mask = mask if mask is None else torch.tensor(mask.astype(np.int64))
+    out = model(torch.tensor(tokens), attention_mask=mask).logits
+  return out.float().numpy()
+
+
+def close(ours, other):
+  """1e-5 of the largest logit."""
+  assert np.abs(other).max() > 1
+  np.testing.assert_allclose(ours, other, atol=1e-5 * np.abs(other).max())
+
+
+def shards(config):
+  mesh = sharding.make_mesh(data=4, model=2)
+  shapes = stacks.init_shapes(config)
+  return jax.tree.map(
+    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+    shapes,
+    sharding.tree_shardings(shapes, mesh),
+  )
+
+
+@pytest.mark.parametrize('name', CONFIGS)
+def test_logits_after_export(tmp_path, name):
+  """Sequences of five windows, whole and padded on the left."""
+  config, params = CONFIGS[name], params_of(name)
+  path = str(tmp_path / 'x')
+  hf_export.export(params, config, path, dtype='float32', shard_bytes=30_000)
+  model = load(path)
+  tokens = tokens_of(3, 30)
+  close(logits(config, params, tokens), theirs(model, tokens))
+  mask = np.arange(30)[None] >= np.array([[0], [4], [11]])
+  ours, other = (
+    logits(config, params, tokens, mask),
+    theirs(model, tokens, mask),
+  )
+  close(ours[mask], other[mask])
+
+
+@pytest.mark.parametrize('name', CONFIGS)
+def test_greedy_completions_are_the_same(tmp_path, name):
+  config, params = CONFIGS[name], params_of(name)
+  hf_export.export(params, config, str(tmp_path / 'x'), dtype='float32')
+  model = load(str(tmp_path / 'x'))
+  model.generation_config.eos_token_id = None  # or a row may end early
+  prompt = tokens_of(3, LENGTH)
+  with torch.no_grad():
+    out = model.generate(
+      torch.tensor(prompt),
+      attention_mask=torch.ones(prompt.shape, dtype=torch.long),
+      max_new_tokens=NEW,
+      do_sample=False,
+    )
+  expected = out.numpy()[:, LENGTH:]
+  assert expected.shape == (3, NEW)
+  assert len(np.unique(expected)) > 8
+  np.testing.assert_array_equal(greedy(config, params, prompt), expected)
+
+
+def test_they_sample_the_law_that_was_trained(tmp_path):
+  """The folder switches their cutting of the tail off."""
+  config = CONFIGS['gemma3']
+  path = str(tmp_path / 'x')
+  hf_export.export(
+    params_of('gemma3'), config, path, dtype='float32', temperature=0.7
+  )
+  said = load(path).generation_config
+  assert (said.do_sample, said.temperature) == (True, 0.7)
+  assert (said.top_k, said.top_p) == (0, 1.0)
+
+
+# -- From them
+
+
+def their_model(config, seed=0):
+  """A model of theirs with random weights, norms included."""
+  raw = hf_export.hf_config.to_json(config, 'float32')
+  kind = raw.pop('model_type')
+  torch.manual_seed(seed)
+  model = transformers.AutoModelForCausalLM.from_config(
+    transformers.AutoConfig.for_model(kind, **raw), attn_implementation='eager'
+  )
+  with torch.no_grad():
+    for w in model.parameters():
+      w.normal_(std=0.4)
+  return model.eval()
+
+
+@pytest.mark.parametrize('name', CONFIGS)
+@pytest.mark.parametrize('size', ['10GB', '20KB'])
+def test_from_them_to_us_and_back(tmp_path, name, size):
+  """What save_pretrained writes; bit for bit, and with equal logits."""
+  config = CONFIGS[name]
+  model = their_model(config)
+  folder = str(tmp_path / 'theirs')
+  model.save_pretrained(folder, max_shard_size=size)
+  files = [f for f in os.listdir(folder) if f.endswith('.safetensors')]
+  assert (len(files) > 1) == (size == '20KB')
+  params = hf.load(folder, config, shards(config))
+  tokens = tokens_of(2, 20)
+  close(logits(config, params, tokens), theirs(model, tokens))
+  hf_export.export(params, config, str(tmp_path / 'back'), dtype='float32')
+  back = load(str(tmp_path / 'back')).state_dict()
+  assert list(back) == list(model.state_dict())
+  for key, w in model.state_dict().items():
+    assert torch.equal(w, back[key]), key
+
+
+@functools.cache
+def sees_images(folder):
+  """A model of theirs with an image encoder, saved; its text has more rows."""
+  config = CONFIGS['gemma3_one_kv_head']
+  text = hf_export.hf_config.to_json(config, 'float32')
+  model = transformers.Gemma3ForConditionalGeneration(
+    transformers.Gemma3Config(
+      text_config={**text, 'vocab_size': 70, 'architectures': None},
+      vision_config=dict(
+        hidden_size=8, intermediate_size=8, num_hidden_layers=1,
+        num_attention_heads=1, image_size=8, patch_size=4,
+      ),
+      mm_tokens_per_image=1, image_token_index=65, boi_token_index=66,
+      eoi_token_index=67, attn_implementation='eager',
+    )
+  )  # fmt: skip
+  torch.manual_seed(1)
+  with torch.no_grad():
+    for w in model.parameters():
+      w.normal_(std=0.4)
+  model.save_pretrained(folder)
+  return config, model.eval()
+
+
+def test_the_text_of_a_model_that_sees_images(tmp_path):
+  config, model = sees_images(str(tmp_path / 'x'))
+  params = hf.load(str(tmp_path / 'x'), config, shards(config))
+  tokens = tokens_of(2, 20)
+  expected = theirs(model, tokens)[..., :64]
+  close(logits(config, params, tokens), expected)
+  hf_export.export(params, config, str(tmp_path / 'text'), dtype='float32')
+  text = load(str(tmp_path / 'text'))
+  assert isinstance(text, transformers.Gemma3ForCausalLM)
+  close(theirs(text, tokens), expected)
+
+
+# -- Adapters
+
+
+def adapters_of(config, targets='attn|mlp'):
+  tree = jax.eval_shape(
+    lambda: lora.init(config, jax.random.key(0), rank=2, targets=targets)
+  )
+  rng = np.random.default_rng(3)
+  return jax.tree.map(
+    lambda x: (0.2 * rng.standard_normal(x.shape)).astype(np.float32), tree
+  )
+
+
+@pytest.mark.parametrize('name', CONFIGS)
+def test_adapters_in_peft_and_merged(tmp_path, name):
+  config = dataclasses.replace(CONFIGS[name], lora_scale=1.25)
+  params, adapters = params_of(name), adapters_of(config)
+  base, low, whole = (str(tmp_path / x) for x in ('base', 'low', 'whole'))
+  hf_export.export(params, config, base, dtype='float32')
+  hf_export.export(params, config, whole, dtype='float32', lora=adapters)
+  hf_export.export_adapter(adapters, config, low, base=base)
+  tokens = tokens_of(2, 20)
+  ours = logits(config, lora.join(params, adapters), tokens)
+  plain = theirs(load(base), tokens)
+  adapted = peft.PeftModel.from_pretrained(load(base), low)
+  assert np.abs(ours - plain).max() > 0.1 * np.abs(plain).max()
+  close(ours, theirs(adapted, tokens))
+  merged = load(whole)
+  close(ours, theirs(merged, tokens))
+  by_peft = adapted.merge_and_unload().state_dict()
+  for key, w in merged.state_dict().items():
+    torch.testing.assert_close(w, by_peft[key], rtol=1e-5, atol=1e-6)
+
+
+def test_an_adapter_of_a_model_that_sees_images(tmp_path):
+  """None of its modules is made in the image encoder, none is left out."""
+  base, low = str(tmp_path / 'base'), str(tmp_path / 'low')
+  config, _ = sees_images(base)
+  config = dataclasses.replace(config, lora_scale=0.5)
+  params = hf.load(base, config, shards(config))
+  adapters = adapters_of(config)
+  hf_export.export_adapter(adapters, config, low, base=base)
+  model = load(base, transformers.Gemma3ForConditionalGeneration)
+  adapted = peft.PeftModel.from_pretrained(model, low)
+  names = [k for k, _ in adapted.named_parameters() if 'lora_' in k]
+  assert len(names) == 14 * config.layers
+  assert all('language_model' in k for k in names)
+  tokens = tokens_of(2, 20)
+  ours = logits(config, lora.join(params, adapters), tokens)
+  close(ours, theirs(adapted, tokens)[..., :64])
+
+
+# -- Tokenizers
+
+TEXTS = [
+  'the film was good', ' a  story, and it is 27 minutes\nlong', '',
+  'everyone loved it', 'é is rare',
+]  # fmt: skip
+TALK = [
+  {'role': 'user', 'content': ' the film?\n'},
+  {'role': 'assistant', 'content': 'good '},
+  {'role': 'user', 'content': 'and the story?'},
+]
+
+
+def vocabulary(folder, turns=True):
+  """A SentencePiece model of Gemma's kind: bytes, digits, turns."""
+  model = io.BytesIO()
+  symbols = ['<mask>', tokenizer_lib.START, tokenizer_lib.END, '\n', '\n\n']
+  sentencepiece.SentencePieceTrainer.train(
+    sentence_iterator=iter([*TEXTS, 'user and model of a film'] * 4),
+    model_writer=model, model_type='bpe', vocab_size=420 if turns else 64,
+    pad_id=0, eos_id=1, bos_id=2, unk_id=3, pad_piece='<pad>',
+    eos_piece='<eos>' if turns else '</s>',
+    bos_piece='<bos>' if turns else '<s>', byte_fallback=turns,
+    user_defined_symbols=symbols if turns else [], num_threads=1,
+    normalization_rule_name='identity', add_dummy_prefix=False,
+    remove_extra_whitespaces=False, split_digits=True, minloglevel=2,
+    hard_vocab_limit=False,
+  )  # fmt: skip
+  path = os.path.join(folder, 'spm.model')
+  with open(path, 'wb') as f:
+    f.write(model.getvalue())
+  return path
+
+
+@pytest.mark.parametrize('turns', [True, False])
+@pytest.mark.parametrize('name', ['gemma3', 'gemma2'])
+def test_their_tokenizer_of_our_folder(tmp_path, turns, name):
+  path = vocabulary(tmp_path, turns)
+  tok = tokenizer_lib.load(path)
+  folder = str(tmp_path / 'x')
+  hf_export.export(
+    params_of(name), CONFIGS[name], folder, dtype='float32',
+    tokenizer_path=path,
+  )  # fmt: skip
+  other = transformers.AutoTokenizer.from_pretrained(folder)
+  assert len(other) == tok.vocab_size
+  for text in TEXTS:
+    ids = other(text)['input_ids']
+    assert ids == [tok.bos_id, *tok.encode(text)], text
+    assert other.decode(ids, skip_special_tokens=True) == tok.decode(ids)
+  said = load(folder).generation_config
+  assert said.eos_token_id == list(tok.stop_ids)
+  if not turns:
+    assert other.chat_template is None
+    return
+  chat = functools.partial(
+    other.apply_chat_template, add_generation_prompt=True, return_dict=False
+  )
+  system = name == 'gemma3'
+  assert chat(TALK) == tokenizer_lib.chat(tok, TALK, system=system)
+  talk = [{'role': 'system', 'content': 'a film \n'}, *TALK]
+  if system:
+    assert chat(talk) == tokenizer_lib.chat(tok, talk, system=True)
+  else:
+    with pytest.raises(Exception, match='no system turn'):
+      chat(talk)
+  with pytest.raises(Exception, match='take turns'):
+    chat(TALK[1:])
+  assert chat(TALK[:1], add_generation_prompt=False)[-2] == tok.end_of_turn
+
+
+# -- Repositories
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+  """One repository of one commit, as the hub serves it."""
+
+  folder: str
+  commit = 'c0ffee' + 34 * '0'
+
+  def do_GET(self):
+    at = self.path.partition('?')[0]
+    if at == f'/api/models/some/gemma/tree/{self.commit}':
+      rows = [
+        dict(type='file', path=f, oid='0' * 40, size=self._size(f))
+        for f in os.listdir(self.folder)
+      ]
+      return self._send(json.dumps(rows).encode())
+    name = at.removeprefix(f'/some/gemma/resolve/{self.commit}/')
+    if name == at or not os.path.exists(os.path.join(self.folder, name)):
+      return self._send(b'', 404, **{'X-Error-Code': 'RepoNotFound'})
+    with open(os.path.join(self.folder, name), 'rb') as f:
+      return self._send(f.read(), ETag=f'"{name}"')
+
+  do_HEAD = do_GET
+
+  def _size(self, name):
+    return os.path.getsize(os.path.join(self.folder, name))
+
+  def _send(self, content, status=200, **headers):
+    self.send_response(status)
+    headers |= {'X-Repo-Commit': self.commit}
+    headers |= {'Content-Length': len(content)}
+    for key, value in headers.items():
+      self.send_header(key, str(value))
+    self.end_headers()
+    if self.command == 'GET':
+      self.wfile.write(content)
+
+  def log_message(self, *args):
+    pass
+
+
+def test_a_repository_by_its_commit(tmp_path):
+  """Downloaded once; then the server may be gone. Other names are one line."""
+  folder = tmp_path / 'x'
+  hf_export.export(
+    params_of('gemma3'), CONFIGS['gemma3'], str(folder), dtype='float32'
+  )
+  (folder / 'pytorch_model.bin').write_text('not needed')
+  Hub.folder = str(folder)
+  server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), Hub)
+  threading.Thread(target=server.serve_forever, daemon=True).start()
+  script = """
+import sys
+from bond_jax import hf
+from bond_jax.errors import UserError
+for path in sys.argv[1:]:
+  try:
+    print(hf.resolve(path))
+  except UserError as e:
+    print('refused', e)
+"""
+  env = {
+    **os.environ,
+    'HF_ENDPOINT': f'http://127.0.0.1:{server.server_port}',
+    'HF_HOME': str(tmp_path / 'cache'),
+    'HF_HUB_OFFLINE': '0',
+    'HF_HUB_DISABLE_TELEMETRY': '1',
+    'HF_HUB_DISABLE_XET': '1',
+    'PYTHONPATH': str(ROOT),
+  }
+
+  def resolve(*paths):
+    out = subprocess.run(
+        [sys.executable, '-c', script, *paths], env=env, capture_output=True,
+        text=True, check=True,
+    )  # fmt: skip
+    return out.stdout.splitlines()
+
+  here = f'some/gemma@{Hub.commit}'
+  try:
+    found, other = resolve(here, f'some/other@{Hub.commit}')
+  finally:
+    server.shutdown()
+  assert other.startswith(f'refused cannot download some/other@{Hub.commit}')
+  assert sorted(os.listdir(found)) == sorted(
+    f for f in os.listdir(folder) if f != 'pytorch_model.bin'
+  )
+  config = CONFIGS['gemma3']
+  jax.tree.map(
+    np.testing.assert_array_equal,
+    hf.load(found, config, shards(config)),
+    params_of('gemma3'),
+  )
+  assert resolve(here) == [found]
+
+
+def test_a_folder_of_another_architecture(tmp_path):
+  model = transformers.LlamaForCausalLM(
+    transformers.LlamaConfig(
+      vocab_size=64, hidden_size=16, intermediate_size=16,
+      num_hidden_layers=1, num_attention_heads=2,
+    )
+  )  # fmt: skip
+  model.save_pretrained(tmp_path)
+  config = CONFIGS['gemma3']
+  with pytest.raises(UserError, match='architecture LlamaForCausalLM'):
+    hf.load(str(tmp_path), config, shards(config))

@@ -1,0 +1,167 @@
+"""Runs that start from the weights and the vocabulary of a released model."""
+
+import json
+import os
+
+import jax
+import numpy as np
+import pytest
+import test_tokenizer
+import toy
+
+from bond_jax import origin, sample, sft, sharding, weights
+from bond_jax.errors import UserError
+from bond_jax.models import gemma, lora
+from configs import gemma_jbond
+
+VOCAB = 120  # pieces of the vocabulary with turns; the model has 128 rows
+
+
+@pytest.fixture(scope='module')
+def release(tmp_path_factory):
+  """A folder as one downloads it: weights and a vocabulary."""
+  folder = tmp_path_factory.mktemp('release')
+  toy.get_config('')  # which names the toy model
+  sizes = origin.make_sizes(gemma_config().model, VOCAB)
+  params = jax.jit(lambda: gemma.init(sizes, jax.random.key(5)))()
+  weights.save_official(params, sizes, str(folder / 'weights'))
+  content = test_tokenizer.with_turns().processor.serialized_model_proto()
+  (folder / 'tokenizer.model').write_bytes(content)
+  return str(folder), jax.device_get(params)
+
+
+def gemma_config(folder='', rank=0):
+  """What configs/gemma3_1b_jbond.py says, at the size of a test."""
+  config = gemma_jbond.get_config(
+    'toy', vocab_size=VOCAB, learning_rate=1e-2, lora_rank=rank
+  )
+  config.model.sizes = dict(vocab_size=128)
+  config.weights = f'{folder}/weights'
+  config.tokenizer.path = f'{folder}/tokenizer.model'
+  config.data.name = f'{toy.folder()}/{{split}}.jsonl'
+  config.reward.function = config.gold.function = 'bond_jax.rewards:vader'
+  config.prompt.length, config.length, config.chunk = 64, 4, 4
+  config.train.update(
+      dict(steps=2, batch=8, micro_batches=1, save_every=1, probe_prompts=8,
+           probe_completions=2)
+  )  # fmt: skip
+  config.train.optimizer.warmup_steps = 1
+  config.evaluate.update(
+      dict(prompts=8, policy_completions=2, reference_completions=4,
+           at_once=2, samples_shown=2)
+  )  # fmt: skip
+  config.model.dtype = 'float32'
+  return config
+
+
+def same(a, b):
+  jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+@pytest.mark.parametrize(
+  'rank, exact, devices', [(0, False, 1), (2, True, 8)]
+)
+def test_a_run_from_weights(release, tmp_path, rank, exact, devices):
+  """Both stages; what is saved is what is trained."""
+  folder, params = release
+  workdir = str(tmp_path / 'run')
+  config = gemma_config(folder, rank)
+  config.model.lora.exact_anchor = exact
+  config.mesh.data = devices
+  for stage in ('train', 'evaluate'):
+    toy.run(stage, config, workdir)
+  mesh = sharding.make_mesh(**config.mesh)
+  policy = origin.make_policy(config.model, VOCAB)
+  reference, base = origin.load_frozen(config, policy, workdir, mesh)
+  saved = toy.saved(workdir, 'train', 2)
+  if rank:
+    same(base, params)
+    assert jax.tree.structure(saved['params']) == jax.tree.structure(reference)
+    sizes = origin.make_sizes(config.model, VOCAB)
+    same(lora.merge(sizes, base, reference), params)
+    # The anchor is of products: each the average of two.
+    anchor = saved['rest']['anchor']
+    assert jax.tree.structure(anchor) == jax.tree.structure(
+      lora.dense(sizes, reference)
+    )
+  else:
+    assert base == {}
+    same(reference, params)
+  # The first step is the warm-up's, at a rate of 0; A moves after B.
+  moved = jax.tree_util.tree_map_with_path(
+    lambda path, a, b: 'lora_a' in sharding.path_name(path) or (a != b).any(),
+    saved['params'],
+    jax.device_get(reference),
+  )
+  assert all(jax.tree.leaves(moved))
+  summary = toy.summary(workdir)
+  assert summary['steps'] == 2 and 'sft_validation_loss' not in summary
+  with open(os.path.join(workdir, 'completions.jsonl')) as f:
+    rows = [json.loads(line) for line in f]
+  # The prompt as the reward sees it: the words of the turns.
+  assert all(row['prompt'].startswith('user\n') for row in rows)
+  assert os.path.exists(os.path.join(workdir, 'report.html'))
+
+
+def test_a_conversation_with_released_weights(release, tmp_path, capsys):
+  folder, _ = release
+  config = gemma_config(folder)
+  tokenizer, draw = sample.make_draw(config, str(tmp_path), 'reference')
+  messages = [{'role': 'user', 'content': 'the film'}]
+  pieces = test_tokenizer.tokenizer.chat(tokenizer, messages, system=False)
+  text = draw(pieces, 3, 7)
+  sample.talk(
+      config, str(tmp_path), prompt='the film', n=3, best=False,
+      checkpoint='reference', seed=7,
+  )  # fmt: skip
+  shown = ''.join(f'[{i + 1}] {t}\n' for i, t in enumerate(text))
+  assert capsys.readouterr().out == shown
+
+
+def test_supervised_training_starts_from_weights(release, tmp_path):
+  folder, params = release
+  config = gemma_config(folder)
+  mesh = sharding.make_mesh(**config.mesh)
+  policy = origin.make_policy(config.model, VOCAB, full=True)
+  optimizer = sft.optimizer_lib.adam(steps=2, **config.train.optimizer)
+  state = sft.init_state(config, policy, optimizer, mesh)
+  same(state.params, params)
+
+
+@pytest.mark.parametrize(
+  'path, value, says',
+  [
+    ('weights', '/nowhere', '/nowhere is no folder here'),
+    ('tokenizer.path', '/nowhere', 'cannot read the tokenizer /nowhere'),
+    ('tokenizer.sha256', 'f' * 64, 'it is the vocabulary of another model'),
+    ('tokenizer.vocab_size', 119, 'has 120 pieces, .* of another model'),
+    ('model.sizes.features', 32, 'not hold the model of the config'),
+    ('prompt.length', 8, '0 distinct prompts of prompt.length 8'),
+    ('prompt.kind', 'turns', "prompt.kind is 'turns'; known are opening"),
+    ('model.lora.rank', -1, 'LoRA needs a whole rank'),
+    ('model.lora.rank', 1.5, 'LoRA needs a whole rank'),
+  ],
+)
+def test_what_does_not_fit_is_one_error(release, tmp_path, path, value, says):
+  config = gemma_config(release[0], rank=1)
+  node = config
+  *above, last = path.split('.')
+  for key in above:
+    node = node[key]
+  with config.ignore_type(), config.unlocked():
+    node[last] = value
+  with pytest.raises(UserError, match=says):
+    toy.run('train', config, str(tmp_path / 'run'))
+
+
+@pytest.mark.parametrize(
+  'name', ['gemma_2b', 'gemma_7b', 'gemma3_270m', 'gemma3_1b', 'gemma3_4b_lora']
+)
+def test_configs_ask_for_what_they_need(name):
+  out = toy.command(
+    'train', f'--config=configs/{name}_jbond.py', '--workdir=/nowhere/run'
+  )
+  _, error = out.communicate()
+  assert out.returncode == 2 and error.count('\n') == 1
+  for flag in ('weights', 'tokenizer.path', 'data.name', 'reward.function'):
+    assert f'--config.{flag}' in error
