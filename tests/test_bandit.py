@@ -1,65 +1,28 @@
 """The exact tables against enumeration, closed forms and their own equations.
 
-Tables are [X, A]: three prompts unless said otherwise. Rock, paper, scissors is
-the cyclic preference; `soft` preferences are probabilities other than 0, 1/2
-and 1.
+Tables are [X, A]: three prompts unless said otherwise.
 """
 
 import itertools
-import json
-import subprocess
-import sys
 
 import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-import scipy.optimize
-import toy
+from tables import distance, law, preference, ROCK_PAPER_SCISSORS, tied_reward
 
-from bond_jax import bandit, bandit_figure, bandit_samples, ops
-from bond_jax.errors import UserError
+from bond_jax import bandit, ops
 
 REWARDS = {
   'distinct': [[0.1, 2.0, -1.0, 0.5, 3.0]],
   'tied': [[1.0, 0.0, 1.0, 2.0, 2.0]],
   'all tied': [[0.5, 0.5, 0.5, 0.5, 0.5]],
 }
-ROCK_PAPER_SCISSORS = np.array([[[0.5, 0, 1], [1, 0.5, 0], [0, 1, 0.5]]])
-
-
-def law(seed, prompts=3, arms=5, sd=1.0):
-  """A table of log-probabilities."""
-  rng = np.random.default_rng(seed)
-  return bandit.normalise(sd * rng.standard_normal((prompts, arms)))
-
-
-def tied_reward(seed, prompts=3, arms=5):
-  """Rewards of which some tie."""
-  rng = np.random.default_rng(seed)
-  return rng.integers(0, arms // 2 + 1, (prompts, arms)).astype(float)
 
 
 def even(arms):
   """Many arms of one mass, in the order of their reward: a continuum."""
   return np.full((1, arms), -np.log(arms)), np.arange(arms, dtype=float)[None]
-
-
-def preference(kind, seed, prompts=3, arms=6):
-  """win [X, A, A] of one kind."""
-  rng = np.random.default_rng(seed)
-  if kind == 'distinct':
-    return bandit.win_matrix(rng.standard_normal((prompts, arms)))
-  if kind == 'tied':
-    return bandit.win_matrix(tied_reward(seed, prompts, arms))
-  edge = np.triu(rng.standard_normal((prompts, arms, arms)), 1)
-  edge = np.sign(edge) if kind == 'cyclic' else np.tanh(edge)
-  return 0.5 + 0.5 * (edge - edge.swapaxes(-1, -2))
-
-
-def distance(log_p, log_q):
-  """Total variation, the largest over all prompts."""
-  return 0.5 * np.abs(np.exp(log_p) - np.exp(log_q)).sum(-1).max()
 
 
 def log_arm_win_rate(log_p, win):
@@ -388,137 +351,6 @@ def test_the_two_games_agree_for_a_small_kl_weight_only():
   np.testing.assert_allclose(np.exp(wind)[np.arange(5), best], 1, rtol=1e-9)
 
 
-# -- WIND from samples --------------------------------------------------------
-
-RISKS = {
-  'squared': lambda f, z: (f - z) ** 2,
-  'kl': lambda f, z: -z * np.log(f) - (1 - z) * np.log(1 - f),
-  'nce': lambda f, z: -z * np.log(f / (1 + f)) + np.log(1 + f),
-}
-
-
-@pytest.mark.parametrize('name', RISKS)
-def test_the_curvature_is_the_risk_s(name):
-  f, z = np.meshgrid(np.linspace(0.1, 0.9, 9), [0.0, 0.5, 1.0])
-  h = 1e-5
-  slope = (RISKS[name](f + h, z) - RISKS[name](f - h, z)) / (2 * h)
-  exact = bandit_samples.CURVATURE[name](f) * (f - z)
-  np.testing.assert_allclose(slope, exact, atol=1e-7)
-
-
-@pytest.mark.parametrize('name', RISKS)
-def test_each_risk_s_minimiser_on_a_table_is_the_wind_step(name):
-  """Over the population of z, cell by cell, found without the curvature."""
-  win = preference('tied', 30, arms=4)
-  policy, reference = law(31, arms=4), law(32, arms=4)
-  p = np.exp(policy)
-  value = np.empty_like(p)
-  for x, y in np.ndindex(*p.shape):
-    f = scipy.optimize.minimize_scalar(
-        lambda f, x=x, y=y: p[x] @ RISKS[name](f, win[x, y]),
-        bounds=(1e-6, 1 - 1e-6), method='bounded', options={'xatol': 1e-10},
-    )  # fmt: skip
-    value[x, y] = f.x
-  got = bandit.mirror_step(policy, reference, value, 0.2, 1.0)
-  exact = bandit.wind_step(policy, reference, win, 0.2, 1.0)
-  np.testing.assert_allclose(got, exact, atol=1e-7)
-  # The same in closed form, from the population's visits and wins.
-  fit = bandit_samples.fit_win_rate(
-    p, p * bandit.arm_win_rate(policy, win), None, name
-  )
-  got = bandit.mirror_step(policy, reference, fit, 0.2, 1.0)
-  np.testing.assert_allclose(got, exact, atol=1e-13)
-
-
-def test_on_a_table_the_three_risks_are_one_algorithm():
-  """One free value per cell, whether or not it is written as features."""
-  rng = np.random.default_rng(33)
-  visits = rng.integers(0, 9, (2, 4))
-  visits[0, 0] = 0
-  wins = rng.binomial(visits, 0.6)
-  mean = np.where(visits > 0, wins / np.maximum(visits, 1), 0.5)
-  cells = np.eye(8).reshape(2, 4, 8)
-  for name in RISKS:
-    for features in (None, cells):
-      fit = bandit_samples.fit_win_rate(visits, wins, features, name)
-      np.testing.assert_allclose(fit, mean, atol=1e-12)
-
-
-def test_a_restricted_fit_minimises_its_own_risk():
-  """Where features cannot hold the truth, the risks part."""
-  rng = np.random.default_rng(34)
-  features = 0.1 * rng.standard_normal((2, 6, 3))
-  visits = rng.uniform(1, 2, (2, 6))
-  mean = rng.uniform(0.2, 0.8, (2, 6))
-  fits = {}
-  for name, risk in RISKS.items():
-
-    def total(w, risk=risk):
-      return (visits * risk(0.5 + features @ w, mean)).sum()
-
-    w = scipy.optimize.minimize(total, np.zeros(3), method='BFGS').x
-    got = bandit_samples.fit_win_rate(visits, visits * mean, features, name)
-    np.testing.assert_allclose(got, 0.5 + features @ w, atol=1e-4)
-    fits[name] = got
-  assert np.abs(fits['squared'] - fits['kl']).max() > 0.003
-  assert np.abs(fits['squared'] - fits['nce']).max() > 0.003
-
-
-@pytest.mark.parametrize('name', RISKS)
-def test_a_realisable_linear_fit_is_exact(name):
-  """The figure's last panel: P(y > pi) is linear in the features."""
-  rng = np.random.default_rng(35)
-  reference, win, features = bandit_figure.linear_instance(rng)
-  p, rate = np.exp(reference), bandit.arm_win_rate(reference, win)
-  fit = bandit_samples.fit_win_rate(p, p * rate, features, name)
-  np.testing.assert_allclose(fit, rate, atol=1e-10)
-
-
-def test_comparisons_are_of_the_policy_with_itself():
-  rng = np.random.default_rng(36)
-  policy, win = law(37, arms=4), preference('soft', 37, arms=4)
-  many = 2_000_000
-  visits, wins = bandit_samples.sample_comparisons(rng, policy, win, many)
-  assert visits.sum() == many
-  p = np.exp(policy) / 3  # prompts evenly
-  np.testing.assert_allclose(visits / many, p, atol=5 / np.sqrt(many))
-  rate = bandit.arm_win_rate(policy, win)
-  error = (wins / visits - rate) * np.sqrt(visits)  # standard deviation <= 1/2
-  assert np.abs(error).max() < 2.5
-
-
-def test_a_tie_counts_one_half():
-  rng = np.random.default_rng(38)
-  tied = np.full((3, 5, 5), 0.5)
-  visits, wins = bandit_samples.sample_comparisons(rng, law(38), tied, 1001)
-  assert visits.sum() == 1001
-  np.testing.assert_array_equal(wins, 0.5 * visits)
-
-
-@pytest.mark.parametrize('linear', [False, True])
-def test_the_error_of_sampled_wind_falls_as_one_over_m(linear):
-  if linear:
-    rng = np.random.default_rng(39)
-    reference, win, features = bandit_figure.linear_instance(rng)
-  else:
-    reference, features = law(39, prompts=2), None
-    win = preference('soft', 39, prompts=2, arms=5)
-  target = bandit.wind_equilibrium(reference, win, 0.3)
-  error = {}
-  for m in (1000, 16000):
-    rng = np.random.default_rng(40)
-    error[m] = 0.0
-    for _ in range(10 if linear else 40):
-      policy = reference
-      for _ in range(15):
-        policy = bandit_samples.sampled_wind_step(
-          rng, policy, reference, win, 0.3, 2.0, m, features, 'kl'
-        )
-      error[m] += bandit.kl(target, policy).mean()
-  slope = np.log(error[16000] / error[1000]) / np.log(16)
-  assert -1.2 < slope < -0.8
-
-
 # -- the corners --------------------------------------------------------------
 
 
@@ -631,9 +463,6 @@ P, R, W = law(47), tied_reward(47), preference('tied', 47, arms=5)
         (lambda: bandit.wind_step(P, P, 3 * W - 1, 1, 1), r'lie in \[0, 1\]'),
         (lambda: bandit.wind_equilibrium(P, W, 0), 'kl_weight .*> 0, got 0'),
         (lambda: bandit.log_win_rate_equilibrium(P, W, -1), '> 0, got -1'),
-        (lambda: bandit_samples.fit_win_rate(R, R, None, 'l1'),
-         r"\['squared', 'kl', 'nce'\], got 'l1'"),
-        (lambda: bandit_samples.sample_comparisons(None, P, W, 0), 'got 0'),
     ],
 )  # fmt: skip
 def test_bad_input_is_named(call, message):
@@ -646,62 +475,3 @@ def test_policy_and_reference_must_share_an_arm():
     one, other = np.log([[1.0, 0.0]]), np.log([[0.0, 1.0]])
   with pytest.raises(ValueError, match='share arms'):
     bandit.wind_step(one, other, np.full((1, 2, 2), 0.5), 0.1, 1.0)
-
-
-# -- the figure ---------------------------------------------------------------
-
-
-@pytest.fixture
-def small(monkeypatch):
-  for key, value in {
-      'prompts': 2, 'arms': 5, 'd_prompts': 2, 'd_arms': 8, 'c_runs': 2,
-      'c_steps': 3, 'b_betas': [2.0, 0.2, 0.02],
-      'c_comparisons': [100, 1000, 10000],
-  }.items():  # fmt: skip
-    monkeypatch.setitem(bandit_figure.SETTINGS, key, value)
-
-
-def test_the_figure_writes_what_it_draws(small, tmp_path, capsys):
-  bandit_figure.main(str(tmp_path), 3)
-  png = (tmp_path / 'bandit_figure1.png').read_bytes()
-  assert png[:4] == b'\x89PNG'
-  data = json.loads((tmp_path / 'bandit_figure1.json').read_text())
-  again = bandit_figure.compute(3)  # the seed decides all
-  assert {k: data[k] for k in 'abcd'} == again
-  assert data['settings']['arms'] == 5 and 'settings ours' in data['note']
-  for way in data['a'].values():
-    assert len(way) == 61 and way[-1] < way[0]
-  ours = [v[-1] for v in data['a'].values()]
-  assert max(ours[:4]) < 1e-12 < ours[4]  # all but beta > 0 reach the limit
-  assert data['b']['WIND to iterative BoN'][-1] < 1e-8
-  assert set(data['d']) == {
-      'one value per arm', 'linear, squared risk', 'linear, kl risk',
-      'linear, nce risk',
-  }  # fmt: skip
-  assert np.shape(data['c']['one value per arm, any risk']) == (3, 2)
-  summary = json.loads((tmp_path / 'summary.json').read_text())
-  assert summary['asked']['seed'] == 3 and summary['seconds'] > 0
-  assert 'numpy' in summary['versions']
-  assert capsys.readouterr().out.count('power of M') == 5
-
-
-def test_a_folder_that_cannot_be_written_is_a_user_error(tmp_path):
-  (tmp_path / 'file').write_text('')
-  with pytest.raises(UserError, match='cannot write to --out=.*file'):
-    bandit_figure.main(str(tmp_path / 'file'), 0)
-
-
-@pytest.mark.parametrize(
-  'args, message',
-  [([], '--out'), (['--out=x', 'y'], "unexpected argument 'y'")],
-)
-def test_a_mistake_on_the_command_line_is_one_line(args, message):
-  done = subprocess.run(
-    [sys.executable, '-m', 'bond_jax.bandit', *args],
-    cwd=toy.ROOT,
-    capture_output=True,
-    text=True,
-  )
-  assert done.returncode == 2
-  assert done.stderr.startswith('error: ') and message in done.stderr
-  assert done.stderr.count('\n') == 1

@@ -65,9 +65,10 @@ def log_probs(theta):
   return oracle.table_log_probs(theta[0], *LAW).sum(-1)
 
 
-def objective_gradient(objective, theta):
-  """Autodiff of objective(log pi [Y]), for one prompt."""
-  return jax.jit(jax.grad(lambda t: objective(log_probs(t))))(theta)
+@functools.partial(jax.jit, static_argnums=0)
+def objective_gradient(objective, theta, *known):
+  """Autodiff of objective(log pi [Y], *known), for one prompt."""
+  return jax.grad(lambda t: objective(log_probs(t), *known))(theta)
 
 
 def laws(*logits):
@@ -82,6 +83,10 @@ def same(mine, exact, atol=1e-12):
 # -- Best-of-n ----------------------------------------------------------------
 
 
+def cross_entropy(log_p, target):
+  return -(target * log_p).sum()
+
+
 @pytest.mark.parametrize('n', [1, 2, 3, 4])
 def test_best_of_n_descends_the_cross_entropy(x64, n):
   theta, anchor, _ = tables(n)
@@ -89,7 +94,7 @@ def test_best_of_n_descends_the_cross_entropy(x64, n):
   algorithm = best_of_n.make(n=n, anchor='periodic:1')
   for reward in map(np.array, REWARDS.values()):
     target = oracle.best_of_n(q, reward, n)
-    exact = objective_gradient(lambda p, b=target: -(b * p).sum(), theta)
+    exact = objective_gradient(cross_entropy, theta, target)
     assert jnp.abs(exact).max() > 0.01
     same(expected_gradient(algorithm, theta, anchor, [reward]), exact)
 
@@ -99,7 +104,7 @@ def test_best_of_1_is_supervised_training_on_the_anchor_s_samples(x64):
   algorithm = best_of_n.make(n=1, anchor='ema:0.1')
   theta, anchor, _ = tables(5)
   (q,) = laws(anchor)
-  exact = objective_gradient(lambda p: -(q * p).sum(), theta)
+  exact = objective_gradient(cross_entropy, theta, q)
   for reward in REWARDS.values():
     same(expected_gradient(algorithm, theta, anchor, [reward]), exact)
     same(expected_gradient(algorithm, anchor, anchor, [reward]), 0)
@@ -171,6 +176,11 @@ def log_quantile(q, reward, k):
   )
 
 
+def tilted_kl(log_p, log_q, reward):
+  """KL(pi || q) - E_pi[reward]."""
+  return (jnp.exp(log_p) * (log_p - log_q - reward)).sum()
+
+
 @pytest.mark.parametrize(('n', 'k'), [(2, 1), (4, 2), (2, 3)])
 def test_vbon_ascends_the_smoothed_log_quantile(x64, n, k):
   theta, anchor, _ = tables(10 + n)
@@ -179,9 +189,7 @@ def test_vbon_ascends_the_smoothed_log_quantile(x64, n, k):
   assert (algorithm.num_policy, algorithm.num_anchor) == (1, k)
   for reward in map(np.array, REWARDS.values()):
     ascends = (n - 1) * log_quantile(q, reward, k)
-    exact = objective_gradient(
-      lambda p, f=ascends: (jnp.exp(p) * (p - np.log(q) - f)).sum(), theta
-    )
+    exact = objective_gradient(tilted_kl, theta, np.log(q), ascends)
     assert jnp.abs(exact).max() > 0.01
     same(expected_gradient(algorithm, theta, anchor, [reward]), exact, 1e-9)
 
@@ -223,6 +231,13 @@ def best_and_worst(p, reward, n):
   return joint
 
 
+def bonbon_objective(log_p, log_r, joint, margin):
+  """Of sft_weight = 0.3; joint [Y, Y] as above."""
+  g = log_p - log_r
+  apart = (g[:, None] - g[None] - margin) ** 2
+  return -0.3 * (joint.sum(1) * log_p).sum() + 0.7 * (joint * apart).sum()
+
+
 @pytest.mark.parametrize('n', [2, 3, 4])
 def test_bonbon_descends_its_objective(x64, n):
   """Anchor and reference apart: which of them is in g can be told."""
@@ -234,13 +249,8 @@ def test_bonbon_descends_its_objective(x64, n):
     same(joint.sum(), 1)
     margin = (n - 1) * sum(1 / k for k in range(1, n))
     margin = margin * (reward[:, None] > reward[None])
-
-    def objective(log_p, joint=joint, margin=margin):
-      g = log_p - np.log(r)
-      apart = (g[:, None] - g[None] - margin) ** 2
-      return -0.3 * (joint.sum(1) * log_p).sum() + 0.7 * (joint * apart).sum()
-
-    exact = objective_gradient(objective, theta)
+    known = np.log(r), joint, margin
+    exact = objective_gradient(bonbon_objective, theta, *known)
     assert jnp.abs(exact).max() > 0.1
     mine = expected_gradient(algorithm, theta, anchor, [reward], reference)
     same(mine, exact, 1e-9)
@@ -372,7 +382,8 @@ def test_fires_counts_the_prompts_with_a_signal(name):
 def test_the_margin_holds_where_best_and_worst_differ():
   algorithm = bonbon.make(n=3, sft_weight=0.0)
   reward = [[0.0, 1, 1], [2, 2, 2], [3, 1, 2]]
-  rows, _ = algorithm.weigh(scores(reward, algorithm, np.ones(3)))
+  weigh = jax.jit(algorithm.weigh)
+  rows, _ = weigh(scores(reward, algorithm, np.ones(3)))
   np.testing.assert_array_equal(rows.margin, [3, 0, 3])
 
 

@@ -368,11 +368,16 @@ def test_two_completions_of_the_policy_are_averaged():
   """In the baseline; a prompt fires if either does."""
   algorithm = make(num_policy=2, n=2, quantile='floor')
   reward = np.array([[0.0, 9, 1, 1], [9, 9, 1, 1], [0, 0, 1, 1]])
-  batch = scores(algorithm, reward)
-  rows, metrics = algorithm.weigh(batch)
+
+  @jax.jit
+  def f(reward):
+    batch = scores(algorithm, reward)
+    ratio = batch.log_sampled[:, :2] - batch.log_anchor
+    return ratio, *algorithm.weigh(batch)
+
+  ratio, rows, metrics = jax.device_get(f(reward))
   np.testing.assert_allclose(metrics['signal/fires'], 2 / 3, rtol=1e-6)
   floor = -math.log(16) * np.array([[1, 0], [0, 0], [1, 1]])
-  ratio = np.array(batch.log_sampled[:, :2] - batch.log_anchor)
   to_go = np.stack([ratio.sum(-1), ratio[..., 1]], -1)
   mean = (0.5 * floor[..., None] - (0.5 + 0.7) * to_go).mean(1)
   others = (mean.sum(0) - mean) / 2

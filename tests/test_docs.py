@@ -36,7 +36,7 @@ def test_an_algorithm_is_added_by_the_files_of_the_page(tmp_path):
     copy(path, tmp_path / name)
   for name, content in blocks().items():
     (tmp_path / name).write_text(content)
-  env = {**os.environ, 'JAX_COMPILATION_CACHE_DIR': toy.cache()}
+  env = toy.environment()
   env.pop('PYTHONPATH', None)
   run = lambda *args: subprocess.run(
     [sys.executable, '-m', *args], cwd=tmp_path, env=env, text=True,
@@ -49,6 +49,7 @@ def test_an_algorithm_is_added_by_the_files_of_the_page(tmp_path):
     'bond_jax.train', '--config=configs/soft_best_of_n.py', '--workdir=run',
     '--config.train.steps=4', '--config.train.save_every=2',
     '--config.train.batch=16', '--config.enumerable.vocab=4',
+    '--config.model.sizes.layers=1',
   )  # fmt: skip
   assert train.returncode == 0, train.stderr
   rows = toy.rows(str(tmp_path / 'run'), 'train')

@@ -9,7 +9,16 @@ import numpy as np
 import pytest
 import toy
 
-from bond_jax import build, data, evaluate, measures, metrics, origin, sharding
+from bond_jax import (
+  build,
+  data,
+  evaluate,
+  measures,
+  metrics,
+  origin,
+  sharding,
+)
+from bond_jax import tokenizer as tokenizer_lib
 from bond_jax.errors import UserError
 from bond_jax.log_probs import log_probs
 from bond_jax.types import Prompts, Rollout
@@ -110,7 +119,8 @@ def test_draws_are_scored_under_both_models(config):
 )
 def test_records_of_a_side(config, tmp_path, who, own, other):
   """Three completions of two prompts, two at once: each drawn once."""
-  tokenizer = origin.load_tokenizer(config, toy.finished())
+  texts = [row['text'] for row in build.rows(config, 'train')]
+  tokenizer = tokenizer_lib.train(texts, str(tmp_path / 'tokenizer.model'), 96)
   piece = tokenizer.encode('film')[0]
   prompts = Prompts(
     np.array([[2, piece], [2, 5]]), None, np.array([7, 9]), None

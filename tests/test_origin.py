@@ -58,9 +58,7 @@ def same(a, b):
   jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
-@pytest.mark.parametrize(
-  'rank, exact, devices', [(0, False, 1), (2, True, 8)]
-)
+@pytest.mark.parametrize('rank, exact, devices', [(0, False, 1), (2, True, 8)])
 def test_a_run_from_weights(release, tmp_path, rank, exact, devices):
   """Both stages; what is saved is what is trained."""
   folder, params = release
@@ -101,6 +99,14 @@ def test_a_run_from_weights(release, tmp_path, rank, exact, devices):
   # The prompt as the reward sees it: the words of the turns.
   assert all(row['prompt'].startswith('user\n') for row in rows)
   assert os.path.exists(os.path.join(workdir, 'report.html'))
+
+
+def test_the_scale_is_alpha_over_rank():
+  config = gemma_config(rank=4)
+  config.model.lora.alpha = 6.0
+  assert origin.make_sizes(config.model, VOCAB).lora_scale == 1.5
+  config.model.lora.rank = 0
+  assert origin.make_sizes(config.model, VOCAB).lora_scale is None
 
 
 def test_a_conversation_with_released_weights(release, tmp_path, capsys):

@@ -34,11 +34,16 @@ def test_the_loss_is_nats_per_token_and_falls(config):
   )  # fmt: skip
   prompts, completion, mask = next(batches)
   # The whole row through the model at once, and a plain mean over its tokens.
-  params = policy.init(build.key(config.seed, 'sft'))
   tokens = np.concatenate([prompts.tokens, completion[:, 0, :-1]], 1)
   seen = np.concatenate([prompts.mask, mask[:, 0, :-1]], 1)
-  hidden, _ = policy.hidden(params, tokens, seen, None)
-  table = jax.nn.log_softmax(policy.logits(params, hidden))
+
+  @jax.jit
+  def law(key):
+    params = policy.init(key)
+    hidden, _ = policy.hidden(params, tokens, seen, None)
+    return jax.nn.log_softmax(policy.logits(params, hidden))
+
+  table = jax.device_get(law(build.key(config.seed, 'sft')))
   log_probs = np.take_along_axis(table, completion[:, 0, :, None], -1)[..., 0]
   expected = -log_probs[mask[:, 0]].mean()
   assert first['loss'] == pytest.approx(float(expected), rel=1e-5)

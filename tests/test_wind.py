@@ -1,4 +1,4 @@
-"""WIND and SPPO against enumeration of every K-tuple, in double precision.
+"""WIND against enumeration of every K-tuple, in double precision.
 
 Axes: Y completions of a law, K drawn. Where a policy is a vector [Y] it need
 not be normalised: the paper's step is exact for free log-probabilities, and
@@ -13,11 +13,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import oracle
+from preferences import (
+  check_gradient,
+  expected_gradient,
+  laws,
+  random_scores,
+  tables,
+  wins,
+)
 import pytest
 
 from bond_jax import ops
 from bond_jax.algorithms import sppo, wind
-from bond_jax.types import Scores
 
 ONE_TOKEN = oracle.sequences(4, 1, None)
 TWO_TOKENS = oracle.sequences(3, 2, 1)
@@ -29,17 +36,6 @@ make = functools.partial(
 )
 
 
-def wins(size):
-  """P(a beats b): from distinct rewards, from tied ones, and cyclic."""
-  rng = np.random.default_rng(0)
-  soft = rng.uniform(size=(size, size))
-  rewards = rng.permutation(size), rng.integers(0, 2, size)
-  return [
-    *(np.asarray(ops.win_matrix(jnp.asarray(r)), float) for r in rewards),
-    (soft + 1 - soft.T) / 2,
-  ]
-
-
 def exact_step(log_q, log_r, win, kl_weight, step_size):
   """One step of exact WIND: log-probabilities [Y] in and out."""
   free = log_q + step_size * (kl_weight * log_r + win @ np.exp(log_q))
@@ -47,48 +43,11 @@ def exact_step(log_q, log_r, win, kl_weight, step_size):
   return free - np.logaddexp.reduce(free)
 
 
-def laws(seed, size):
-  """Two log-laws over `size` completions: those of anchor and reference."""
-  logits = np.random.default_rng(seed).standard_normal((2, size))
-  return logits - np.logaddexp.reduce(logits, axis=-1, keepdims=True)
-
-
 def equilibrium(log_r, win, kl_weight):
   log_q = log_r
   for _ in range(200):
     log_q = exact_step(log_q, log_r, win, kl_weight, 4 * kl_weight)
   return log_q
-
-
-def expected_gradient(algorithm, size):
-  """A function log_p, log_q, log_r [Y], win -> [Y]: K draws of log_q.
-
-  log_p need not be normalised.
-  """
-  k = algorithm.num_anchor
-  draws = np.array(list(itertools.product(range(size), repeat=k)))
-
-  def loss(log_p, log_q, log_r, win):
-    beats = win[draws[:, :, None], draws[:, None, :]]
-    index = algorithm.select(beats.sum(-1), beats)
-    chosen = ops.take_rows(jnp.asarray(draws), index)
-    rows, _ = algorithm.weigh(
-      Scores(
-        reward=beats.sum(-1),
-        win=beats,
-        index=index,
-        log_sampled=log_q[chosen][..., None],
-        log_anchor=log_q[chosen][..., None],
-        log_reference=log_r[chosen][..., None],
-        log_quantile=jnp.zeros((len(draws), 0)),
-        weight=jnp.ones(len(draws)),
-      )
-    )
-    mass = jnp.exp(log_q[draws].sum(-1))
-    return (mass * algorithm.loss(log_p[chosen][..., None], rows)).sum()
-
-  gradient = jax.jit(jax.grad(loss))
-  return lambda *x: gradient(*map(jnp.asarray, x))
 
 
 def on_simplex(gradient, log_p):
@@ -142,31 +101,6 @@ def pairwise_risk(theta, anchor, reference, win, law, b, e):
   return (q[:, None] * q[None, :] * gap**2).sum() / 2
 
 
-def tables(seed, law):
-  """Logits of policy, anchor and reference: [1, T, V, V] each."""
-  tokens, _ = law
-  size = tokens.shape[1], tokens.max() + 1, tokens.max() + 1
-  return 0.7 * np.random.default_rng(seed).standard_normal((3, 1, *size))
-
-
-def check_gradient(algorithm, objective, law, seed):
-  """Over every kind of preference, by one compiled program each."""
-  theta, anchor, reference = tables(seed, law)
-  y = len(law[0])
-  mine = jax.jit(
-    lambda win: oracle.expected_gradient(
-      algorithm, theta, anchor, jnp.zeros((1, y)), jnp.ones(1), law,
-      reference=reference, win=win[None],
-    )
-  )  # fmt: skip
-  exact = jax.jit(
-    lambda win: jax.grad(objective)(theta, anchor, reference, win, law)
-  )
-  for win in wins(y):
-    assert jnp.abs(exact(win)).max() > 0.01
-    np.testing.assert_allclose(mine(win), exact(win), rtol=0, atol=1e-12)
-
-
 @pytest.mark.parametrize('risk', RISKS)
 @pytest.mark.parametrize(
   ('law', 'k', 'rows', 'kl_weight', 'step_size'),
@@ -205,21 +139,6 @@ def test_fitted_constant_gives_the_pairwise_risk_s_gradient(x64, law, k, rows):
   algorithm = make(constant='fitted', num_anchor=k, rows=rows)
   objective = functools.partial(pairwise_risk, b=0.3, e=1.5)
   check_gradient(algorithm, objective, law, seed=k)
-
-
-@pytest.mark.parametrize('k', [2, 3, 4])
-def test_expected_gradient_of_unselected_sppo(x64, k):
-  algorithm = sppo.make(step_size=2.0, num_anchor=k, rows='all')
-
-  def published(theta, anchor, reference, win, law):
-    del reference
-    log_p, log_q = (
-      oracle.table_log_probs(t[0], *law).sum(-1) for t in (theta, anchor)
-    )
-    q = jnp.exp(log_q)
-    return (q * (log_p - log_q - 2.0 * (win @ q - 0.5)) ** 2).sum()
-
-  check_gradient(algorithm, published, ONE_TOKEN, seed=k)
 
 
 @pytest.mark.parametrize(
@@ -375,20 +294,6 @@ def test_where_all_are_tied_only_the_reference_pulls(x64, risk, constant):
   assert (away * (log_r - log_q)).sum() < -1e-3  # descending goes there
 
 
-def test_rows_chosen_by_reward_miss_the_exact_step(x64):
-  """SPPO's published rows; its unselected ones do not."""
-  log_q, win = laws(4, 4)[0], wins(4)[0]
-  step = log_q + 2.0 * (win @ np.exp(log_q) - 0.5)
-  by_rows = {
-    rows: expected_gradient(
-      sppo.make(step_size=2.0, num_anchor=4, rows=rows), 4
-    )(step, log_q, log_q, win)
-    for rows in sppo.ROWS
-  }
-  np.testing.assert_allclose(by_rows['all'], 0, atol=1e-14)
-  assert np.abs(by_rows['extremes']).max() > 0.05
-
-
 # -- the pieces ---------------------------------------------------------------
 
 
@@ -430,28 +335,6 @@ def test_fitted_constants_minimise(x64, risk):
     np.testing.assert_allclose(c[:, 0], (z - g).mean(-1), atol=1e-13)
 
 
-def random_scores(seed, algorithm, b=3, t=2):
-  """Scores with the rows that `algorithm` selects, and log_policy for them."""
-  rng = np.random.default_rng(seed)
-  reward = jnp.asarray(rng.normal(size=(b, algorithm.num_anchor)).round(1))
-  win = ops.win_matrix(reward).astype(float)
-  index = algorithm.select(reward, win)
-  log_policy, sampled, anchor, reference = rng.normal(
-    size=(4, b, index.shape[1], t)
-  )
-  seen = len(algorithm.reference_rows)
-  return log_policy, Scores(
-    reward=reward,
-    win=win,
-    index=index,
-    log_sampled=sampled,
-    log_anchor=anchor,
-    log_reference=reference[:, :seen],
-    log_quantile=jnp.zeros((b, 0)),
-    weight=jnp.ones(b),
-  )
-
-
 def test_completions_come_from_the_policy_before_the_iteration():
   for algorithm in (
     make(num_anchor=4, rows=2),
@@ -464,40 +347,10 @@ def test_completions_come_from_the_policy_before_the_iteration():
       assert algorithm.anchor.update(np.float32(0), np.float32(1), iteration)
 
 
-@pytest.mark.parametrize('rows', sppo.ROWS)
-def test_sppo_is_a_multiple_of_wind_without_a_reference(x64, rows):
-  """Part for part: the targets, the loss and its gradient, and by hand."""
-  algorithm = sppo.make(step_size=3.0, num_anchor=4, rows=rows)
-  log_policy, scores = random_scores(0, algorithm)
-  m = scores.index.shape[1]
-  other = make(kl_weight=0.0, step_size=3.0, num_anchor=4, rows=m)
-  assert algorithm.reference_rows == other.reference_rows == ()
-  weighed, _ = algorithm.weigh(scores)
-  if rows == 'all':
-    jax.tree.map(np.testing.assert_array_equal, weighed, other.weigh(scores)[0])
-  wins = np.asarray(scores.win)
-  own = 0.0 if rows == 'extremes' else 0.5
-  p = (wins.sum(-1) - own) / (4 if rows == 'extremes' else 3)
-  p = np.take_along_axis(p, np.asarray(scores.index), 1)
-  ratio = lambda log_p: (log_p - scores.log_anchor).sum(-1)
-
-  def value_and_gradient(loss):
-    values = lambda log_p: (loss(log_p).sum(), loss(log_p))
-    return jax.jit(jax.grad(values, has_aux=True))(log_policy)
-
-  mine = value_and_gradient(lambda log_p: algorithm.loss(log_p, weighed))
-  for loss in (
-    lambda log_p: 9.0 * other.loss(log_p, weighed),
-    lambda log_p: ((ratio(log_p) - 3.0 * (p - 0.5)) ** 2).mean(-1),
-  ):
-    for x, y in zip(mine, value_and_gradient(loss), strict=True):
-      np.testing.assert_allclose(x, y, rtol=1e-12)
-
-
 def test_fitted_squared_is_the_mean_over_pairs(x64):
   algorithm = make(constant='fitted', num_anchor=4, rows=3)
   log_policy, scores = random_scores(1, algorithm)
-  rows, _ = algorithm.weigh(scores)
+  loss = jax.jit(lambda x, s: algorithm.loss(x, algorithm.weigh(s)[0]))
   g = (
     (log_policy - scores.log_anchor) / 1.5
     + 0.3 * (log_policy - scores.log_reference)
@@ -508,28 +361,8 @@ def test_fitted_squared_is_the_mean_over_pairs(x64):
     for i, j in itertools.combinations(range(3), 2)
   ]
   np.testing.assert_allclose(
-    algorithm.loss(log_policy, rows), np.mean(pairs, 0), rtol=1e-12
+    loss(log_policy, scores), np.mean(pairs, 0), rtol=1e-12
   )
-
-
-def test_only_sppo_s_published_rows_look_at_the_rewards():
-  reward = jnp.array([[0.0, 3, 1, 2], [2, 2, 0, 0], [1, 1, 1, 1]])
-  win = ops.win_matrix(reward)
-  algorithm = make(num_anchor=4, rows=2)
-  np.testing.assert_array_equal(algorithm.select(reward, win), [[0, 1]] * 3)
-  algorithm = sppo.make(step_size=1.0, num_anchor=4, rows='all')
-  np.testing.assert_array_equal(
-    algorithm.select(reward, win), [[0, 1, 2, 3]] * 3
-  )
-  algorithm = sppo.make(step_size=1.0, num_anchor=4, rows='extremes')
-  np.testing.assert_array_equal(
-    algorithm.select(reward, win), [[1, 0], [0, 2], [0, 0]]
-  )
-  for seed in range(3):  # the best row's target, whatever its quantile
-    _, scores = random_scores(seed, algorithm)
-    np.testing.assert_allclose(
-      algorithm.weigh(scores)[0].target, [[7 / 8, 1 / 8]] * 3
-    )
 
 
 @pytest.mark.parametrize(
@@ -546,12 +379,9 @@ def test_monotone_maps_of_the_reward_change_nothing(algorithm):
   reward = jnp.exp(3 * scores.reward) - 7
   win = ops.win_matrix(reward)
   index = algorithm.select(reward, win)
-  mapped, _ = algorithm.weigh(
-    scores._replace(reward=reward, win=win, index=index)
-  )
-  jax.tree.map(
-    np.testing.assert_array_equal, mapped, algorithm.weigh(scores)[0]
-  )
+  weigh = jax.jit(algorithm.weigh)
+  mapped, _ = weigh(scores._replace(reward=reward, win=win, index=index))
+  jax.tree.map(np.testing.assert_array_equal, mapped, weigh(scores)[0])
 
 
 def test_metrics_leave_out_filler_rows_and_tell_ties():
@@ -561,7 +391,7 @@ def test_metrics_leave_out_filler_rows_and_tell_ties():
   scores = scores._replace(
     win=ops.win_matrix(reward), weight=jnp.array([1.0, 1, 0])
   )
-  _, metrics = algorithm.weigh(scores)
+  _, metrics = jax.jit(algorithm.weigh)(scores)
   np.testing.assert_allclose(metrics['signal/fires'], 0.5)
   np.testing.assert_allclose(metrics['signal/mean'], (0.5 + 0) / 2 / 2)
 

@@ -164,21 +164,23 @@ def run(stage: str, config, workdir: str) -> None:
     importlib.import_module(f'bond_jax.{stage}').main(config, workdir)
 
 
-def command(stage: str, *args: str) -> subprocess.Popen:
-  """Starts a stage as its users do, on 8 devices, with pipes for its output."""
-  env = {
-    'PYTHONPATH': TESTS,
-    'JAX_NUM_CPU_DEVICES': '8',
-    'JAX_DISABLE_MOST_OPTIMIZATIONS': str(
-      jax.config.values['jax_disable_most_optimizations']
-    ),
+def environment() -> dict[str, str]:
+  """Of a subprocess that compiles as this one does, into the same cache."""
+  quick = jax.config.values['jax_disable_most_optimizations']
+  return {
+    **os.environ,
+    'JAX_DISABLE_MOST_OPTIMIZATIONS': str(quick),
     'JAX_COMPILATION_CACHE_DIR': cache(),
     'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
   }
+
+
+def command(stage: str, *args: str) -> subprocess.Popen:
+  """Starts a stage as its users do, on 8 devices, with pipes for its output."""
   return subprocess.Popen(
     [sys.executable, '-m', f'bond_jax.{stage}', *args],
     cwd=ROOT,
-    env={**os.environ, **env},
+    env={**environment(), 'PYTHONPATH': TESTS, 'JAX_NUM_CPU_DEVICES': '8'},
     stdout=subprocess.PIPE,
     stderr=subprocess.PIPE,
     text=True,
