@@ -41,7 +41,14 @@ def read(word: str) -> list[Mutation]:
 
 
 def run(folder: str, tests: list[str]) -> subprocess.CompletedProcess:
-  env = {**os.environ, 'PYTHONPATH': folder, 'PYTHONDONTWRITEBYTECODE': '1'}
+  env = {
+    **os.environ,
+    'PYTHONPATH': folder,
+    'PYTHONDONTWRITEBYTECODE': '1',
+    # Of a broken copy only what changed is compiled anew.
+    'JAX_COMPILATION_CACHE_DIR': os.path.join(folder, 'programs'),
+    'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
+  }
   return subprocess.run(
     [sys.executable, '-m', 'pytest', '-x', '-p', 'no:cacheprovider', *tests],
     cwd=folder, env=env, capture_output=True, text=True,
