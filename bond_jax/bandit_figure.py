@@ -17,17 +17,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 import importlib.metadata
 import os
-import sys
 import time
 from typing import Any
 
-from absl import app, flags
+from absl import flags
 import matplotlib as mpl
 from matplotlib.figure import Figure
 import numpy as np
 
 from bond_jax import bandit, bandit_samples, figures, metrics
-from bond_jax.command import write_json
+from bond_jax.command import execute, write_json
 from bond_jax.errors import UserError
 
 SETTINGS = {
@@ -290,31 +289,9 @@ def main(out: str, seed: int) -> None:
 
 
 def _run() -> None:
-  """Runs `main` as a command: a user error is one line and status 2."""
   out = flags.DEFINE_string('out', None, 'The folder to write.', required=True)
   seed = flags.DEFINE_integer('seed', 0, 'Of instances and samples.', 0)
-  debug = flags.DEFINE_bool('debug', False, 'Show tracebacks of user errors.')
-
-  def parse(args):
-    try:
-      return flags.FLAGS(args)
-    except flags.Error as e:
-      print(f'error: {e}', file=sys.stderr)
-      sys.exit(2)
-
-  def body(argv):
-    try:
-      if len(argv) > 1:
-        raise UserError(f'unexpected argument {argv[1]!r}')
-      main(os.path.normpath(out.value), seed.value)
-    except UserError as e:
-      if debug.value:
-        raise
-      print(f'error: {e}', file=sys.stderr)
-      return 2
-    return 0
-
-  app.run(body, flags_parser=parse)
+  execute(lambda: main(os.path.normpath(out.value), seed.value), __doc__)
 
 
 if __name__ == '__main__':

@@ -108,11 +108,7 @@ def read_json(path: str) -> Any:
 def run(
   main: Callable[[ml_collections.ConfigDict, str], None], doc: str
 ) -> None:
-  """Runs `main(config, workdir)` as a command; exits 0 only when it worked.
-
-  A UserError ends with one line on stderr and status 2; `--debug` shows the
-  traceback instead.
-  """
+  """Runs `main(config, workdir)` as a command; see `execute`."""
   config_file = config_flags.DEFINE_config_file(
     'config',
     None,
@@ -120,8 +116,20 @@ def run(
     lock_config=True,
   )
   workdir = flags.DEFINE_string('workdir', None, 'The folder of this run.')
-  debug = flags.DEFINE_bool('debug', False, 'Show tracebacks of user errors.')
   flags.mark_flags_as_required(['config', 'workdir'])
+  execute(
+    lambda: main(_loaded(config_file.value), os.path.normpath(workdir.value)),
+    doc,
+  )
+
+
+def execute(main: Callable[[], None], doc: str) -> None:
+  """Parses the flags and runs `main()`; exits 0 only when it worked.
+
+  A UserError ends with one line on stderr and status 2; `--debug` shows the
+  traceback instead.
+  """
+  debug = flags.DEFINE_bool('debug', False, 'Show tracebacks of user errors.')
 
   def body(argv):
     logging.set_verbosity(logging.WARNING)
@@ -129,7 +137,7 @@ def run(
       print(f'error: unexpected argument {argv[1]!r}', file=sys.stderr)
       return 2
     try:
-      main(_loaded(config_file.value), os.path.normpath(workdir.value))
+      main()
     except UserError as e:
       if debug.value:
         raise

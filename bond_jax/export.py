@@ -11,11 +11,10 @@ An existing folder is never touched, and a new one appears when it is complete.
 from __future__ import annotations
 
 import os
-import sys
 import time
 from typing import Any
 
-from absl import app, flags, logging
+from absl import flags
 import jax
 import ml_collections
 
@@ -158,7 +157,6 @@ def main(workdir: str, out: str, which: str, form: str, dtype: str) -> None:
 
 
 def _run() -> None:
-  """Runs `main` as a command: a user error is one line and status 2."""
   workdir = flags.DEFINE_string(
     'workdir', None, 'A finished run.', required=True
   )
@@ -168,35 +166,12 @@ def _run() -> None:
   dtype = flags.DEFINE_enum(
     'dtype', 'bfloat16', ['bfloat16', 'float32'], 'Of the weights, with hf.'
   )
-  debug = flags.DEFINE_bool('debug', False, 'Show tracebacks of user errors.')
 
-  def parse(args):
-    try:
-      return flags.FLAGS(args)
-    except flags.Error as e:
-      print(f'error: {e}', file=sys.stderr)
-      sys.exit(2)
+  def export_it():
+    folder = os.path.normpath(workdir.value)
+    main(folder, out.value, which.value, form.value, dtype.value)
 
-  def body(argv):
-    logging.set_verbosity(logging.WARNING)
-    try:
-      if len(argv) > 1:
-        raise UserError(f'unexpected argument {argv[1]!r}')
-      main(
-        os.path.normpath(workdir.value),
-        out.value,
-        which.value,
-        form.value,
-        dtype.value,
-      )
-    except UserError as e:
-      if debug.value:
-        raise
-      print(f'error: {e}', file=sys.stderr)
-      return 2
-    return 0
-
-  app.run(body, flags_parser=parse)
+  command.execute(export_it, __doc__)
 
 
 if __name__ == '__main__':
