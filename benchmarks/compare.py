@@ -7,7 +7,9 @@ stage per algorithm, each on 92,160 completions; `configs/demo.py:algorithm=...`
 holds the settings. As many runs at a time as there are cores, each on a core of
 its own, which takes half the time of each in turn on all of them: about 80
 minutes on two cores. Every stage is resumed where it was stopped. Prints and
-writes the table, the mean and the range over seeds.
+writes two tables, each cell the mean over seeds and the range: of the end, on
+held-out prompts, and of the KL on the way, where the validation prompts first
+show a win rate.
 """
 
 import argparse
@@ -33,6 +35,7 @@ ALGORITHMS = {
 }
 SHOWN = ('win_rate', 'kl', 'frontier_efficiency', 'effective_n',
          'gold_win_rate', 'signal_fires')  # fmt: skip
+ON_THE_WAY = (0.65, 0.7, 0.75, 0.8)
 CORES = queue.SimpleQueue()
 for _core in sorted(os.sched_getaffinity(0)):
   CORES.put(_core)
@@ -76,25 +79,41 @@ def run(out: str, seed: int, label: str) -> dict:
   with open(os.path.join(workdir, 'summary.json')) as f:
     found = json.load(f)
   print(seed, label, *(f'{k} {found[k]}' for k in SHOWN), flush=True)
+  with open(os.path.join(workdir, 'train', 'metrics.jsonl')) as f:
+    found |= kl_on_the_way([json.loads(line) for line in f])
   return found
 
 
-def table(rows: dict[str, list[dict]]) -> str:
-  """Markdown: mean over seeds, and the range."""
+def kl_on_the_way(rows: list[dict]) -> dict[str, float | None]:
+  """The KL where a run first passes each win rate, between two probes."""
+  keys = 'win_rate/reference', 'kl/reference'
+  points = [tuple(row[k] for k in keys) for row in rows if keys[0] in row]
+  found = dict.fromkeys(f'kl at {rate}' for rate in ON_THE_WAY)
+  for rate in ON_THE_WAY:
+    for (w0, kl0), (w1, kl1) in itertools.pairwise(points):
+      if w0 <= rate <= w1:
+        found[f'kl at {rate}'] = kl0 + (kl1 - kl0) * (rate - w0) / (w1 - w0)
+        break
+  return found
+
+
+def table(rows: dict[str, list[dict]], keys) -> str:
+  """Markdown: mean over the seeds that have a number, and the range."""
   lines = [
-    '| algorithm | ' + ' | '.join(SHOWN) + ' |',
-    '|---' * (len(SHOWN) + 1) + '|',
+    '| algorithm | ' + ' | '.join(keys) + ' |',
+    '|---' * (1 + len(keys)) + '|',
   ]
   for label, found in rows.items():
     cells = []
-    for key in SHOWN:
+    for key in keys:
       values = [row[key] for row in found if row[key] is not None]
-      if not values:
-        cells.append('n/a')
-        continue
-      mean = sum(values) / len(values)
-      low, high = min(values), max(values)
-      cells.append(f'{mean:.3f} ({low:.3f} to {high:.3f})')
+      cell = 'n/a'
+      if values:
+        mean, low, high = sum(values) / len(values), min(values), max(values)
+        cell = f'{mean:.3f} ({low:.3f} to {high:.3f})'
+      if 0 < len(values) < len(found):
+        cell += f', {len(values)} of {len(found)} runs'
+      cells.append(cell)
     lines.append(f'| {label} | ' + ' | '.join(cells) + ' |')
   return '\n'.join(lines)
 
@@ -117,7 +136,8 @@ def main():
       rows[label].append(row)
   with open(os.path.join(args.out, 'table.json'), 'w') as f:
     json.dump(rows, f, indent=2)
-  print(table(rows))
+  print(table(rows, SHOWN))
+  print(table(rows, [f'kl at {rate}' for rate in ON_THE_WAY]))
 
 
 if __name__ == '__main__':
