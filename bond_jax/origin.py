@@ -60,12 +60,12 @@ def make_policy(
   a base, unless `full` weights are asked for.
   """
   sizes = make_sizes(model, used_vocab)
-  asked = ('name', 'sizes', 'lora')
-  kwargs = {k: v for k, v in model.items() if k not in asked}
+  keys = 'temperature', 'dtype', 'scan', 'remat'
+  kwargs = {key: model[key] for key in keys}
   if full or not model.lora.rank:
     return gemma.make(sizes, **kwargs)
-  asked = {k: model.lora[k] for k in ('rank', 'alpha', 'targets')}
-  return lora.make(sizes, **asked, **kwargs)
+  kwargs |= {key: model.lora[key] for key in ('rank', 'alpha', 'targets')}
+  return lora.make(sizes, **kwargs)
 
 
 def with_anchor(
