@@ -78,13 +78,13 @@ def measure(config: gemma.Config, path: str, dtype: str) -> dict[str, float]:
   jax.config.update('jax_num_cpu_devices', 8)
   mesh = sharding.make_mesh(data=4, model=2)
   shapes = stacks.init_shapes(config)
-  shardings = sharding.tree_shardings(shapes, mesh)
+  like = sharding.tree_structs(shapes, mesh, dtype)
   jax.device_put(np.zeros((8, 8)), sharding.by_row(mesh)).block_until_ready()
   before = resident('VmRSS')
   with open('/proc/self/clear_refs', 'w') as f:
     f.write('5')  # sets VmHWM back
   start = time.perf_counter()
-  params = weights.load(path, config, shardings=shardings, dtype=dtype)
+  params = weights.load(path, config, like)
   jax.block_until_ready(params)
   seconds = time.perf_counter() - start
   peak = resident('VmHWM')

@@ -59,7 +59,9 @@ def export(
     )
   # Of this machine, which need not be the one that trained.
   mesh = sharding.make_mesh(data=-1, model=1)
-  sizes = origin.make_sizes(config.model, config.tokenizer.vocab_size)
+  sizes = None  # the tree is the gemma library's own
+  if form != 'official' or not origin.is_library(config.model):
+    sizes = origin.make_sizes(config.model, config.tokenizer.vocab_size)
   policy = origin.make_policy(config.model, config.tokenizer.vocab_size)
   trained = origin.load_params(policy, workdir, 'train', which, mesh)
   params, adapters = trained, None

@@ -89,7 +89,7 @@ def export(
     lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params
   )
   found = {k: x.shape for k, x in stacks.nested(config, shapes_)}
-  stacks.check('the tree to export', found, config)
+  stacks.check('the tree to export', found, stacks.shapes(config))
   names, stop_ids = _tokenizer(tokenizer_path, source, described['model_type'])
   size = {**hf_names.sizes(config), 'V': hf_config.vocab_rows(config)}
   shapes = {

@@ -14,7 +14,7 @@ import ml_collections
 from bond_jax import build, checkpoint, command, data, sharding, weights
 from bond_jax import tokenizer as tokenizer_lib
 from bond_jax.errors import UserError
-from bond_jax.models import gemma, lora
+from bond_jax.models import gemma, library, lora
 from bond_jax.types import Algorithm, Frozen, Params, Policy
 
 
@@ -25,9 +25,15 @@ def make_sizes(
 
   Rows of the embedding from `used_vocab` on may be read and are never drawn.
   """
+  if is_library(model):
+    raise UserError(
+      f'{model.name} is a model of the gemma library: LoRA, model.sizes and'
+      f' Hugging Face folders are for {", ".join(gemma.CONFIGS)} alone.'
+    )
   if model.name not in gemma.CONFIGS:
     raise UserError(
-      f'model.name is {model.name!r}; known are {", ".join(gemma.CONFIGS)}.'
+      f'model.name is {model.name!r}; known are {", ".join(gemma.CONFIGS)},'
+      " and models of the gemma library, 'Gemma3n_E2B' for instance."
     )
   try:
     sizes = dataclasses.replace(gemma.CONFIGS[model.name], **model.sizes)
@@ -51,6 +57,11 @@ def make_sizes(
   return dataclasses.replace(sizes, used_vocab=used_vocab, lora_scale=scale)
 
 
+def is_library(model: ml_collections.ConfigDict) -> bool:
+  """Whether the gemma library runs this model: its names begin with 'Gemma'."""
+  return model.name.startswith('Gemma')
+
+
 def make_policy(
   model: ml_collections.ConfigDict, used_vocab: int, *, full: bool = False
 ) -> Policy:
@@ -59,6 +70,8 @@ def make_policy(
   Its parameters are adapters where model.lora.rank is not 0, to be joined with
   a base, unless `full` weights are asked for.
   """
+  if is_library(model):
+    return _library_policy(model, used_vocab)
   sizes = make_sizes(model, used_vocab)
   keys = 'temperature', 'dtype', 'scan', 'remat'
   kwargs = {key: model[key] for key in keys}
@@ -66,6 +79,26 @@ def make_policy(
     return gemma.make(sizes, **kwargs)
   kwargs |= {key: model.lora[key] for key in ('rank', 'alpha', 'targets')}
   return lora.make(sizes, **kwargs)
+
+
+def _library_policy(model: ml_collections.ConfigDict, used_vocab: int):
+  if model.lora.rank or model.sizes or model.remat or model.scan:
+    raise UserError(
+      f'{model.name} is a model of the gemma library: set model.scan and'
+      ' model.remat to False, model.lora.rank to 0, and no model.sizes.'
+    )
+  policy = library.make(
+    library.model(model.name),
+    temperature=model.temperature,
+    dtype=model.dtype,
+    used_vocab=used_vocab,
+  )
+  if used_vocab > policy.vocab_size:
+    raise UserError(
+      f'tokenizer.vocab_size ({used_vocab}) is larger than the'
+      f' {policy.vocab_size} embedding rows of {model.name}.'
+    )
+  return policy
 
 
 def with_anchor(
@@ -98,7 +131,7 @@ def load_tokenizer(
 
 def has_system_turn(config: ml_collections.ConfigDict) -> bool:
   """Whether a system may speak: of the families in Gemma 3 alone."""
-  return config.model.name.startswith('gemma3')
+  return config.model.name.lower().startswith('gemma3')
 
 
 def make_encoder(
@@ -136,10 +169,15 @@ def load_frozen(config, policy: Policy, workdir: str, mesh) -> Frozen:
 
 def load_weights(config: ml_collections.ConfigDict, mesh, dtype) -> Params:
   """The checkpoint `config.weights`, straight into its shards."""
-  sizes = make_sizes(config.model, config.tokenizer.vocab_size)
-  shapes = jax.eval_shape(lambda: gemma.init(sizes, jax.random.key(0)))
-  shards = sharding.tree_shardings(shapes, mesh)
-  return weights.load(config.weights, sizes, shardings=shards, dtype=dtype)
+  vocab_size = config.tokenizer.vocab_size
+  policy = make_policy(config.model, vocab_size, full=True)
+  shapes = jax.eval_shape(policy.init, jax.random.key(0))
+  like = sharding.tree_structs(shapes, mesh, dtype)
+  if is_library(config.model):
+    return weights.load_nested(config.weights, like)
+  return weights.load(
+    config.weights, make_sizes(config.model, vocab_size), like
+  )
 
 
 def _load_sft(config, workdir: str, mesh) -> Params:
@@ -183,11 +221,7 @@ def load_params(
     )
   folder = os.path.join(workdir, stage, 'checkpoints')
   shapes = jax.eval_shape(policy.init, jax.random.key(0))
-  like = jax.tree.map(
-    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-    shapes,
-    sharding.tree_shardings(shapes, mesh),
-  )
+  like = sharding.tree_structs(shapes, mesh)
   with checkpoint.manager(folder) as checkpoints:
     step = checkpoint.choose(checkpoints, which)
     return checkpoint.restore_params(checkpoints, like, step)

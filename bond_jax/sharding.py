@@ -11,6 +11,7 @@ import re
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 import numpy as np
@@ -20,7 +21,7 @@ from bond_jax.errors import UserError
 # The first pattern found in a parameter's path decides. Axes that lead those of
 # the rule (stacked layers, the 3 of qkv) are never split.
 RULES = (
-  (r'input_embedding$', P('model', 'data')),  # [V, D]
+  (r'embedder/input_embedding$', P('model', 'data')),  # [V, D]
   (r'(q|qkv)_einsum/(w|lora_delta)$', P('model', 'data', None)),  # [N, D, H]
   (r'kv_einsum/(w|lora_delta)$', P(None, 'data', None)),  # [2, K, D, H]
   (r'attn_vec_einsum/(w|lora_delta)$', P('model', None, 'data')),  # [N, H, D]
@@ -35,6 +36,17 @@ RULES = (
   (r'kv_einsum/lora_b$', P('data', None, None)),  # [r, K, H]
   (r'gating_einsum_lora_b$', P('data', 'model')),  # [r, F]
   (r'(attn_vec_einsum/|linear_)lora_b$', P(None, 'data')),  # [r, D]
+  # What Gemma 3n and 4 have beside that; see models/library.py.
+  (r'per_layer(_input)?_embeddings?$', P('model', None, 'data')),  # [V, L, P]
+  (r'per_layer_(input|model)_projection/w$', P('data', None, 'model')),
+  (r'per_layer_(input_gate|projection)/w$', P('data', 'model')),  # [D, P]
+  (r'altup_(unembed_)?projection_\d$', P('data', 'model')),  # [D, D]
+  (r'linear_(left|right)/w$', P('data', None)),
+  (r'k_einsum/w$', P(None, 'data', None)),  # [K, D, H]
+  (r'mlp/gating_einsum/w$', P('model', None, None, 'data')),  # [E, 2, F, D]
+  (r'mlp/linear/w$', P('model', None, 'data')),  # [E, F, D]
+  (r'(router_logits|modality_router)/w$', P('data', None)),  # [D, E]
+  (r'(correction|prediction)_coefs$', P()),
   (r'scalar_head/[wb]$', P()),
   (r'scale$', P()),  # norms: a few hundred numbers
   (r'^(.*/)?(step|count)$', P()),  # optimizer and step counters
@@ -101,6 +113,16 @@ def tree_shardings(tree: Any, mesh: Mesh) -> Any:
     lambda path, x: NamedSharding(mesh, spec(path_name(path), x.shape, mesh)),
     tree,
   )
+
+
+def tree_structs(tree: Any, mesh: Mesh, dtype: Any = None) -> Any:
+  """The same as jax.ShapeDtypeStruct with them; a dtype replaces the tree's."""
+
+  def struct(x, shards):
+    wanted = x.dtype if dtype is None else jnp.dtype(dtype)
+    return jax.ShapeDtypeStruct(x.shape, wanted, sharding=shards)
+
+  return jax.tree.map(struct, tree, tree_shardings(tree, mesh))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -3,6 +3,7 @@
 Files hold one array per layer, or their own kind of stacks. Between them and
 our tree every array bears its nested name, the gemma library's for it:
 'layer_3/mlp/linear' for one layer of 'stacked_layers/attention_type_3/...'.
+A config of None means a tree of the library's, which has those names already.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ STACKED = re.compile(r'stacked_layers/attention_type_(\d+)/(.+)')
 
 
 def nested(
-  config: gemma.Config, params: Params
+  config: gemma.Config | None, params: Params
 ) -> Iterator[tuple[str, Array | jax.ShapeDtypeStruct]]:
   """Yields (nested name, array), layer by layer; takes shapes as well.
 
@@ -36,6 +37,9 @@ def nested(
     path_name(path): x
     for path, x in jax.tree_util.tree_flatten_with_path(params)[0]
   }
+  if config is None:
+    yield from flat.items()
+    return
   for name, x in flat.items():
     if not name.startswith(('stacked_layers/', 'layer_')):
       yield name, x
@@ -73,12 +77,13 @@ def assemble(
   )
 
 
-def check(path: str, found: Mapping[str, Shape], config: gemma.Config) -> None:
-  """Raises a UserError unless `found`, nested name -> shape, is the config's.
+def check(
+  path: str, found: Mapping[str, Shape], wanted: Mapping[str, Shape]
+) -> None:
+  """Raises a UserError unless both, nested name -> shape, are the same.
 
   It shows the first ten differences, and which known model this looks like.
   """
-  wanted = shapes(config)
   if found == wanted:
     return
   rows = []
@@ -90,8 +95,8 @@ def check(path: str, found: Mapping[str, Shape], config: gemma.Config) -> None:
   known = {
     name: shapes(sizes)
     for name, sizes in gemma.CONFIGS.items()
-    if sizes.features == config.features
-    or (sizes.features,) == found.get('final_norm/scale')
+    if (sizes.features,)
+    in (found.get('final_norm/scale'), wanted.get('final_norm/scale'))
   }
   looks = [name for name, sizes in known.items() if sizes == found]
   says = [name for name, sizes in known.items() if sizes == wanted]
@@ -119,14 +124,14 @@ def init_shapes(config: gemma.Config) -> Params:
 
 
 def assemble_leaf(
-  config: gemma.Config,
+  config: gemma.Config | None,
   name: str,
   struct: jax.ShapeDtypeStruct,
   read: Callable[[str, jax.ShapeDtypeStruct], Array],
 ) -> Array:
   """One array of `assemble`, by its name in the stacked tree."""
   match = STACKED.fullmatch(name)
-  if not match:
+  if config is None or not match:
     return read(name, struct)
   whole = _zeros(struct.shape, struct.dtype, struct.sharding)()
   for g in range(struct.shape[0]):

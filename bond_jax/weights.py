@@ -21,24 +21,25 @@ from typing import Any
 
 from etils import epath
 import jax
-import jax.numpy as jnp
 import orbax.checkpoint as ocp
 import tensorstore as ts
 
 from bond_jax.errors import UserError
 from bond_jax.models import gemma
 from bond_jax.sharding import path_name
-from bond_jax.stacks import assemble_leaf, check, init_shapes, nested, STACKED
+from bond_jax.stacks import assemble_leaf, check, nested, STACKED
 from bond_jax.types import Array, Params
 
 # Where the public releases lie; those of Gemma 1 are on Kaggle only.
+_RELEASED = [n for n in gemma.CONFIGS if re.fullmatch(r'gemma[23]_\d+[bm]', n)]
+_RELEASED += ['gemma3n_e2b', 'gemma3n_e4b', 'gemma4_e2b', 'gemma4_e4b']
+_RELEASED += ['gemma4_26b_a4b', 'gemma4_31b']
 RELEASES = {
   f'{name}_{kind}': (
     f'gs://gemma-data/checkpoints/{name.replace("_", "-")}-{kind}'
   )
-  for name in gemma.CONFIGS
+  for name in _RELEASED
   for kind in ('pt', 'it')
-  if re.fullmatch(r'gemma[23]_\d+[bm]', name)
 }
 
 # Image and sound: parameters that text models leave where they are.
@@ -48,7 +49,7 @@ _MEDIA = re.compile(
 _CHUNK = 16 * 2**20  # bytes; what a reader holds beside the shards it fills
 
 
-def load(path: str, config: gemma.Config, *, shardings: Any, dtype) -> Params:
+def load(path: str, config: gemma.Config, like: Params) -> Params:
   """Loads a model from an official checkpoint or a Hugging Face folder.
 
   Each array goes into its shards as it is read; beside them the host holds at
@@ -58,20 +59,13 @@ def load(path: str, config: gemma.Config, *, shardings: Any, dtype) -> Params:
     path: a local folder, a gs:// address, a public release ('gemma3_1b_it') or
       a Hugging Face repository ('owner/name@commit').
     config: the sizes that the weights must have.
-    shardings: a tree of shardings, in the structure of `gemma.init`.
-    dtype: of the result; cast on the devices.
+    like: the tree of `gemma.init` as jax.ShapeDtypeStruct, with the dtype and
+      the shardings of the result; arrays are cast on the devices.
 
   Returns:
-    The tree of `models/gemma.py`. A UserError says what is wrong with a path,
-    with weights of another model, and with damaged files.
+    Arrays as in `like`. A UserError says what is wrong with a path, with
+    weights of another model, and with damaged files.
   """
-  like = jax.tree.map(
-    lambda x, sharding: jax.ShapeDtypeStruct(
-      x.shape, jnp.dtype(dtype), sharding=sharding
-    ),
-    init_shapes(config),
-    shardings,
-  )
   path = _find(path)
   if path.startswith('gs://') or not _is_hugging_face(path):
     return _load_official(path, config, like)
@@ -80,9 +74,29 @@ def load(path: str, config: gemma.Config, *, shardings: Any, dtype) -> Params:
   return hf.load(path, config, like)
 
 
-def save_official(params: Params, config: gemma.Config, path: str) -> None:
+def load_nested(path: str, like: Params) -> Params:
+  """Loads a model of the gemma library from an official checkpoint.
+
+  Args:
+    path: a local folder, a gs:// address or a public release.
+    like: the library's own tree, as jax.ShapeDtypeStruct with shardings.
+  """
+  path = _find(path)
+  if not path.startswith('gs://') and _is_hugging_face(path):
+    raise UserError(
+      f'{path} is of Hugging Face; models of the gemma library are read from'
+      ' its own checkpoints.'
+    )
+  return _load_official(path, None, like)
+
+
+def save_official(
+  params: Params, config: gemma.Config | None, path: str
+) -> None:
   """Writes the flat layout of the public releases, in the dtype of `params`.
 
+  With a config of None it is a tree of the gemma library's, written nested as
+  it is.
   The folder appears when it is complete, and an existing one stays as it is.
   The layers are unstacked on the devices: room for a second copy is needed.
   """
@@ -91,12 +105,7 @@ def save_official(params: Params, config: gemma.Config, path: str) -> None:
     raise UserError(f'{path} exists; name a folder that does not.')
   if '://' not in path:
     _check_space(folder, sum(x.nbytes for x in jax.tree.leaves(params)))
-  tree: dict[str, Any] = {}
-  for name, array in nested(config, params):
-    *module, leaf = f'transformer/{name}'.split('/')
-    if module[-1] == 'mlp':
-      module, leaf = [*module, leaf], 'w'
-    tree.setdefault('/'.join(module), {})[leaf] = array
+  tree = params if config is None else _flat(params, config)
   args = ocp.args.StandardSave(
     tree, jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=_CHUNK), tree)
   )
@@ -111,10 +120,22 @@ def save_official(params: Params, config: gemma.Config, path: str) -> None:
     raise UserError(f'cannot write {path}: {_reason(e)}.') from e
 
 
+def _flat(params: Params, config: gemma.Config) -> dict[str, Any]:
+  tree: dict[str, Any] = {}
+  for name, array in nested(config, params):
+    *module, leaf = f'transformer/{name}'.split('/')
+    if module[-1] == 'mlp':
+      module, leaf = [*module, leaf], 'w'
+    tree.setdefault('/'.join(module), {})[leaf] = array
+  return tree
+
+
 # -- Reading official checkpoints
 
 
-def _load_official(path: str, config: gemma.Config, like: Params) -> Params:
+def _load_official(
+  path: str, config: gemma.Config | None, like: Params
+) -> Params:
   stores = _open(path)
   kinds = [int(m[1]) for m in map(STACKED.fullmatch, stores) if m]
   period = max(kinds, default=0) + 1
@@ -129,7 +150,8 @@ def _load_official(path: str, config: gemma.Config, like: Params) -> Params:
   found = {}
   for name, (key, g) in where.items():
     found[name] = stores[key].shape[0 if g is None else 1 :]
-  check(path, found, config)
+  wanted = {_nested_name(k): x.shape for k, x in nested(config, like)}
+  check(path, found, wanted)
 
   def read(key, first, struct):
     try:
@@ -145,9 +167,9 @@ def _load_official(path: str, config: gemma.Config, like: Params) -> Params:
     name = path_name(path)
     # A stack that cuts the layers as ours does: in one go. It may hold one
     # more layer, which we keep apart.
-    if name in stores and period == len(config.pattern):
+    if config and name in stores and period == len(config.pattern):
       return read(name, slice(0, struct.shape[0]), struct)
-    return assemble_leaf(config, name, struct, read_nested)
+    return assemble_leaf(config, _nested_name(name), struct, read_nested)
 
   return jax.tree_util.tree_map_with_path(leaf, like)
 
@@ -202,7 +224,7 @@ def _open(path: str) -> dict[str, ts.TensorStore]:
         'store_array_data_equal_to_fill_value', False
       ),
     )
-    name = _nested_name(key)
+    name = _nested_name('/'.join(key))
     if not _MEDIA.match(name):
       opening[name] = ts.open(spec, open=True, context=context)
   stores = {}
@@ -214,8 +236,8 @@ def _open(path: str) -> dict[str, ts.TensorStore]:
   return stores
 
 
-def _nested_name(key: tuple[str, ...]) -> str:
-  name = re.sub(r'^(params/)?(transformer/)?', '', '/'.join(key))
+def _nested_name(key: str) -> str:
+  name = re.sub(r'^(params/)?(transformer/)?', '', key)
   return re.sub(r'(/mlp/(?:linear|gating_einsum))/w$', r'\1', name)
 
 

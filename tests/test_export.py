@@ -77,11 +77,7 @@ def runs(tmp_path_factory):
 def like():
   shapes = stacks.init_shapes(toy.MODEL)
   mesh = sharding.make_mesh(data=1, model=1)
-  return jax.tree.map(
-    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-    shapes,
-    sharding.tree_shardings(shapes, mesh),
-  )
+  return sharding.tree_structs(shapes, mesh)
 
 
 def same(a, b):
@@ -107,8 +103,7 @@ def test_the_checkpoint_that_was_asked_for(runs, tmp_path, which, seed, capsys):
 def test_the_official_layout(runs, tmp_path):
   out = str(tmp_path / 'out')
   export.main(runs['full'], out, 'last', 'official', 'bfloat16')
-  shardings = jax.tree.map(lambda x: x.sharding, like())
-  loaded = weights.load(out, toy.MODEL, shardings=shardings, dtype='float32')
+  loaded = weights.load(out, toy.MODEL, like())
   same(loaded, random_params(toy.MODEL, 7))
 
 
@@ -122,10 +117,7 @@ def test_adapters_merged_and_alone(runs, tmp_path):
   expected = lora.merge(config, random_params(toy.MODEL, 5), adapters(7))
   close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
   jax.tree.map(close, hf.load(whole, toy.MODEL, like()), expected)
-  shardings = jax.tree.map(lambda x: x.sharding, like())
-  loaded = weights.load(
-    official, toy.MODEL, shardings=shardings, dtype='float32'
-  )
+  loaded = weights.load(official, toy.MODEL, like())
   jax.tree.map(close, loaded, expected)
   with open(os.path.join(low, 'adapter_config.json')) as f:
     said = json.load(f)

@@ -34,11 +34,7 @@ def mesh_of(data=4, model=2):
 
 def like_of(config, mesh, dtype='float32'):
   shapes = stacks.init_shapes(config)
-  return jax.tree.map(
-    lambda x, s: jax.ShapeDtypeStruct(x.shape, dtype, sharding=s),
-    shapes,
-    sharding.tree_shardings(shapes, mesh),
-  )
+  return sharding.tree_structs(shapes, mesh, dtype)
 
 
 @functools.cache

@@ -91,9 +91,9 @@ def shardings(config, data=4, model=2):
 
 
 def load(path, config, data=4, model=2, dtype='float32'):
-  return weights.load(
-    str(path), config, shardings=shardings(config, data, model), dtype=dtype
-  )
+  mesh = sharding.make_mesh(data, model)
+  like = sharding.tree_structs(stacks.init_shapes(config), mesh, dtype)
+  return weights.load(str(path), config, like)
 
 
 def same(a, b):
@@ -286,10 +286,11 @@ def test_the_folder_above_the_checkpoint(saved):
 
 
 def test_releases_have_addresses(tiny):
+  assert weights.RELEASES['gemma4_26b_a4b_pt'].endswith('gemma4-26b-a4b-pt')
   assert weights.RELEASES['gemma3_270m_it'] == (
     'gs://gemma-data/checkpoints/gemma3-270m-it'
   )
-  assert len(weights.RELEASES) == 16
+  assert len(weights.RELEASES) == 28
   try:
     import gcsfs  # noqa: F401
   except ImportError:
@@ -328,12 +329,12 @@ def test_sizes_are_those_of_the_reports():
 def test_weights_that_look_like_another_model():
   shapes = stacks.shapes(gemma.CONFIGS['gemma3_4b'])
   with pytest.raises(UserError) as e:
-    stacks.check('here', shapes, gemma.CONFIGS['gemma3_1b'])
+    stacks.check('here', shapes, stacks.shapes(gemma.CONFIGS['gemma3_1b']))
   assert 'this looks like gemma3_4b, the config says gemma3_1b' in str(e.value)
-  stacks.check('here', shapes, gemma.CONFIGS['gemma3_4b'])
+  stacks.check('here', shapes, stacks.shapes(gemma.CONFIGS['gemma3_4b']))
   shapes = {k: v for k, v in shapes.items() if 'layer_3/attn' not in k}
   with pytest.raises(UserError, match='layer_3/attn.*found absent, wanted'):
-    stacks.check('here', shapes, gemma.CONFIGS['gemma3_4b'])
+    stacks.check('here', shapes, stacks.shapes(gemma.CONFIGS['gemma3_4b']))
 
 
 def test_a_missing_array_is_not_zeros(tiny, tmp_path):

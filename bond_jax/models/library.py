@@ -1,6 +1,7 @@
 """Any text model of the gemma library as a Policy: Gemma 3n and 4 as well.
 
-For models that `models/gemma.py` does not know. Slower and larger than that:
+For models that `models/gemma.py` does not know; a config names one as the
+library does, model.name = 'Gemma3n_E2B'. Slower and larger than ours:
 importing the library loads TensorFlow; its layers are neither scanned nor
 rematerialised; the caches of local layers are as long as those of global ones;
 attention scores take the dtype of the computation.
@@ -52,7 +53,8 @@ def make(
     raise ValueError(f'temperature must be > 0, got {temperature}')
 
   def init(key):
-    params = model.init(key, jnp.zeros((1, 1), jnp.int32))['params']
+    with jax.numpy_rank_promotion('allow'):  # it relies on that
+      params = model.init(key, jnp.zeros((1, 1), jnp.int32))['params']
     return jax.tree.map(lambda x: x.astype(jnp.float32), params)
 
   return Policy(
@@ -90,14 +92,15 @@ def _hidden(
       cache['position'], position, cache['slot'], 1
     )
   mine, theirs = position[:, :, None], seen[:, None, :]
-  out = model.apply(
-    {'params': jax.tree.map(lambda x: x.astype(dtype), params)},
-    tokens,
-    positions=jnp.maximum(position, 0),
-    attention_mask=(theirs >= 0) & (theirs <= mine),
-    cache=None if cache is None else cache['library'],
-    return_hidden_states=True,
-  )
+  with jax.numpy_rank_promotion('allow'):  # it relies on that
+    out = model.apply(
+      {'params': jax.tree.map(lambda x: x.astype(dtype), params)},
+      tokens,
+      positions=jnp.maximum(position, 0),
+      attention_mask=(theirs >= 0) & (theirs <= mine),
+      cache=None if cache is None else cache['library'],
+      return_hidden_states=True,
+    )
   if cache is not None:
     slot = cache['slot'] + tokens.shape[1]
     cache = dict(library=out.cache, position=seen, slot=slot)

@@ -13,13 +13,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from test_logits import CONFIGS, library, nested, random_params
+import test_origin
+import test_tokenizer
+import toy
 
-from bond_jax import log_probs, sampling
+from bond_jax import export, log_probs, origin, sampling, sharding, weights
 from bond_jax.errors import UserError
 from bond_jax.models import gemma
 from bond_jax.models import library as adapter
 from bond_jax.types import Prompts
 
+STRANGERS = 'Gemma3n_E2B', 'Gemma4_E2B', 'Gemma4_26B_A4B'
 _WIDTHS = dict(
   num_embed=37, embed_dim=24, hidden_dim=40, num_heads=4, head_dim=8,
   num_kv_heads=2, sliding_window_size=4, vision_encoder=None,
@@ -28,24 +32,29 @@ _WIDTHS = dict(
 
 @functools.cache
 def tiny(name):
-  """Gemma 3n or 4, everything but the sizes; shared caches included."""
+  """Gemma 3n or 4, everything but the sizes: shared caches, experts."""
   kind = getattr(gm.nn, name)
   config = kind.config
   # Local and global, each once with a cache of its own and once without.
   types = (config.attention_types[0], config.attention_types[-1]) * 2
-  sizes = dict(attention_types=types, per_layer_input_dim=6)
+  sizes = dict(attention_types=types)
+  if config.per_layer_input_dim:
+    sizes |= dict(per_layer_input_dim=6)
   if name == 'Gemma3n_E2B':
     sizes |= dict(activation_sparsity_pattern=(0.95, 0, 0, 0), laurel_rank=3)
-  else:
+  elif name == 'Gemma4_E2B':
     sizes |= dict(
       global_key_size=16, audio_encoder=None, override_kv_shared_ffw_hidden=48
     )
-  sharing = dataclasses.replace(
-    config.kv_cache_sharing_config, frac_shared_layers=0.5
-  )
-  config = dataclasses.replace(
-    config, **_WIDTHS, **sizes, kv_cache_sharing_config=sharing
-  )
+  else:
+    sizes |= dict(
+      global_key_size=16, num_global_kv_heads=1, num_experts=4, expert_dim=5,
+      top_k_experts=2, moe_dense_hidden_dim=40,
+    )  # fmt: skip
+  if sharing := config.kv_cache_sharing_config:
+    sharing = dataclasses.replace(sharing, frac_shared_layers=0.5)
+    sizes |= dict(kv_cache_sharing_config=sharing)
+  config = dataclasses.replace(config, **_WIDTHS, **sizes)
   model = kind(config=config, dtype=jnp.float32)
   init = lambda: model.init(jax.random.key(0), np.zeros((1, 2), np.int32))
   shapes = jax.eval_shape(init)['params']
@@ -109,7 +118,7 @@ def test_as_our_own_model(name):
   close(their_scores, theirs.log_prob)
 
 
-@pytest.mark.parametrize('name', ['Gemma3n_E2B', 'Gemma4_E2B'])
+@pytest.mark.parametrize('name', STRANGERS)
 def test_models_that_ours_does_not_know(name):
   """Cached sampling equals scoring, which equals the library's own logits."""
   model, params = tiny(name)
@@ -136,6 +145,22 @@ def test_models_that_ours_does_not_know(name):
   )
 
 
+@pytest.mark.parametrize('name', STRANGERS)
+def test_their_checkpoints(name, tmp_path):
+  """Written, read into eight shards and by the library: no bit changes."""
+  _, params = tiny(name)
+  path = str(tmp_path / 'x')
+  weights.save_official(jax.tree.map(jnp.asarray, params), None, path)
+  mesh = sharding.make_mesh(data=4, model=2)
+  like = sharding.tree_structs(params, mesh)
+  loaded = weights.load_nested(path, like)
+  test_origin.same(loaded, params)
+  assert jax.tree.map(lambda x: x.sharding, loaded) == jax.tree.map(
+    lambda x: x.sharding, like
+  )
+  test_origin.same(gm.ckpts.load_params(path), params)
+
+
 def test_no_logits_where_none_are_read():
   """The library's head is gone from the program of `hidden`."""
   config = CONFIGS['gemma3']
@@ -154,3 +179,77 @@ def test_models_by_name():
   assert adapter.model('Gemma2_2B').config.num_embed == 256_128
   with pytest.raises(UserError, match=r"no model 'Gemma5'; known .*Gemma2_2B"):
     adapter.model('Gemma5')
+
+
+@pytest.fixture
+def release(tmp_path, monkeypatch):
+  """A tiny Gemma 3n of the library's, as a checkpoint and a vocabulary."""
+  small, params = tiny('Gemma3n_E2B')
+  sizes = dataclasses.replace(small.config, num_embed=128)
+
+  class Gemma3n_Tiny(gm.nn.Gemma3n_E2B):
+    config: object = sizes
+
+  monkeypatch.setattr(gm.nn, 'Gemma3n_Tiny', Gemma3n_Tiny, raising=False)
+  shapes = jax.eval_shape(
+    adapter.make(Gemma3n_Tiny(), temperature=1.0, dtype='float32').init,
+    jax.random.key(0),
+  )
+  rng = np.random.default_rng(3)
+  params = jax.tree.map(
+    lambda x: (0.1 * rng.standard_normal(x.shape)).astype(np.float32), shapes
+  )
+  weights.save_official(
+    jax.tree.map(jnp.asarray, params), None, str(tmp_path / 'weights')
+  )
+  content = test_tokenizer.with_turns().processor.serialized_model_proto()
+  (tmp_path / 'tokenizer.model').write_bytes(content)
+  return tmp_path, params
+
+
+def library_config(folder):
+  toy.get_config('')
+  config = test_origin.gemma_config(folder)
+  config.model.update(name='Gemma3n_Tiny', scan=False, remat=False)
+  config.model.sizes = {}
+  return config
+
+
+def test_a_run_of_a_library_model(release):
+  """From its checkpoint, sharded, trained, and into a checkpoint it reads."""
+  folder, params = release
+  config = library_config(folder)
+  config.mesh.data, config.mesh.model = 4, 2
+  workdir = str(folder / 'run')
+  toy.run('train', config, workdir)
+  mesh = sharding.make_mesh(**config.mesh)
+  policy = origin.make_policy(config.model, test_origin.VOCAB)
+  reference, base = origin.load_frozen(config, policy, workdir, mesh)
+  assert base == {}
+  test_origin.same(reference, params)
+  trained = toy.saved(workdir, 'train', 2)['params']
+  moved = jax.tree.map(lambda a, b: (a != b).any(), trained, params)
+  assert sum(jax.tree.leaves(moved)) > len(jax.tree.leaves(moved)) / 2
+  # The arrays that matter lie in shards: the table of 128 tokens is in 8.
+  table = reference['embedder']['input_embedding']
+  assert {s.data.shape for s in table.addressable_shards} == {(64, 6)}
+  export.main(workdir, str(folder / 'out'), 'last', 'official', 'float32')
+  test_origin.same(gm.ckpts.load_params(folder / 'out'), trained)
+  with pytest.raises(UserError, match='Hugging Face folders are for gemma_2b'):
+    export.main(workdir, str(folder / 'hf'), 'last', 'hf', 'float32')
+
+
+@pytest.mark.parametrize(
+  'changes, says',
+  [
+    ({'model.lora.rank': 2}, 'model.lora.rank to 0'),
+    ({'model.scan': True}, 'set model.scan and model.remat to False'),
+    ({'tokenizer.vocab_size': 129}, 'larger than the 128 embedding rows'),
+    ({'model.name': 'Gemma3n_X'}, "has no model 'Gemma3n_X'; known are"),
+  ],
+)
+def test_a_library_model_has_limits(release, changes, says):
+  config = library_config(release[0])
+  config.update_from_flattened_dict(changes)
+  with pytest.raises(UserError, match=says):
+    origin.make_policy(config.model, config.tokenizer.vocab_size)

@@ -42,9 +42,11 @@ def flatten(tree):
 
 def load(path, config, data, model):
   mesh = sharding.make_mesh(data, model)
-  shards = sharding.tree_shardings(stacks.init_shapes(config), mesh)
-  params = weights.load(str(path), config, shardings=shards, dtype='bfloat16')
-  assert jax.tree.map(lambda x: x.sharding, params) == shards
+  shapes = stacks.init_shapes(config)
+  like = sharding.tree_structs(shapes, mesh, 'bfloat16')
+  params = weights.load(str(path), config, like)
+  got = jax.tree.map(lambda x: (x.sharding, x.dtype), params)
+  assert got == jax.tree.map(lambda x: (x.sharding, x.dtype), like)
   return params
 
 

@@ -156,11 +156,7 @@ def close(ours, other):
 def shards(config):
   mesh = sharding.make_mesh(data=4, model=2)
   shapes = stacks.init_shapes(config)
-  return jax.tree.map(
-    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-    shapes,
-    sharding.tree_shardings(shapes, mesh),
-  )
+  return sharding.tree_structs(shapes, mesh)
 
 
 @pytest.mark.parametrize('name', CONFIGS)
