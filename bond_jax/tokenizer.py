@@ -18,7 +18,8 @@ import sentencepiece
 
 from bond_jax.errors import UserError
 
-START, END = '<start_of_turn>', '<end_of_turn>'
+# What begins and ends a turn, up to Gemma 3 and from Gemma 4 on.
+TURNS = ('<start_of_turn>', '<end_of_turn>'), ('<|turn>', '<turn|>')
 Messages = Sequence[dict[str, str]]  # of 'role' and 'content'
 
 
@@ -46,6 +47,11 @@ class Tokenizer:
       return (self.eos_id,)
     return self.eos_id, self.end_of_turn
 
+  @property
+  def has_system_turn(self) -> bool:
+    """Whether a system's words have a turn of their own, as in Gemma 4."""
+    return self.start_of_turn == self.processor.piece_to_id(TURNS[1][0])
+
   def encode(self, text: str) -> list[int]:
     """Returns the pieces of `text`, without BOS or EOS."""
     return self.processor.encode(text)
@@ -64,24 +70,26 @@ def chat(
 ) -> list[int]:
   """Returns the pieces after which the model writes its turn, BOS once.
 
-  The template of Gemma 1, 2 and 3's instruction-tuned releases. It has no
-  system turn: Gemma 3 (`system`) puts the system's words before the user's
-  first ones, Gemma 1 and 2 refuse them.
+  The template of the instruction-tuned releases. A system has a turn of its own
+  in Gemma 4 alone: Gemma 3 (`system`) puts its words before the user's first
+  ones, Gemma 1 and 2 refuse them.
 
   Args:
     tokenizer: of a vocabulary with turns.
     messages: 'role' is user or assistant (or model), in turn, the user's first
       and last; before them there may be one of role system.
-    system: whether the family takes a system's words.
+    system: whether a family without a system's turn takes its words.
   """
   if tokenizer.end_of_turn is None:
     raise UserError(
-      f'this vocabulary has no pieces {START} and {END}: it is not of an'
-      " instruction-tuned model; take prompts of kind 'text'."
+      f'this vocabulary has no pieces {" and ".join(TURNS[0])}: it is not of'
+      " an instruction-tuned model; take prompts of kind 'text'."
     )
   messages = [(m['role'], m['content'].strip()) for m in messages]
-  prefix = ''
-  if messages and messages[0][0] == 'system':
+  prefix, before = '', []
+  if messages and messages[0][0] == 'system' and tokenizer.has_system_turn:
+    before, messages = messages[:1], messages[1:]
+  elif messages and messages[0][0] == 'system':
     if not system:
       raise UserError(
         "this family has no system turn; put the system's words into the"
@@ -96,8 +104,8 @@ def chat(
       ' turns, the user first and last.'
     )
   ids, newline = [tokenizer.bos_id], tokenizer.encode('\n')
-  for role, (_, content) in zip(roles, messages, strict=True):
-    name = 'user' if role == 'user' else 'model'
+  for role, content in before + messages:
+    name = role if role in ('user', 'system') else 'model'
     text = tokenizer.encode(f'{name}\n{prefix}{content}')
     ids += [tokenizer.start_of_turn, *text, tokenizer.end_of_turn, *newline]
     prefix = ''
@@ -122,10 +130,9 @@ def parse(content: bytes, name: str) -> Tokenizer:
       f'{name}: PAD, EOS, BOS, UNK are {ids}; they must be (0, 1, 2, 3), as'
       ' in the vocabularies of Gemma.'
     )
-  start, end = (
-    None if i == processor.unk_id() else i
-    for i in (processor.piece_to_id(START), processor.piece_to_id(END))
-  )
+  turns = [tuple(map(processor.piece_to_id, marks)) for marks in TURNS]
+  known = [marks for marks in turns if processor.unk_id() not in marks]
+  start, end = known[0] if known else (None, None)
   sha256 = hashlib.sha256(content).hexdigest()
   return Tokenizer(processor, sha256, start, end)
 

@@ -109,7 +109,9 @@ HELLO = [
 ]
 
 
-def with_turns(*before: str) -> tokenizer.Tokenizer:
+def with_turns(
+  *before: str, marks=('<start_of_turn>', '<end_of_turn>')
+) -> tokenizer.Tokenizer:
   """A vocabulary in which turns have pieces of their own, after `before`."""
   model = io.BytesIO()
   sentencepiece.SentencePieceTrainer.train(
@@ -117,9 +119,7 @@ def with_turns(*before: str) -> tokenizer.Tokenizer:
     vocab_size=120, pad_id=0, eos_id=1, bos_id=2, unk_id=3,
     normalization_rule_name='identity', add_dummy_prefix=False,
     remove_extra_whitespaces=False, split_digits=True, minloglevel=2,
-    user_defined_symbols=[
-      *before, '<start_of_turn>', '<end_of_turn>', '\n', '\n\n'
-    ],
+    user_defined_symbols=[*before, *marks, '\n', '\n\n'],
   )  # fmt: skip
   return tokenizer.parse(model.getvalue(), 'turns')
 
@@ -166,6 +166,24 @@ def test_the_system_speaks_before_the_user_or_not_at_all():
   assert ids[len(start) :] == rest[rest.index(tok.end_of_turn) + 2 :]
   with pytest.raises(UserError, match='no system turn'):
     tokenizer.chat(tok, messages, system=False)
+
+
+def test_gemma_4_marks_turns_in_its_own_way():
+  """A system has a turn; nothing else changes."""
+  tok = with_turns(marks=('<|turn>', '<turn|>'))
+  assert tok.stop_ids == (1, 5)
+  messages = [{'role': 'system', 'content': 'Be short. '}, *HELLO]
+  text = (
+    '<|turn>system\nBe short.<turn|>\n<|turn>user\nThe film?<turn|>\n'
+    '<|turn>model\nEveryone loved it.<turn|>\n'
+    '<|turn>user\nAnd the music?<turn|>\n<|turn>model\n'
+  )
+  ids = tokenizer.chat(tok, messages, system=False)
+  assert ids == tokenizer.chat(tok, messages, system=True)
+  assert ids == [tok.bos_id, *tok.encode(text)]
+  assert 'turn' not in tok.decode(ids)
+  with pytest.raises(UserError, match='must take turns'):
+    tokenizer.chat(tok, [messages[0], messages[0], *HELLO], system=False)
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 import dataclasses
 import functools
 
+import dialog
 from gemma import gm
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,15 @@ import test_origin
 import test_tokenizer
 import toy
 
-from bond_jax import export, log_probs, origin, sampling, sharding, weights
+from bond_jax import (
+  export,
+  log_probs,
+  origin,
+  sampling,
+  sharding,
+  tokenizer,
+  weights,
+)
 from bond_jax.errors import UserError
 from bond_jax.models import gemma
 from bond_jax.models import library as adapter
@@ -159,6 +168,18 @@ def test_their_checkpoints(name, tmp_path):
     lambda x: x.sharding, like
   )
   test_origin.same(gm.ckpts.load_params(path), params)
+
+
+def test_turns_of_gemma_4():
+  """As the package that the library writes its conversations with."""
+  tok = test_tokenizer.with_turns(marks=('<|turn>', '<turn|>'))
+  speaker = dict(system=dialog.System, user=dialog.User, assistant=dialog.Model)
+  messages = [{'role': 'system', 'content': 'Be short.'}, *test_tokenizer.HELLO]
+  for talk in messages, messages[1:]:
+    turns = [speaker[m['role']](m['content'].strip()) for m in talk]
+    text = dialog.Conversation(*turns).as_text(format='gemma4')
+    ids = tokenizer.chat(tok, talk, system=False)
+    assert ids == [tok.bos_id, *tok.encode(text)]
 
 
 def test_no_logits_where_none_are_read():
