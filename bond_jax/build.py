@@ -15,10 +15,19 @@ from jax.sharding import Mesh
 import ml_collections
 import numpy as np
 
-from bond_jax import command, data, metrics, sharding
+from bond_jax import command, data, metrics, scoring, sharding
 from bond_jax import tokenizer as tokenizer_lib
 from bond_jax.errors import UserError
-from bond_jax.types import Frozen, Params, Policy, Prompts, RewardFn, Rollout
+from bond_jax.types import (
+  Context,
+  Frozen,
+  Params,
+  Policy,
+  PreferenceFn,
+  Prompts,
+  RewardFn,
+  Rollout,
+)
 
 
 def configure_jax() -> None:
@@ -38,7 +47,7 @@ class Task(NamedTuple):
   frozen: Frozen  # the reference, and what is under it, in their shards
   stop_ids: tuple[int, ...]
   batches: Any  # iterator of Prompts, with get_state() and set_state(state)
-  reward: Callable[[Prompts, Rollout], np.ndarray]  # on the host: f32[B, K]
+  reward: Callable[[Prompts, Rollout], scoring.Scored]  # on the host
   # () -> probe, a function from params to validation numbers, among them
   # win_rate/reference and kl/reference
   make_probe: Callable[[], Callable[[Params], dict[str, float]]]
@@ -93,19 +102,56 @@ def reference_dir(config: ml_collections.ConfigDict, workdir: str) -> str:
 
 
 def check_reward(section: ml_collections.ConfigDict) -> None:
-  factory = command.load(section.function)
-  _check_arguments(f'reward {section.function}', factory, section.args)
+  """Refuses a reward that cannot be called as the config says."""
+  for part in _parts(section).values():
+    factory = command.load(part.function)
+    _check_arguments(f'reward {part.function}', factory, part.args)
+  if 'failure' in section and section.failure not in scoring.FAILURES:
+    raise UserError(
+      f'reward.failure is {section.failure!r}; known are'
+      f' {", ".join(scoring.FAILURES)}.'
+    )
+
+
+def reward_rules(section) -> dict[str, Any]:
+  """How a section says its reward is called; see `scoring.score`."""
+  names = ('missing_eos_penalty', 'length_penalty', 'failure', 'retries',
+           'timeout')  # fmt: skip
+  return {name: section[name] for name in names}
+
+
+def _parts(section) -> dict[str, ml_collections.ConfigDict]:
+  """The rewards whose weighted sum a section asks for, by name."""
+  return dict(section.parts) if section.get('parts') else {'': section}
 
 
 def make_reward(
   config: ml_collections.ConfigDict, section, workdir: str
-) -> RewardFn:
-  """The reward `section.function`, called with `section.args`.
+) -> RewardFn | PreferenceFn:
+  """The reward of a section: `function` called with `args`, or many `parts`.
 
-  In a string argument '{workdir}' stands for this run's folder, '{reference}'
-  for that of the run it starts from.
+  Of parts, each with a function, args and a weight, it is the weighted sum. In
+  a string argument '{workdir}' stands for this run's folder, '{reference}' for
+  that of the run it starts from.
   """
+  made = {
+    name: _make_part(config, part, workdir)
+    for name, part in _parts(section).items()
+  }
+  if '' in made:
+    return made['']
 
+  def weighted(*asked):
+    parts = {}
+    for name, reward in made.items():
+      value, _ = scoring.call(reward, *asked)
+      parts[name] = section.parts[name].weight * value
+    return parts
+
+  return weighted
+
+
+def _make_part(config, section, workdir: str) -> RewardFn | PreferenceFn:
   def filled(value):
     if not isinstance(value, str):
       return value
@@ -130,14 +176,28 @@ def rows(config: ml_collections.ConfigDict, split: str) -> data.Source:
 
 
 def texts(
-  tokenizer: tokenizer_lib.Tokenizer, prompts: Prompts, drawn: Rollout
-) -> tuple[list[str], list[list[str]]]:
-  """Prompts [B] and completions [B][K] as text; arrays on the host."""
-  completions = [
-    [tokenizer.decode(y[m]) for y, m in zip(row, mask, strict=True)]
-    for row, mask in zip(drawn.completion, drawn.mask, strict=True)
+  config: ml_collections.ConfigDict,
+  tokenizer: tokenizer_lib.Tokenizer,
+  rows: data.Source,
+  prompts: Prompts,
+  drawn: Rollout,
+) -> tuple[list[str], list[list[str]], Context]:
+  """What a reward is called with; `rows` are the data, arrays on the host.
+
+  An opening is what the model saw of its text; a turn is the last message.
+  """
+  some = [rows[int(i)] for i in prompts.id]
+  if config.prompt.kind == 'opening':
+    said = [tokenizer.decode(row) for row in prompts.tokens]
+  else:
+    said = [data.last_words(row) for row in some]
+  tokens = [
+    [y[m].tolist() for y, m in zip(ys, masks, strict=True)]
+    for ys, masks in zip(drawn.completion, drawn.mask, strict=True)
   ]
-  return [tokenizer.decode(row) for row in prompts.tokens], completions
+  ends = [[y[-1] in tokenizer.stop_ids for y in ys] for ys in tokens]
+  context = Context(some, tokens, np.array(ends), config.prompt.kind == 'turn')
+  return said, [[tokenizer.decode(y) for y in ys] for ys in tokens], context
 
 
 def check(config: ml_collections.ConfigDict) -> Mesh:

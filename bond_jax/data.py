@@ -168,6 +168,11 @@ def encoder(
   return dict(zip(KINDS, (opening, text, turn), strict=True))[kind]
 
 
+def last_words(row: Row) -> str:
+  """What the user said last: the prompt, as a person would quote it."""
+  return row['messages'][-1]['content'] if 'messages' in row else row['text']
+
+
 def check_prompt(kind: str, length: int) -> None:
   """Refuses a kind that `encoder` does not know, and an empty prompt."""
   if kind not in KINDS:

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from bond_jax import build, exact, origin, sharding
+from bond_jax import build, exact, origin, scoring, sharding
 from bond_jax.errors import UserError
 from bond_jax.types import Frozen, Params, Policy, Prompts, Rollout
 
@@ -193,15 +193,16 @@ def make_probe(config: ml_collections.ConfigDict, task: build.Task):
 
 
 def lookup(table, tokens, mask, vocab: int):
-  """The reward of drawn completions: (prompts, rollout) -> f32[B, K]."""
+  """The reward of drawn completions: (prompts, rollout) -> Scored."""
   known = codes(tokens, mask, vocab)
   order = np.argsort(known)
 
-  def reward(prompts: Prompts, drawn: Rollout) -> np.ndarray:
+  def reward(prompts: Prompts, drawn: Rollout) -> scoring.Scored:
     code = codes(drawn.completion, drawn.mask, vocab)
     y = order[np.searchsorted(known, code, sorter=order)]
     x = prompts.tokens[:, -1:] - vocab
-    return table[x, y].astype(np.float32)
+    value = table[x, y].astype(np.float32)
+    return scoring.Scored(value, np.ones(len(x), np.float32), {})
 
   return reward
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 import ml_collections
+import numpy as np
 
 from bond_jax import (
   build,
@@ -25,9 +26,10 @@ from bond_jax import (
   metrics,
   origin,
   report,
-  rewards,
+  scoring,
   sharding,
 )
+from bond_jax.errors import UserError
 from bond_jax.log_probs import log_probs
 from bond_jax.models import lora
 from bond_jax.sampling import sample
@@ -70,7 +72,7 @@ def make_draw(policy, config, tokenizer, mesh):
 
 
 def records(
-  draw, judges, tokenizer, prompts, *, who, count, at_once, writer, done
+  draw, read, judges, prompts, *, who, count, at_once, stop_ids, writer, done
 ):
   """Yields the rows of completions.jsonl of one side, `count` per prompt."""
   for first in range(0, count, at_once):
@@ -78,8 +80,9 @@ def records(
     with writer.phase('sample'):
       drawn, here, there = draw(first, num)
     with writer.phase('judge'):
-      texts = build.texts(tokenizer, prompts, drawn)
-      scores = {k: rewards.call(f, *texts) for k, f in judges.items()}
+      texts = read(prompts, drawn)
+      scores = {k: judge(*texts) for k, judge in judges.items()}
+      check_scores(scores)
     log_policy, log_reference = (
       (here, there) if who == 'policy' else (there, here)
     )
@@ -96,9 +99,7 @@ def records(
           log_reference=float(log_reference[b, k]),
           who=who,
           length=length,
-          truncated=bool(
-            drawn.completion[b, k, length - 1] not in tokenizer.stop_ids
-          ),
+          truncated=bool(drawn.completion[b, k, length - 1] not in stop_ids),
         )
 
 
@@ -112,12 +113,10 @@ def evaluate(
   policy = origin.make_policy(config.model, config.tokenizer.vocab_size)
   reference, base = origin.load_frozen(config, policy, workdir, mesh)
   trained = origin.load_params(policy, workdir, 'train', checkpoint, mesh)
-  judges = dict(
-    reward=build.make_reward(config, config.reward, workdir),
-    vader=build.make_reward(config, config.gold, workdir),
-  )
+  held_out = build.rows(config, 'test')
+  read = functools.partial(build.texts, config, tokenizer, held_out)
   prompts = data.fixed_prompts(
-    build.rows(config, 'test'),
+    held_out,
     origin.make_encoder(config, tokenizer),
     length=config.prompt.length,
     count=settings.prompts,
@@ -132,13 +131,33 @@ def evaluate(
   rows, done = [], 0
   with metrics.Writer(folder, 'evaluate', total) as writer:
     draw = make_draw(policy, config, tokenizer, mesh)
+    judges = {
+      k: build.make_reward(config, config[k], workdir)
+      for k in ('reward', 'gold')
+    }
+    if config.reward.opponents:
+      key_of_theirs = jax.random.fold_in(key, len(sides))
+      drawn, _, _ = draw(
+          base, reference, trained, prompts, key_of_theirs, 0,
+          config.reward.opponents,
+      )  # fmt: skip
+      _, *theirs = read(prompts, drawn)
+      judges['reward'] = scoring.against(judges['reward'], *theirs)
+    # What is trained on, penalties and all; here no prompt may be missing.
+    rules = {**build.reward_rules(config.reward), 'failure': 'stop'}
+    reward, gold = judges['reward'], judges['gold']
+    judges = {
+      'reward': lambda *asked: scoring.score(reward, *asked, **rules).value,
+      'gold': lambda *asked: scoring.call(gold, *asked)[0],
+    }
     for i, (who, count, own, other) in enumerate(sides):
       side = functools.partial(
         draw, base, own, other, prompts, jax.random.fold_in(key, i)
       )
       rows += records(
-          side, judges, tokenizer, prompts, who=who, count=count,
-          at_once=settings.at_once, writer=writer, done=done,
+          side, read, judges, prompts, who=who, count=count,
+          at_once=settings.at_once, stop_ids=tokenizer.stop_ids,
+          writer=writer, done=done,
       )  # fmt: skip
       done += count
     with writer.phase('report'):
@@ -148,6 +167,17 @@ def evaluate(
   summary |= history(config, workdir)
   draw_report(config, workdir, rows, summary)
   return summary
+
+
+def check_scores(scores: dict[str, np.ndarray]) -> None:
+  """Refuses judges of pairs: what is reported are numbers of completions."""
+  for name, value in scores.items():
+    if value.ndim == 3:
+      raise UserError(
+        f'{name} compares pairs, and evaluation needs a number for each'
+        ' completion: with reward.opponents = 4 it is how often a completion'
+        " beats four of the reference's; gold must be a reward."
+      )
 
 
 def write_records(path: str, rows: list[dict[str, Any]]) -> None:

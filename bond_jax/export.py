@@ -23,6 +23,7 @@ from bond_jax import (
   checkpoint,
   command,
   hf,
+  hf_adapter,
   hf_export,
   metrics,
   origin,
@@ -68,7 +69,7 @@ def export(
   if settings.rank:
     adapters = trained
   if form == 'adapter':
-    hf_export.export_adapter(
+    hf_adapter.export_adapter(
       adapters, sizes, out, base=name_of_base(config, workdir)
     )
   else:

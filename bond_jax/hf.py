@@ -117,8 +117,8 @@ def resolve(path: str) -> str:
       repository,
       revision=revision,
       allow_patterns=[
-        'config.json', 'generation_config.json', INDEX,
-        '*.safetensors', *TOKENIZER_FILES,
+        'config.json', 'generation_config.json', 'adapter_config.json',
+        INDEX, '*.safetensors', *TOKENIZER_FILES,
       ],
     )  # fmt: skip
   except Exception as e:
@@ -168,17 +168,23 @@ def _open(folder: str) -> dict[str, Tensor]:
     )
   tensors = {}
   for file in files:
-    path = os.path.join(folder, file)
-    with _damage(path), safe_open(path, framework='np') as f:
-      for name in f.keys():  # noqa: SIM118 (it is no mapping)
-        x = f.get_slice(name)
-        tensors[name] = Tensor(path, name, tuple(x.get_shape()), x.get_dtype())
+    tensors |= headers(os.path.join(folder, file))
   lost = [k for k, file in (where or {}).items() if k not in tensors]
   if lost:
     raise UserError(
       f'{folder}: {where[lost[0]]} does not hold {lost[0]}, which the index'
       f' says it does, nor {len(lost) - 1} others; download it again.'
     )
+  return tensors
+
+
+def headers(path: str) -> dict[str, Tensor]:
+  """Every tensor of one file by its name; a UserError if it is damaged."""
+  tensors = {}
+  with _damage(path), safe_open(path, framework='np') as f:
+    for name in f.keys():  # noqa: SIM118 (it is no mapping)
+      x = f.get_slice(name)
+      tensors[name] = Tensor(path, name, tuple(x.get_shape()), x.get_dtype())
   return tensors
 
 
@@ -226,12 +232,16 @@ def _check_tensors(folder, tensors, prefix, config, images: bool) -> None:
       f' the vocabulary of the config:{"".join(lines[:10])}{more}'
     )
   for name in wanted:
-    if tensors[name].dtype not in _DTYPES:
-      raise UserError(
-        f'{tensors[name].file}: {name} is of dtype {tensors[name].dtype},'
-        f' readable are {", ".join(_DTYPES)}; quantised weights cannot be'
-        ' loaded.'
-      )
+    check_dtype(tensors[name])
+
+
+def check_dtype(tensor: Tensor) -> None:
+  """Refuses numbers that are not floats as we read them."""
+  if tensor.dtype not in _DTYPES:
+    raise UserError(
+      f'{tensor.file}: {tensor.name} is of dtype {tensor.dtype}, readable are'
+      f' {", ".join(_DTYPES)}; quantised weights cannot be loaded.'
+    )
 
 
 def _check_head(folder, raw, tensors, prefix) -> None:
@@ -273,7 +283,23 @@ def _read(
 ) -> Array:
   """One array of ours, from the tensors that hold its copies."""
   parts = hf_names.parts(config, name)
-  size = hf_names.sizes(config)
+  return read_parts(tensors, parts, hf_names.sizes(config), struct)
+
+
+def read_parts(
+  tensors: dict[str, Tensor],
+  parts: list[hf_names.Part],
+  size: dict[str, int],
+  struct: jax.ShapeDtypeStruct,
+) -> Array:
+  """One array, straight into its shards, of copies that lie at `parts`.
+
+  Args:
+    tensors: by the names that the parts have.
+    parts: one for each copy, of the same axes.
+    size: letter -> size of these axes.
+    struct: shape, dtype and sharding of the array.
+  """
   found = [tensors[part.tensor] for part in parts]
   copies = len(struct.shape) - len(parts[0].axes)  # 1 if they have an axis
 

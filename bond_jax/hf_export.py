@@ -1,4 +1,4 @@
-"""Models and adapters as Hugging Face folders, for any server that reads them.
+"""Models as Hugging Face folders, for any server that reads them.
 
 A folder appears under its name when it is complete, and an existing one stays
 as it is. Tensors are written as they come: the host holds one at a time.
@@ -98,14 +98,14 @@ def export(
     for part in hf_names.parts(config, name)
   }
   leaves = merged(config, params, lora or {})
-  with new_folder(path, _bytes(shapes, dtype)) as folder:
+  with new_folder(path, bytes_of(shapes, dtype)) as folder:
     tensors = _theirs(config, leaves, dtype)
     _write_shards(folder, tensors, shapes, dtype, shard_bytes)
     for name, content in names.items():
       with open(os.path.join(folder, name), 'wb') as f:
         f.write(content)
-    _write_json(folder, 'config.json', {**described, 'eos_token_id': stop_ids})
-    _write_json(
+    write_json(folder, 'config.json', {**described, 'eos_token_id': stop_ids})
+    write_json(
       folder,
       'generation_config.json',
       {
@@ -119,59 +119,6 @@ def export(
         'top_p': 1.0,
       },
     )
-
-
-def export_adapter(
-  adapters: Params, config: gemma.Config, path: str, *, base: str
-) -> None:
-  """Writes adapters in float32 as a folder that peft reads.
-
-  Args:
-    adapters: as in models/lora.py, without `lora_delta`.
-    config: of the model, with lora_scale.
-    path: the folder to make.
-    base: the model they are for, a folder or any name of it. It decides
-      whether the adapted modules are those of a text model alone.
-  """
-  images = _has_images(config, base)
-  prefix = hf_names.PREFIXES[-1] if images else 'model.'
-  leaves = dict(stacks.nested(config, adapters))
-  tensors: dict[str, np.ndarray] = {}
-  for name, x in leaves.items():
-    for part, copy in _copies(hf_names.lora_parts(config, name), np.asarray(x)):
-      tensors[f'base_model.model.{prefix}{part.tensor}'] = copy
-  rank = {x.shape[0] for name, x in tensors.items() if 'lora_A' in name}
-  if len(rank) != 1 or config.lora_scale is None:
-    raise UserError(
-      f'an adapter needs one rank and a lora_scale; found ranks {sorted(rank)}'
-      f' and lora_scale {config.lora_scale}.'
-    )
-  (rank,) = rank
-  modules = sorted({name.split('.')[-3] for name in tensors})
-  alpha = config.lora_scale * rank
-  described = {
-    'peft_type': 'LORA',
-    'task_type': 'CAUSAL_LM',
-    'base_model_name_or_path': base,
-    'r': rank,
-    'lora_alpha': round(alpha) if math.isclose(alpha, round(alpha)) else alpha,
-    # An image encoder has modules of the same names.
-    'target_modules': (
-      rf'.*language_model.*\.({"|".join(modules)})' if images else modules
-    ),
-    'lora_dropout': 0.0,
-    'bias': 'none',
-    'fan_in_fan_out': False,
-    'use_rslora': False,
-    'use_dora': False,
-    'modules_to_save': None,
-    'inference_mode': True,
-  }
-  shapes = {k: x.shape for k, x in tensors.items()}
-  with new_folder(path, _bytes(shapes, 'float32')) as folder:
-    file = os.path.join(folder, 'adapter_model.safetensors')
-    _write(file, iter(tensors.items()), shapes, 'float32')
-    _write_json(folder, 'adapter_config.json', described)
 
 
 def merged(
@@ -245,18 +192,18 @@ def _theirs(
     x = np.asarray(x)
     if name == 'embedder/input_embedding':
       x = x[: hf_config.vocab_rows(config)]
-    for part, copy in _copies(hf_names.parts(config, name), x):
+    for part, copy in copies_of(hf_names.parts(config, name), x):
       yield f'model.{part.tensor}', copy.astype(dtype)
 
 
-def _copies(parts: list[hf_names.Part], x: np.ndarray):
+def copies_of(parts: list[hf_names.Part], x: np.ndarray):
   """Yields (part, their array) for every copy that lies in one array."""
   copies = x if x.ndim > len(parts[0].axes) else x[None]
   for part, copy in zip(parts, copies, strict=True):
     yield part, hf_names.to_theirs(part, copy)
 
 
-def _bytes(shapes: dict[str, tuple[int, ...]], dtype: str) -> int:
+def bytes_of(shapes: dict[str, tuple[int, ...]], dtype: str) -> int:
   return sum(map(math.prod, shapes.values())) * np.dtype(dtype).itemsize
 
 
@@ -265,23 +212,23 @@ def _write_shards(folder, tensors, shapes, dtype, shard_bytes: int) -> None:
   files: list[dict[str, tuple[int, ...]]] = [{}]
   for name, shape in shapes.items():
     grown = {**files[-1], name: shape}
-    if files[-1] and _bytes(grown, dtype) > shard_bytes:
+    if files[-1] and bytes_of(grown, dtype) > shard_bytes:
       files.append({name: shape})
     else:
       files[-1] = grown
   if len(files) == 1:
-    _write(os.path.join(folder, hf.SINGLE), tensors, shapes, dtype)
+    write_tensors(os.path.join(folder, hf.SINGLE), tensors, shapes, dtype)
     return
   where = {}
   for i, part in enumerate(files):
     file = f'model-{i + 1:05}-of-{len(files):05}.safetensors'
-    _write(os.path.join(folder, file), tensors, part, dtype)
+    write_tensors(os.path.join(folder, file), tensors, part, dtype)
     where.update(dict.fromkeys(part, file))
-  total = {'total_size': _bytes(shapes, dtype)}
-  _write_json(folder, hf.INDEX, {'metadata': total, 'weight_map': where})
+  total = {'total_size': bytes_of(shapes, dtype)}
+  write_json(folder, hf.INDEX, {'metadata': total, 'weight_map': where})
 
 
-def _write(path: str, tensors, shapes, dtype: str) -> None:
+def write_tensors(path: str, tensors, shapes, dtype: str) -> None:
   """Writes the next len(shapes) tensors as one safetensors file.
 
   The library's own writer wants all of them in memory: the format is the size
@@ -290,7 +237,7 @@ def _write(path: str, tensors, shapes, dtype: str) -> None:
   header: dict[str, Any] = {'__metadata__': {'format': 'pt'}}
   end = 0
   for name, shape in shapes.items():
-    start, end = end, end + _bytes({name: shape}, dtype)
+    start, end = end, end + bytes_of({name: shape}, dtype)
     header[name] = {
       'dtype': _DTYPES[dtype],
       'shape': shape,
@@ -375,14 +322,7 @@ def _describe_tokenizer(
   return described
 
 
-def _has_images(config: gemma.Config, base: str) -> bool:
-  """Whether the base sees images: by its config.json, else as released."""
-  if os.path.exists(os.path.join(base, 'config.json')):
-    return 'text_config' in hf.read_config(base)
-  return hf_config.known_as(config) in ('gemma3_4b', 'gemma3_12b', 'gemma3_27b')
-
-
-def _write_json(folder: str, name: str, value: Any) -> None:
+def write_json(folder: str, name: str, value: Any) -> None:
   with open(os.path.join(folder, name), 'w', encoding='utf-8') as f:
     json.dump(value, f, indent=2)
     f.write('\n')

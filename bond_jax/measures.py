@@ -18,7 +18,7 @@ RECORD_KEYS = (
   'prompt',
   'completion',
   'reward',
-  'vader',
+  'gold',
   'log_policy',  # nats, summed over the completion, EOS included
   'log_reference',
   'who',  # 'policy' or 'reference'
@@ -354,7 +354,7 @@ def summarise(records: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     raise ValueError('policy and reference rows are of different prompts')
   per_prompt = win_rates(policy['reward'], reference['reward'])
   rate, interval = float(per_prompt.mean()), bootstrap_interval(per_prompt)
-  gold = win_rates(policy['vader'], reference['vader'])
+  gold = win_rates(policy['gold'], reference['gold'])
   kl, kl_stderr = mean_and_stderr(
     policy['log_policy'] - policy['log_reference']
   )
@@ -368,7 +368,7 @@ def summarise(records: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     'tie_rate': tie_rate(reference['reward']),
     'gold_win_rate': float(gold.mean()),
     'gold_win_rate_interval': list(bootstrap_interval(gold)),
-    'gold_tie_rate': tie_rate(reference['vader']),
+    'gold_tie_rate': tie_rate(reference['gold']),
     'mean_log_quantile': mean_log_quantile(
       policy['reward'], reference['reward']
     ),
@@ -391,7 +391,7 @@ def _sides(policy, reference) -> dict[str, Any]:
     row |= {
       f'completions_{who}': side['reward'].size,
       f'reward_{who}': float(side['reward'].mean()),
-      f'gold_{who}': float(side['vader'].mean()),
+      f'gold_{who}': float(side['gold'].mean()),
       f'length_{who}': float(side['length'].mean()),
       f'truncated_{who}': float(side['truncated'].mean()),
       f'distinct_1_{who}': distinct_n(texts, 1),

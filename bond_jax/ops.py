@@ -25,6 +25,21 @@ def win_matrix(reward: Array) -> Array:
   return 0.5 * more.astype(jnp.float32) + 0.5 * as_much.astype(jnp.float32)
 
 
+def borda(win: Array) -> Array:
+  """How often each beats the others: a score of what was only compared.
+
+  Args:
+    win: f32[..., K, K], P(i beats j), with 1/2 on the diagonal.
+
+  Returns:
+    f32[..., K] in [0, 1]; 1/2 where there is no other.
+  """
+  others = win.shape[-1] - 1
+  if not others:
+    return win[..., 0]
+  return (win.sum(-1) - 0.5) / others
+
+
 def leave_one_out_mean(x: Array, weight: Array) -> Array:
   """The mean of the other rows: a baseline that leaves the gradient unbiased.
 

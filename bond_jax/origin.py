@@ -11,7 +11,15 @@ from typing import Any
 import jax
 import ml_collections
 
-from bond_jax import build, checkpoint, command, data, sharding, weights
+from bond_jax import (
+  build,
+  checkpoint,
+  command,
+  data,
+  hf_adapter,
+  sharding,
+  weights,
+)
 from bond_jax import tokenizer as tokenizer_lib
 from bond_jax.errors import UserError
 from bond_jax.models import gemma, library, lora
@@ -70,6 +78,11 @@ def make_policy(
   Its parameters are adapters where model.lora.rank is not 0, to be joined with
   a base, unless `full` weights are asked for.
   """
+  if model.lora.weights and not model.lora.rank:
+    raise UserError(
+      f'model.lora.weights is {model.lora.weights} and model.lora.rank is 0: to'
+      ' start from that adapter, set rank, alpha and targets as it has them.'
+    )
   if is_library(model):
     return _library_policy(model, used_vocab)
   sizes = make_sizes(model, used_vocab)
@@ -151,7 +164,8 @@ def load_frozen(config, policy: Policy, workdir: str, mesh) -> Frozen:
 
   The full weights are those that the sft stage left, or `config.weights` where
   the config has no such stage. With LoRA they are the base, in the dtype of
-  the computation, and the reference is adapters that change nothing.
+  the computation, and the reference is the adapter `model.lora.weights`, or
+  one that changes nothing.
   """
   low_rank = bool(config.model.lora.rank)
   if 'sft' in config:
@@ -162,9 +176,15 @@ def load_frozen(config, policy: Policy, workdir: str, mesh) -> Frozen:
   if not low_rank:
     return Frozen(reference=full, base={})
   init = lambda: policy.init(build.key(config.seed, 'lora'))
-  shards = sharding.tree_shardings(jax.eval_shape(init), mesh)
+  like = sharding.tree_structs(jax.eval_shape(init), mesh)
   base = jax.tree.map(lambda x: x.astype(config.model.dtype), full)
-  return Frozen(jax.jit(init, out_shardings=shards)(), base)
+  if config.model.lora.weights:
+    sizes = make_sizes(config.model, config.tokenizer.vocab_size)
+    reference = hf_adapter.load_adapter(config.model.lora.weights, sizes, like)
+  else:
+    shards = jax.tree.map(lambda x: x.sharding, like)
+    reference = jax.jit(init, out_shardings=shards)()
+  return Frozen(reference, base)
 
 
 def load_weights(config: ml_collections.ConfigDict, mesh, dtype) -> Params:

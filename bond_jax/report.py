@@ -295,8 +295,8 @@ def _samples(samples: Sequence[Mapping[str, Mapping[str, Any]]]) -> str:
         f'<div class="side"><span class="when">{when}</span>'
         f'<p><span class="prompt">{escape(record["prompt"])}</span>'
         f'{escape(record["completion"])}</p>'
-        f'<div class="small">reward {text(record["reward"])} · VADER'
-        f' {text(record["vader"])}</div></div>'
+        f'<div class="small">reward {text(record["reward"])} · gold'
+        f' {text(record["gold"])}</div></div>'
       )
     parts.append(f'<div class="pair">{"".join(cells)}</div>')
   return (

@@ -2,7 +2,7 @@
 
 `python -m bond_jax.reward_model --config=configs/demo.py --workdir=runs/demo`
 fits a ridge regression of the ratings on the n-grams of the run's own pieces,
-and writes reward/model.npz, for `rewards.ridge`, and reward/summary.json.
+and writes reward/model.npz, for `rewards.ridge.ridge`, and reward/summary.json.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ import scipy.stats
 from sklearn import linear_model
 
 from bond_jax import build as build_lib
-from bond_jax import command, data, metrics, rewards
+from bond_jax import command, data, metrics
 from bond_jax import tokenizer as tokenizer_lib
 from bond_jax.errors import UserError
+from bond_jax.rewards.ridge import features, ngrams, predict, read
 
 Ids = Sequence[Sequence[int]]
 
@@ -54,7 +55,7 @@ def fit(
       ' long do not fit 63 bits; use a smaller order.'
     )
   ids, ratings = train
-  row, key = rewards.ngrams(ids, order, base)
+  row, key = ngrams(ids, order, base)
   pairs = np.unique(np.stack([key, row]), axis=1)
   keys, count = np.unique(pairs[0], return_counts=True)
   keys, count = keys[count >= min_count], count[count >= min_count]
@@ -64,8 +65,8 @@ def fit(
       f' the {len(ids)} training texts; use a smaller one.'
     )
   scale = np.log((1 + len(ids)) / (1 + count)) + 1
-  x = rewards.features(ids, keys, scale, order, base)
-  held_out = rewards.features(validation[0], keys, scale, order, base)
+  x = features(ids, keys, scale, order, base)
+  held_out = features(validation[0], keys, scale, order, base)
   best = (-np.inf, 0.0, None)
   for alpha in alphas:
     # Conjugate gradients are deterministic, and at home in sparse matrices.
@@ -163,8 +164,7 @@ def build(
   model = np.frombuffer(tokenizer.processor.serialized_model_proto(), np.uint8)
   path = os.path.join(workdir, 'reward', 'model.npz')
   _save(path, {**arrays, 'tokenizer': model})
-  reward = rewards.ridge(path)  # the test is of the file as others will use it
-  got = reward([''] * len(texts['test']), [[t] for t in texts['test']])[:, 0]
+  got = predict(read(path), texts['test'])  # of the file as others will use it
   return {
     **report,
     'test_pearson': _pearson(got, ratings['test']),

@@ -16,7 +16,16 @@ import jax
 import ml_collections
 import numpy as np
 
-from bond_jax import build, command, origin, rewards, sampling, sharding
+from bond_jax import (
+  build,
+  command,
+  data,
+  ops,
+  origin,
+  sampling,
+  scoring,
+  sharding,
+)
 from bond_jax import tokenizer as tokenizer_lib
 from bond_jax.errors import UserError
 from bond_jax.models import lora
@@ -32,7 +41,8 @@ _SEED = flags.DEFINE_integer('seed', 0, 'Another seed draws others.')
 def make_draw(config: ml_collections.ConfigDict, workdir: str, which: str):
   """Loads a model; returns its tokenizer and the function that draws.
 
-  draw(pieces, n, seed) -> n texts, which depend on these three alone.
+  draw(row, pieces, n, seed) -> what a reward is called with: n completions of
+  the prompt that a row of data became. They depend on pieces, n and seed alone.
   """
   mesh = sharding.make_mesh(**config.mesh)
   tokenizer = origin.load_tokenizer(config, workdir)
@@ -50,7 +60,7 @@ def make_draw(config: ml_collections.ConfigDict, workdir: str, which: str):
         length=config.length, stop_ids=tokenizer.stop_ids,
     )  # fmt: skip
 
-  def draw(pieces: list[int], n: int, seed: int) -> list[str]:
+  def draw(row: data.Row, pieces: list[int], n: int, seed: int):
     # Few widths, so that few programs are compiled in a conversation.
     pad = -len(pieces) % 64
     prompts = Prompts(
@@ -61,18 +71,21 @@ def make_draw(config: ml_collections.ConfigDict, workdir: str, which: str):
     )
     key = build.key(seed, 'sample')
     drawn = jax.device_get(program(base, params, prompts, key, num=n))
-    return build.texts(tokenizer, prompts, drawn)[1][0]
+    return build.texts(config, tokenizer, [row], prompts, drawn)
 
   return tokenizer, draw
 
 
-def show(texts: list[str], prompt: str, reward) -> str:
-  """Prints the texts, or the best of them; returns the one that counts."""
+def show(drawn, reward) -> str:
+  """Prints what was drawn, or the best of it; returns what counts."""
+  texts = drawn[1][0]
   if reward is None:
     for i, text in enumerate(texts):
       print(f'[{i + 1}] {text}' if len(texts) > 1 else text)
     return texts[0]
-  values = rewards.call(reward, [prompt], [texts])[0]
+  value = scoring.call(reward, *drawn)[0][0]
+  # Of a judge: how often a completion beats one of the others.
+  values = value if value.ndim == 1 else np.asarray(ops.borda(value))
   best = int(np.argmax(values))
   print(
     f'[{best + 1} of {len(texts)}, reward {values[best]:.4g}, mean'
@@ -118,7 +131,8 @@ def talk(
     if turns:
       messages.append({'role': 'user', 'content': said})
       pieces = tokenizer_lib.chat(tokenizer, messages, system=system)
-    text = show(draw(pieces, n, seed), said, reward)
+    row = {'messages': list(messages)} if turns else {'text': said}
+    text = show(draw(row, pieces, n, seed), reward)
     if prompt is not None:
       return
     messages.append({'role': 'assistant', 'content': text})

@@ -136,15 +136,21 @@ def score(
   frozen: Frozen,
   prompts: Prompts,
   drawn: Rollout,
-  reward: Array,
+  judged: Array,
 ) -> tuple[Rollout, Scores]:
   """Selects the rows that enter the loss, and scores those named for it.
 
-  `drawn` holds K completions per prompt and `reward`, f32[B, K], theirs.
-  Returns the M selected completions, and their Scores.
+  `drawn` holds K completions per prompt, and `judged` their rewards f32[B, K],
+  or f32[B, K, K], the probabilities with which a judge prefers one to another.
+  Rewards are compared, and preferences counted: what each is worth is how often
+  it beats the others (Borda). Returns the M selected completions, and their
+  Scores.
   """
   setup, algorithm = _on_base(setup, frozen), setup.algorithm
-  win = ops.win_matrix(reward)
+  if judged.ndim == 3:
+    reward, win = ops.borda(judged), judged
+  else:
+    reward, win = judged, ops.win_matrix(judged)
   index = algorithm.select(reward, win)
   chosen = jax.tree.map(lambda x: ops.take_rows(x, index), drawn)
 
@@ -186,15 +192,16 @@ def weigh(
   frozen: Frozen,
   prompts: Prompts,
   drawn: Rollout,
-  reward: Array,
+  judged: Array,
 ) -> tuple[Batch, dict[str, Array]]:
-  """A rewarded rollout as a batch to train on, and metrics of it.
+  """A rollout and what it is worth, as a batch to train on; metrics of it.
 
   The whole batch is weighed at once, before any split: baselines may be means
   over all prompts.
   """
   algorithm = setup.algorithm
-  chosen, scores = score(setup, state, frozen, prompts, drawn, reward)
+  chosen, scores = score(setup, state, frozen, prompts, drawn, judged)
+  reward = scores.reward
   rows, metrics = algorithm.weigh(scores)
   mine = ops.take_rows(reward, scores.index[:, list(algorithm.quantile_rows)])
   target = quantiles.at_most(mine, reward[:, algorithm.num_policy :]).mean(-1)

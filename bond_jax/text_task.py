@@ -5,12 +5,13 @@ Named by `config.task`; `build.Task` says what a task is.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
 import ml_collections
 
-from bond_jax import build, data, measures, origin, rewards, sharding
+from bond_jax import build, data, measures, origin, scoring, sharding
 from bond_jax.log_probs import log_probs
 from bond_jax.models import lora
 from bond_jax.sampling import sample
@@ -45,32 +46,38 @@ def make(config: ml_collections.ConfigDict, workdir: str, mesh) -> build.Task:
   policy = origin.make_policy(config.model, config.tokenizer.vocab_size)
   frozen = origin.load_frozen(config, policy, workdir, mesh)
   reward = build.make_reward(config, config.reward, workdir)
+  rows = build.rows(config, 'train')
 
-  def reward_of(prompts, drawn):
-    return rewards.call(reward, *build.texts(tokenizer, prompts, drawn))
+  score = functools.partial(scoring.score, **build.reward_rules(config.reward))
+
+  def scored(prompts, drawn):
+    texts = build.texts(config, tokenizer, rows, prompts, drawn)
+    return score(reward, *texts)
 
   def make_probe():
+    held_out = build.rows(config, 'validation')
     prompts = data.fixed_prompts(
-      build.rows(config, 'validation'),
+      held_out,
       encode,
       length=config.prompt.length,
       count=config.train.probe_prompts,
     )
     draw = make_draw(config, policy, frozen, tokenizer, mesh)
-    return probe_of(draw, reward_of, prompts, frozen.reference)
+    read = functools.partial(build.texts, config, tokenizer, held_out, prompts)
+    return probe_of(draw, reward, score, read, prompts, frozen.reference)
 
   return build.Task(
     policy=policy,
     frozen=frozen,
     stop_ids=tokenizer.stop_ids,
     batches=data.prompts(
-      build.rows(config, 'train'),
+      rows,
       encode,
       length=config.prompt.length,
       batch=config.train.batch,
       seed=config.seed,
     ),
-    reward=reward_of,
+    reward=scored,
     make_probe=make_probe,
   )
 
@@ -106,21 +113,30 @@ def make_draw(config, policy, frozen: Frozen, tokenizer, mesh):
   return drawn_on_host
 
 
-def probe_of(draw, reward_of, prompts: Prompts, reference: Params):
+def probe_of(draw, reward, score, read, prompts: Prompts, reference: Params):
   """How the policy does against the reference on fixed validation prompts.
 
   The reference's completions are drawn once, with a key of their own, so that
-  the curve moves with the policy alone.
+  the curve moves with the policy alone. `read` makes of completions the texts
+  that `score` calls the reward with; a judge compares them with the
+  reference's.
   """
-  reference_rewards = reward_of(prompts, draw(reference, prompts, 1)[0])
+  theirs = read(draw(reference, prompts, 1)[0])
+  before = score(reward, *theirs)
+  judge = before.value.ndim == 3
+  asked = scoring.against(reward, *theirs[1:]) if judge else reward
 
   def probe(params) -> dict[str, Any]:
     drawn, log_ratio = draw(params, prompts, 2)
-    rewards_ = reward_of(prompts, drawn)
+    after = score(asked, *read(drawn))
+    kept = (before.weight > 0) & (after.weight > 0)
+    mine = after.value[kept]
     return {
-      'win_rate/reference': measures.win_rate(rewards_, reference_rewards),
+      'win_rate/reference': float(mine.mean())
+      if judge
+      else measures.win_rate(mine, before.value[kept]),
       'kl/reference': float(log_ratio.mean()),
-      'reward/validation': float(rewards_.mean()),
+      'reward/validation': float(mine.mean()),
     }
 
   return probe

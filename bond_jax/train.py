@@ -9,6 +9,7 @@ the last checkpoint and ends with the same parameters.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from concurrent import futures
 import os
 from typing import Any, NamedTuple
 
@@ -16,7 +17,15 @@ import jax
 import ml_collections
 import numpy as np
 
-from bond_jax import build, checkpoint, command, metrics, origin, sharding
+from bond_jax import (
+  build,
+  checkpoint,
+  command,
+  metrics,
+  origin,
+  scoring,
+  sharding,
+)
 from bond_jax import optimizer as optimizer_lib
 from bond_jax import step as step_lib
 from bond_jax.errors import UserError
@@ -67,28 +76,38 @@ def run_iteration(
   order,
   mesh,
   phase,
+  submit: Callable[..., futures.Future],
 ) -> Iterator[tuple[TrainState, dict[str, Any]]]:
   """Yields the state and the metrics after every step of one iteration.
 
   Draws and weighs `rollouts` batches, updates on each of them once in each of
-  `epochs`, in an order that the key `order` draws, then moves the anchor. Waits
-  for the device, so that phases are true.
+  `epochs`, in an order that the key `order` draws, then moves the anchor. While
+  one batch is drawn, those before it are rewarded, by the thread that `submit`
+  hands them to. Waits for the device, so that phases are true.
   """
-  batches, weighed = [], []
   order = jax.random.fold_in(order, state.step)
+  drawn, batches, weighed = [], [], []
   for index in range(setup.rollouts):
     with phase('sample'):
       prompts = next(task.batches)
       on_mesh = sharding.put_batch(prompts, mesh)
-      drawn = programs.rollout(state, frozen, on_mesh, key, index)
-      on_host = jax.device_get(drawn)
+      rollout = programs.rollout(state, frozen, on_mesh, key, index)
+      scored = submit(task.reward, prompts, jax.device_get(rollout))
+      drawn.append((on_mesh, rollout, scored))
+  while drawn:
+    on_mesh, rollout, scored = drawn.pop(0)
     with phase('reward'):
-      reward = task.reward(prompts, on_host)
+      scored = scored.result()
     with phase('update'):
-      reward = sharding.put_batch(reward, mesh)
-      batch, row = programs.weigh(state, frozen, on_mesh, drawn, reward)
+      # A prompt on which the reward failed is a filler row from here on.
+      on_mesh = on_mesh._replace(
+        weight=on_mesh.weight * sharding.put_batch(scored.weight, mesh)
+      )
+      judged = sharding.put_batch(scored.value, mesh)
+      batch, row = programs.weigh(state, frozen, on_mesh, rollout, judged)
       batches.append(batch)
-      weighed.append(row)  # on the device: the update need not wait for it
+      # On the device: the update need not wait for it.
+      weighed.append(row | scored.metrics)
   for epoch in range(setup.epochs):
     places = np.arange(setup.rollouts)
     if setup.rollouts > 1:
@@ -150,13 +169,15 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
   writer = metrics.Writer(folder, 'train', settings.steps, start, show)
   compiled = []  # programs of the step compiled so far, after each iteration
   step = start or 0
+  submit = scoring.worker()
   with writer, checkpoints:
     with writer.phase('evaluate'):
       probe = task.make_probe()
     while step < settings.steps:
       steps = run_iteration(
-        programs, setup, task, state, frozen, key, order, mesh, writer.phase
-      )
+        programs, setup, task, state, frozen, key, order, mesh, writer.phase,
+        submit,
+      )  # fmt: skip
       for state, row in steps:
         step += 1
         save = step % settings.save_every == 0 or step == settings.steps

@@ -7,7 +7,7 @@ Log-probabilities are natural logarithms (nats) in float32.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -16,8 +16,23 @@ import numpy as np
 Array = jax.Array
 Params = Any  # a pytree of arrays
 
-# reward(prompts[B], completions[B][K]) -> float [B, K], on text, on the host.
-RewardFn = Callable[[Sequence[str], Sequence[Sequence[str]]], np.ndarray]
+
+class Context(NamedTuple):
+  """What a reward may look at beside the text; K completions of B prompts."""
+
+  rows: Sequence[
+    Mapping[str, Any]
+  ]  # [B], of the data: 'messages', 'answer' ...
+  tokens: Sequence[Sequence[Sequence[int]]]  # [B][K], pieces of the completions
+  finished: np.ndarray  # bool[B, K]; False: cut at T, without an end
+  turns: bool  # the prompts are turns of a conversation, not openings of a text
+
+
+# f(prompts[B], completions[B][K], context) -> [B, K], on text, on the host; or
+# a dict of these, name -> [B, K]: the reward is their sum.
+RewardFn = Callable[[Sequence[str], Sequence[Sequence[str]], Context], Any]
+# The same, of pairs: [B, K, K], P(i beats j), with 1/2 on the diagonal.
+PreferenceFn = RewardFn
 
 
 class Prompts(NamedTuple):

@@ -49,6 +49,23 @@ def adam(learning_rate, *, warmup_steps, decay_to):
   )
 
 
+def reward(function, **args):
+  """A reward, or a judge of pairs, and how it is called."""
+  return dict(
+    function=function,  # module:function, which makes it
+    args=args,
+    # Several in the place of one, name -> dict(function, args, weight).
+    parts=dict(),
+    missing_eos_penalty=0.0,  # taken off completions that were cut
+    length_penalty=0.0,  # taken off per token
+    failure='stop',  # or 'skip': go on without the prompts on which it fails
+    retries=0,  # attempts after one that failed
+    timeout=0.0,  # seconds for a batch; 0 = as long as it takes
+    # Of a judge: the reference's completions that evaluation compares with.
+    opponents=0,
+  )
+
+
 def get_config(argument: str = 'algorithm=jbond') -> ml_collections.ConfigDict:
   """Returns the settings of all four stages, for one algorithm."""
   _, _, name = argument.partition('algorithm=')
@@ -76,8 +93,14 @@ def get_config(argument: str = 'algorithm=jbond') -> ml_collections.ConfigDict:
     remat=False,  # recompute activations in the backward pass
     # Adapters instead of all weights; rank 0 = all weights. targets: a regular
     # expression, found in names such as attn/q_einsum/w and mlp/linear.
-    # exact_anchor: average the products of the adapters, not the adapters.
-    lora=dict(rank=0, alpha=16.0, targets='attn|mlp', exact_anchor=False),
+    lora=dict(
+      rank=0,
+      alpha=16.0,
+      targets='attn|mlp',
+      # A peft adapter that training starts from; '' = one that changes nothing.
+      weights='',
+      exact_anchor=False,  # average the products of the adapters, not these
+    ),
   )
   # BOS and the first four pieces of a sentence; see data.encoder.
   config.prompt = dict(kind='opening', length=5)
@@ -98,12 +121,11 @@ def get_config(argument: str = 'algorithm=jbond') -> ml_collections.ConfigDict:
     min_count=2,  # texts that an n-gram must be in
     alphas=(0.25, 0.5, 1.0, 2.0),  # ridge penalties to choose from
   )
-  config.reward = dict(
-    function='bond_jax.rewards:ridge',
-    args=dict(path='{reference}/reward/model.npz'),
+  config.reward = reward(
+    'bond_jax.rewards.ridge:ridge', path='{reference}/reward/model.npz'
   )
-  # A judge that nothing is trained on.
-  config.gold = dict(function='bond_jax.rewards:vader', args=dict())
+  # A reward that nothing is trained on.
+  config.gold = dict(function='bond_jax.rewards.text:vader', args=dict())
 
   config.algorithm = dict(
     name=name,  # a file in bond_jax/algorithms; unknown ones are refused

@@ -76,7 +76,9 @@ def get_config(argument: str = 'algorithm=jbond') -> ml_collections.ConfigDict:
     dtype='float32',
     scan=False,
     remat=False,
-    lora=dict(rank=0, alpha=16.0, targets='attn|mlp', exact_anchor=False),
+    lora=dict(
+      rank=0, alpha=16.0, targets='attn|mlp', weights='', exact_anchor=False
+    ),
   )
   # An unknown name is refused with the list of those there are.
   config.algorithm = dict(name=name, args=args)

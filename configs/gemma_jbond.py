@@ -16,6 +16,8 @@ prompts nor reward model nor the number of steps, so these have no default:
 import ml_collections
 from ml_collections import config_dict
 
+from configs import demo
+
 
 def get_config(
   name: str, *, vocab_size: int, learning_rate: float, lora_rank: int
@@ -48,6 +50,7 @@ def get_config(
       rank=lora_rank,
       alpha=float(lora_rank),
       targets='attn|mlp',
+      weights='',  # a peft adapter that training starts from; '' = none
       exact_anchor=False,  # average the products of the adapters; see lora.py
     ),
   )
@@ -55,8 +58,8 @@ def get_config(
   config.prompt = dict(kind='turn', length=512)
   config.length = 512
   config.chunk = 128
-  config.reward = dict(function=unset(), args=dict())
-  # A judge that nothing is trained on; it may be the reward again.
+  config.reward = demo.reward(unset())
+  # One that nothing is trained on; it may be the reward again.
   config.gold = dict(function=unset(), args=dict())
   config.algorithm = dict(
     name='jbond',

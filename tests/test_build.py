@@ -75,7 +75,7 @@ def test_the_toy_passes(config):
     ('reward.function', 'no_such_module:f', "cannot import 'no_such_module'"),
     ('reward.function', 'toy:prize', "'toy' has no function 'prize'"),
     ('reward.args.scale', 3, "toy:reward: .*'scale'.* allowed are path, fuse"),
-    ('gold.args.x', 3, 'rewards:vader: .* allowed are none'),
+    ('gold.args.x', 3, 'rewards.text:vader: .* allowed are none'),
   ],
 )
 def test_a_wrong_setting_is_said_before_anything_is_written(

@@ -46,7 +46,7 @@ def test_a_completion_finds_its_reward():
   junk = np.where(mask, tokens, 2)[drawn]  # after the end
   found = enumerable.lookup(table, tokens, mask, 4)(
     prompts, Rollout(junk, mask[drawn], None)
-  )
+  ).value
   assert found.dtype == np.float32
   x = np.arange(6)[:, None] % 3
   np.testing.assert_array_equal(found, table[x, drawn])

@@ -1,5 +1,6 @@
 """The last stage: what it draws, what it writes, and what it refuses."""
 
+import functools
 import json
 import os
 import re
@@ -76,11 +77,10 @@ def test_prompts_are_openings_of_the_test_split(config):
 
 def test_scores_belong_to_the_texts_beside_them(config):
   rows = completions(toy.finished())[::17]
-  for key, section in (('reward', config.reward), ('vader', config.gold)):
+  for key, section in (('reward', config.reward), ('gold', config.gold)):
     judge = build.make_reward(config, section, toy.finished())
-    again = judge(
-      [r['prompt'] for r in rows], [[r['completion']] for r in rows]
-    )
+    texts = [[r['completion']] for r in rows]
+    again = judge([r['prompt'] for r in rows], texts, toy.context(texts))
     np.testing.assert_allclose([r[key] for r in rows], again[:, 0], rtol=1e-5)
 
 
@@ -136,14 +136,16 @@ def test_records_of_a_side(config, tmp_path, who, own, other):
     part = stream[:, first : first + num]
     return Rollout(completion, mask, None), part, -part
 
-  judge = lambda prompts, completions: np.array(
+  judge = lambda prompts, completions, context: np.array(
     [[len(c) for c in row] for row in completions]
   )
+  data_rows = [{'text': str(i)} for i in range(10)]
+  read = functools.partial(build.texts, config, tokenizer, data_rows)
   with metrics.Writer(str(tmp_path), 'x', 3) as writer:
     rows = list(
       evaluate.records(
-        draw, {'reward': judge}, tokenizer, prompts, who=who, count=3,
-        at_once=2, writer=writer, done=0,
+        draw, read, {'reward': judge}, prompts, who=who, count=3,
+        at_once=2, stop_ids=tokenizer.stop_ids, writer=writer, done=0,
       )
     )  # fmt: skip
   assert asked == [(0, 2), (2, 1)]

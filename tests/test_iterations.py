@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -10,11 +11,11 @@ import numpy as np
 import pytest
 import toy
 
-from bond_jax import build, sharding, train
+from bond_jax import build, scoring, sharding, train
 from bond_jax import step as step_lib
 from bond_jax.algorithms import best_of_n
 from bond_jax.errors import UserError
-from bond_jax.types import Frozen, TrainState
+from bond_jax.types import Frozen, Prompts, TrainState
 
 ROLLOUTS, EPOCHS, STEPS = 2, 2, 8
 Call = collections.namedtuple('Call', 'name state batch out')
@@ -96,7 +97,7 @@ def of(calls, name):
 
 
 def test_the_order_of_an_iteration(finished):
-  drawn = ['rollout', 'weigh'] * ROLLOUTS
+  drawn = ['rollout'] * ROLLOUTS + ['weigh'] * ROLLOUTS
   expected = drawn + ['update'] * ROLLOUTS * EPOCHS + ['move_anchor']
   for calls in finished[1]:
     assert [call.name for call in calls] == expected
@@ -197,7 +198,13 @@ def test_a_run_of_half_iterations_is_refused(name, value):
     build.check(config)
 
 
-def dry_run(key, rollouts, epochs, step=0):
+ONE_SCORED = scoring.Scored(np.zeros(1), np.ones(1, np.float32), {})
+
+
+def dry_run(
+  key, rollouts, epochs, step=0, reward=lambda *_: ONE_SCORED,
+  on_rollout=lambda index: None,
+):  # fmt: skip
   """The names of the calls of one iteration, and which batch each update saw.
 
   The programs do nothing but count.
@@ -206,6 +213,7 @@ def dry_run(key, rollouts, epochs, step=0):
 
   def rollout(state, frozen, prompts, key, index):
     called.append(('rollout', index))
+    on_rollout(index)
     return np.zeros(())
 
   def weigh(state, frozen, prompts, *_):
@@ -224,8 +232,8 @@ def dry_run(key, rollouts, epochs, step=0):
     None,
     None,
     (),
-    iter([jnp.zeros(1)] * rollouts),
-    lambda *_: np.zeros(1),
+    iter([Prompts(*[np.zeros(1, np.float32)] * 4)] * rollouts),
+    reward,
     None,
   )
   setup = step_lib.Setup(*(None,) * 5, rollouts, epochs, 1, 1)
@@ -239,6 +247,7 @@ def dry_run(key, rollouts, epochs, step=0):
     key,
     sharding.make_mesh(1, 1),
     lambda name: contextlib.nullcontext(),
+    scoring.worker(),
   )
   assert len(list(steps)) == rollouts * epochs
   return called, [batch for name, batch in called if name == 'update']
@@ -247,6 +256,22 @@ def dry_run(key, rollouts, epochs, step=0):
 def test_one_rollout_and_one_epoch_are_the_plain_loop():
   called, _ = dry_run(jax.random.key(0), 1, 1)
   assert called == [('rollout', 0), ('update', 0), ('move_anchor', None)]
+
+
+def test_rewards_are_given_while_the_next_batch_is_drawn():
+  """Each call waits for the next draw, the last for none."""
+  begun = [threading.Event() for _ in range(4)]
+  waited = []
+
+  def reward(*_):
+    waited.append(begun[min(len(waited) + 1, 3)].wait(timeout=30))
+    return ONE_SCORED
+
+  called, _ = dry_run(
+    jax.random.key(0), 4, 1, reward=reward, on_rollout=lambda i: begun[i].set()
+  )
+  assert waited == [True] * 4
+  assert [i for name, i in called if name == 'rollout'] == [0, 1, 2, 3]
 
 
 def test_the_order_depends_on_key_step_and_epoch():

@@ -1,85 +1,30 @@
-"""LoRA: a model of merged weights, a base that never changes, two anchors."""
+"""LoRA: a model of merged weights, what is drawn, the average of products."""
 
-import contextlib
 import dataclasses
 import functools
-import itertools
 
 from conftest import random_params, TINY
 from flax import traverse_util
 import jax
 import jax.numpy as jnp
+from low_rank import (
+  close,
+  FAMILIES,
+  merged_by_hand,
+  MODEL,
+  random_adapters,
+  RANK,
+  SETTINGS,
+  shapes_of,
+)
 import numpy as np
 import optax
 import oracle
 import pytest
 
-from bond_jax import anchors, build, sharding, train
-from bond_jax import step as step_lib
-from bond_jax.algorithms import bond, jbond
+from bond_jax import anchors, sharding
 from bond_jax.errors import UserError
 from bond_jax.models import gemma, lora
-from bond_jax.types import Frozen, Prompts, Rollout
-
-RANK, SCALE = 3, 0.7
-SETTINGS = dict(rank=RANK, alpha=RANK * SCALE, targets='.*')
-MODEL = dict(temperature=1.0, dtype='float32', scan=False, remat=False)
-
-
-def config_of(name, **sizes):
-  return dataclasses.replace(TINY[name], lora_scale=SCALE, **sizes)
-
-
-# Of every family few layers: one of a full pattern, and one that is left over.
-FAMILIES = {
-  'gemma3': config_of('gemma3', layers=3, pattern=('local', 'global')),
-  **{name: config_of(name) for name in TINY if name != 'gemma3'},
-}
-
-# A B of each weight, spelt out; `f` comes first where the gates are transposed.
-PRODUCTS = {
-  'q_einsum': '...dr,...rnh->...ndh',
-  'kv_einsum': '...cdr,...crkh->...ckdh',
-  'qkv_einsum': '...cdr,...crkh->...ckdh',
-  'attn_vec_einsum': '...nhr,...rd->...nhd',
-  'linear': '...fr,...rd->...fd',
-}
-
-
-def shapes_of(config, rank=RANK, targets='.*'):
-  init = functools.partial(lora.init, config, rank=rank, targets=targets)
-  return jax.eval_shape(init, jax.random.key(0))
-
-
-def random_adapters(config, seed=1):
-  """Adapters of which none is zero."""
-  rng = np.random.default_rng(seed)
-  return jax.tree.map(
-    lambda x: (0.4 * rng.standard_normal(x.shape)).astype(np.float32),
-    shapes_of(config),
-  )
-
-
-def merged_by_hand(config, params, adapters):
-  """W + scale A B in float64, weight by weight; all weights must have one."""
-  flat = traverse_util.flatten_dict(params, sep='/')
-  small = traverse_util.flatten_dict(adapters, sep='/')
-  gates = 'fd' if config.gating_transposed else 'df'
-  products = {**PRODUCTS, 'gating_einsum': f'...cdr,...crf->...c{gates}'}
-  for name, w in flat.items():
-    kind = name.removesuffix('/w').rsplit('/', 1)[-1]
-    if kind in products:
-      stem = name[:-1] if name.endswith('/w') else f'{name}_'
-      a, b = (np.float64(small.pop(f'{stem}lora_{x}')) for x in 'ab')
-      flat[name] = w + SCALE * np.einsum(products[kind], a, b)
-  assert not small
-  return traverse_util.unflatten_dict(flat, sep='/')
-
-
-def close(a, b, **tolerance):
-  f = functools.partial(np.testing.assert_allclose, **tolerance)
-  jax.tree.map(f, jax.device_get(a), jax.device_get(b))
-
 
 # -- the model ----------------------------------------------------------------
 
@@ -389,195 +334,3 @@ def test_the_average_of_products_is_exact_and_that_of_factors_is_not(x64):
     layer['mlp']['gating_einsum'],
     layer['mlp']['linear'],
   ) > 0.05  # fmt: skip
-
-
-# -- the step -----------------------------------------------------------------
-
-STOPS, BATCH, RATE = (1, 4, 8), 8, 0.05
-# One layer, yet a stacked one.
-ONE = dataclasses.replace(TINY['gemma1_multi_query'], layers=1)
-
-
-def make_setup(algorithm=None):
-  return step_lib.Setup(
-    policy=lora.make(ONE, **SETTINGS, **MODEL),
-    algorithm=algorithm
-    or jbond.make(
-      num_anchor=2, backward_weight=0.5, anchor_rate=RATE, drift_weight=0.3
-    ),
-    optimizer=optax.sgd(0.5),
-    length=5,
-    stop_ids=STOPS,
-    rollouts=1,
-    epochs=1,
-    micro_batches=2,
-    chunk=3,
-  )
-
-
-def make_frozen(setup, mesh):
-  """Fresh adapters over a bfloat16 base, in their shards."""
-  base = jax.tree.map(
-    lambda x: jnp.asarray(x, jnp.bfloat16), random_params(ONE, 0)
-  )
-  key = jax.random.key(1)
-  shards = sharding.tree_shardings(jax.eval_shape(setup.policy.init, key), mesh)
-  return Frozen(
-    reference=jax.jit(setup.policy.init, out_shardings=shards)(key),
-    base=jax.device_put(base, sharding.tree_shardings(base, mesh)),
-  )
-
-
-def batches():
-  rng = np.random.default_rng(0)
-  while True:
-    mask = np.arange(4)[None] >= rng.integers(0, 4, BATCH)[:, None]
-    yield Prompts(
-      rng.integers(2, 13, mask.shape),
-      mask,
-      np.arange(BATCH, dtype=np.int32),
-      np.ones(BATCH, np.float32),
-    )
-
-
-def run(mesh, steps=3):
-  """The loop of the train stage: tokens drawn, metrics, states, the base."""
-  setup, tokens, rows, states = make_setup(), [], [], []
-  frozen = make_frozen(setup, mesh)
-
-  def reward(prompts, drawn):
-    tokens.append(drawn.completion)
-    weight = np.sin(1 + np.arange(drawn.completion.shape[-1]))
-    return (np.cos(drawn.completion) * drawn.mask @ weight).astype(np.float32)
-
-  task = build.Task(
-      policy=setup.policy, frozen=frozen, stop_ids=STOPS,
-      batches=batches(), reward=reward, make_probe=None,
-  )  # fmt: skip
-  state = train.init_state(setup, frozen, mesh)
-  programs = train.make_programs(setup, mesh, state)
-  states.append(jax.device_get(state))
-  key = jax.random.key(7)
-  for _ in range(steps):
-    ((state, row),) = train.run_iteration(
-        programs, setup, task, state, frozen, key, key, mesh,
-        lambda name: contextlib.nullcontext(),
-    )  # fmt: skip
-    rows.append(row)
-    states.append(jax.device_get(state))
-  assert programs.update._cache_size() == 1
-  return tokens, rows, states, frozen, state
-
-
-@pytest.fixture(scope='module')
-def one_device():
-  return run(sharding.make_mesh(1, 1))
-
-
-def test_training_moves_adapters_and_nothing_else(one_device):
-  _, rows, states, frozen, _ = one_device
-  first, *_, last = states
-  reference = jax.device_get(frozen.reference)
-  structure = jax.tree.structure(reference)
-  close(first.params, reference, rtol=0, atol=0)
-  close(first.anchor, reference, rtol=0, atol=0)
-  for tree in (last.params, last.anchor):
-    assert jax.tree.structure(tree) == structure
-    assert {x.dtype for x in jax.tree.leaves(tree)} == {np.dtype('float32')}
-    for a, b in zip(
-      jax.tree.leaves(tree), jax.tree.leaves(reference), strict=True
-    ):
-      assert (a != b).mean() > 0.5
-  for before, after in itertools.pairwise(states):
-    expected = jax.tree.map(
-      lambda a, p: (1 - RATE) * a + RATE * p, before.anchor, after.params
-    )
-    close(after.anchor, expected, rtol=1e-5, atol=1e-7)
-  jax.tree.map(
-    lambda x, y: np.testing.assert_array_equal(
-      np.asarray(x), np.asarray(y).astype(x.dtype)
-    ),
-    frozen.base,
-    random_params(ONE, 0),
-  )
-  assert rows[0]['sampler_gap'] < 1e-4
-  assert rows[0]['kl/policy_anchor'] == pytest.approx(0, abs=1e-5)
-  assert rows[-1]['kl/policy_anchor'] != pytest.approx(0, abs=1e-5)
-  assert 0 < rows[-1]['anchor/drift'] < 1
-
-
-def test_eight_devices_are_one(one_device):
-  tokens, _, states, *_ = one_device
-  tokens8, _, states8, frozen, state = run(sharding.make_mesh(4, 2))
-  for one, eight in zip(tokens, tokens8, strict=True):
-    np.testing.assert_array_equal(eight, one)
-  close(states8, states, rtol=1e-4, atol=1e-6)
-  (layer,) = state.params['stacked_layers'].values()
-  linear = layer['mlp']['linear_lora_a']
-  assert linear.sharding.shard_shape(linear.shape) == (1, 12, 3)
-  linear = frozen.base['stacked_layers']['attention_type_0']['mlp']['linear']
-  assert linear.sharding.shard_shape(linear.shape) == (1, 12, 4)
-
-
-def test_an_exact_anchor_follows_the_products():
-  """It starts at the reference and moves by the rate, in the weights."""
-  config = dataclasses.replace(ONE, lora_scale=SCALE)
-  setup = make_setup()
-  rule = setup.algorithm.anchor._replace(
-    view=functools.partial(lora.dense, config)
-  )
-  setup = setup._replace(algorithm=setup.algorithm._replace(anchor=rule))
-  base, adapters = random_params(ONE, 0), random_adapters(ONE)
-
-  @jax.jit
-  def move(frozen, adapters):
-    before = step_lib.init_state(setup, frozen)
-    moved = before._replace(params=adapters)
-    after, metrics = step_lib.move_anchor(setup, moved, frozen)
-    return before, after, metrics, lora.merge(config, base, after.anchor)
-
-  fresh = jax.tree.map(np.copy, adapters)
-  for path, x in traverse_util.flatten_dict(fresh).items():
-    if path[-1].endswith('lora_b'):
-      x[:] = 0
-  frozen = Frozen(fresh, base)
-  before, after, metrics, merged = move(frozen, adapters)
-  assert not any(x.any() for x in jax.tree.leaves(before.anchor))
-  full = merged_by_hand(config, base, adapters)
-  moved = jax.tree.map(lambda w, x: RATE * (x - w), base, full)
-  expected = jax.tree.map(np.add, base, moved)
-  close(merged, expected, rtol=1e-6, atol=1e-6)
-  drift = optax.tree.norm(moved) / optax.tree.norm(base)
-  np.testing.assert_allclose(metrics['anchor/drift'], drift, rtol=1e-4)
-  drawn = jax.eval_shape(
-      functools.partial(step_lib.rollout, setup, index=0),
-      after, frozen, next(batches()), jax.random.key(0),
-  )  # fmt: skip
-  assert drawn.completion.shape == (BATCH, 3, 5)
-
-
-def test_a_learned_quantile_is_adapters_too():
-  algorithm = bond.make(
-      n=2, backward_weight=0.5, drift_weight=0.0, num_policy=1,
-      quantile='learned', num_quantile=2, zero='half', second_term=False,
-      anchor='fixed',
-  )  # fmt: skip
-  setup = make_setup(algorithm)
-  reference = shapes_of(ONE)
-
-  def step(frozen):
-    state = step_lib.init_state(setup, frozen)
-    reward = jnp.zeros((BATCH, algorithm.num_policy + algorithm.num_anchor))
-    tokens = jnp.zeros((*reward.shape, 5), jnp.int32)
-    drawn = Rollout(tokens, tokens == 0, jnp.zeros(tokens.shape))
-    batch, _ = step_lib.weigh(
-      setup, state, frozen, next(batches()), drawn, reward
-    )
-    return step_lib.update(setup, state, frozen, batch)
-
-  base = jax.eval_shape(lambda: gemma.init(ONE, jax.random.key(0)))
-  state, metrics = jax.eval_shape(step, Frozen(reference, base))
-  model = state.aux['params']['model']
-  assert jax.tree.structure(model) == jax.tree.structure(reference)
-  assert state.aux['params']['scalar_head']['w'].shape == (ONE.features,)
-  assert 'quantile/loss' in metrics and state.anchor == {}

@@ -252,7 +252,7 @@ def best_of_n_records(n, prompts=200, size=64, levels=None):
         ratio = log_ratio[x, a] if who == 'policy' else 0.0
         rows.append({
             'id': x, 'prompt': 'p', 'completion': 'a b', 'who': who,
-            'reward': float(rewards[x, a]), 'vader': -float(rewards[x, a]),
+            'reward': float(rewards[x, a]), 'gold': -float(rewards[x, a]),
             'log_policy': float(ratio) - 9.0, 'log_reference': -9.0,
             'length': 2 + a % 3, 'truncated': a == 0,
         })  # fmt: skip

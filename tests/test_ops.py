@@ -30,6 +30,18 @@ def leave_one_out(x, w):
   return out
 
 
+def test_borda_is_how_often_each_beats_the_others():
+  win = np.full((2, 3, 3), 0.5, np.float32)
+  win[0] += np.array([[0, 0.5, 0.25], [-0.5, 0, 0.5], [-0.25, -0.5, 0]])
+  expected = [[(1 + 0.75) / 2, (0 + 1) / 2, (0.25 + 0) / 2], [0.5] * 3]
+  np.testing.assert_array_equal(ops.borda(jnp.asarray(win)), expected)
+  # Of a reward: the order, ties included.
+  reward = jnp.array([3.0, -1.0, 3.0, 7.0])
+  borda = ops.borda(ops.win_matrix(reward))
+  np.testing.assert_allclose(borda, np.array([1.5, 0, 1.5, 3]) / 3, rtol=1e-6)
+  assert ops.borda(jnp.full((1, 1), 0.5)) == 0.5
+
+
 def test_leave_one_out_mean_is_the_weighted_mean_of_the_others():
   rng = np.random.default_rng(0)
   x = rng.standard_normal((5, 3)).astype(np.float32)

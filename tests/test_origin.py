@@ -39,7 +39,7 @@ def gemma_config(folder='', rank=0):
   config.weights = f'{folder}/weights'
   config.tokenizer.path = f'{folder}/tokenizer.model'
   config.data.name = f'{toy.folder()}/{{split}}.jsonl'
-  config.reward.function = config.gold.function = 'bond_jax.rewards:vader'
+  config.reward.function = config.gold.function = 'bond_jax.rewards.text:vader'
   config.prompt.length, config.length, config.chunk = 64, 4, 4
   config.train.update(
       dict(steps=2, batch=8, micro_batches=1, save_every=1, probe_prompts=8,
@@ -96,8 +96,10 @@ def test_a_run_from_weights(release, tmp_path, rank, exact, devices):
   assert summary['steps'] == 2 and 'sft_validation_loss' not in summary
   with open(os.path.join(workdir, 'completions.jsonl')) as f:
     rows = [json.loads(line) for line in f]
-  # The prompt as the reward sees it: the words of the turns.
-  assert all(row['prompt'].startswith('user\n') for row in rows)
+  # The prompt as the reward sees it: the user's words.
+  with open(config.data.name.replace('{split}', 'test')) as f:
+    said = [json.loads(line)['text'] for line in f]
+  assert all(row['prompt'] == said[row['id']] for row in rows)
   assert os.path.exists(os.path.join(workdir, 'report.html'))
 
 
@@ -115,7 +117,9 @@ def test_a_conversation_with_released_weights(release, tmp_path, capsys):
   tokenizer, draw = sample.make_draw(config, str(tmp_path), 'reference')
   messages = [{'role': 'user', 'content': 'the film'}]
   pieces = test_tokenizer.tokenizer.chat(tokenizer, messages, system=False)
-  text = draw(pieces, 3, 7)
+  row = {'messages': messages}
+  said, (text,), context = draw(row, pieces, 3, 7)
+  assert said == ['the film'] and context.rows == [row] and context.turns
   sample.talk(
       config, str(tmp_path), prompt='the film', n=3, best=False,
       checkpoint='reference', seed=7,

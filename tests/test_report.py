@@ -23,7 +23,7 @@ def records():
             'prompt': f'opening {x} {EVIL}',
             'completion': f' {who} {a} {EVIL}',
             'reward': float(rng.normal() + shift),
-            'vader': float(rng.normal() + shift),
+            'gold': float(rng.normal() + shift),
             'log_policy': -20.0 + shift,
             'log_reference': -20.0,
             'who': who,

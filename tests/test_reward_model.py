@@ -7,8 +7,9 @@ import ml_collections
 import numpy as np
 import pytest
 
-from bond_jax import command, reward_model, rewards
+from bond_jax import command, reward_model
 from bond_jax.errors import UserError
+from bond_jax.rewards import ridge
 
 WORDS = {'great': 2.5, 'fine': 1.0, 'odd': -0.5, 'dull': -1.5, 'awful': -3.0}
 WHATS = ('film', 'music', 'ending', 'plot', 'cast', 'script', 'sound', 'light')
@@ -58,9 +59,9 @@ def test_learns_ratings_that_it_has_not_seen(config, tmp_path, capsys):
     'model.npz',
     'summary.json',
   ]
-  reward = rewards.ridge(os.path.join(workdir, 'reward', 'model.npz'))
+  model = ridge.read(os.path.join(workdir, 'reward', 'model.npz'))
   test = _rows('test')
-  got = reward([''] * len(test), [[r['text']] for r in test])[:, 0]
+  got = ridge.predict(model, [r['text'] for r in test])
   ratings = [r['rating'] for r in test]
   np.testing.assert_allclose(
     np.corrcoef(got, ratings)[0, 1], summary['test_pearson'], rtol=1e-12

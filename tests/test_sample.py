@@ -6,7 +6,7 @@ import pytest
 import test_tokenizer
 import toy
 
-from bond_jax import build, rewards, sample
+from bond_jax import build, sample, scoring
 from bond_jax.errors import UserError
 
 
@@ -70,7 +70,8 @@ def test_the_checkpoint_that_is_asked_for(config, ask):
 def test_the_best_has_the_highest_reward(config, ask):
   texts = numbered(ask(config, toy.finished(), prompt='the film', n=8))
   reward = build.make_reward(config, config.reward, toy.finished())
-  values = rewards.call(reward, ['the film'], [texts])[0]
+  context = toy.context([texts])
+  values = scoring.call(reward, ['the film'], [texts], context)[0][0]
   out = ask(config, toy.finished(), prompt='the film', n=8, best=True)
   best = int(values.argmax())
   assert out.startswith(f'[{best + 1} of 8, reward {values[best]:.4g}, mean')
@@ -87,19 +88,20 @@ def test_a_conversation_goes_on(config, ask, monkeypatch):
   seen = []
   tokenizer = test_tokenizer.with_turns()
 
-  def draw(pieces, n, seed):
-    seen.append((pieces, seed))
-    return [f'answer {len(seen)}']
+  def draw(row, pieces, n, seed):
+    seen.append((pieces, seed, row))
+    return [row['messages'][-1]['content']], [[f'answer {len(seen)}']], None
 
   monkeypatch.setattr(sample, 'make_draw', lambda *args: (tokenizer, draw))
   out = ask(config, '', 'hello', 'and?', '', 'never said', seed=5)
   assert 'answer 1\n' in out and 'answer 2\n' in out
-  assert [seed for _, seed in seen] == [5, 6]
+  assert [seed for _, seed, _ in seen] == [5, 6]
   messages = [
     {'role': 'user', 'content': 'hello'},
     {'role': 'assistant', 'content': 'answer 1'},
     {'role': 'user', 'content': 'and?'},
   ]
+  assert [row['messages'] for _, _, row in seen] == [messages[:1], messages]
   chat = test_tokenizer.tokenizer.chat
   assert seen[1][0] == chat(tokenizer, messages, system=False)
   assert seen[0][0] == chat(tokenizer, messages[:1], system=False)

@@ -1,5 +1,6 @@
 """The third stage as a whole: what goes wrong in it, and what it survives."""
 
+import functools
 import json
 import os
 
@@ -8,9 +9,10 @@ import numpy as np
 import pytest
 import toy
 
-from bond_jax import build, checkpoint, text_task, train
+from bond_jax import build, checkpoint, scoring, text_task, train
 from bond_jax.errors import UserError
 from bond_jax.types import TrainState
+from configs import demo
 
 # The reward's call at step 5: the probe's reference, five steps, one save.
 CALL_OF_STEP_5 = 7
@@ -82,7 +84,7 @@ BAD = """
 import numpy as np
 
 def reward(kind):
-  def bad(prompts, completions):
+  def bad(prompts, completions, context):
     n, k = len(prompts), len(completions[0])
     return {
         'nan': np.full((n, k), np.nan),
@@ -107,7 +109,7 @@ def test_a_bad_reward_is_one_line(
   (tmp_path / 'bad_rewards.py').write_text(BAD)
   monkeypatch.syspath_prepend(str(tmp_path))
   with config.unlocked():
-    config.reward = dict(function='bad_rewards:reward', args=dict(kind=kind))
+    config.reward = demo.reward('bad_rewards:reward', kind=kind)
   toy.before('train', workdir, config)
   before = toy.listing(workdir)
   with pytest.raises(UserError, match=says) as e:
@@ -179,8 +181,13 @@ def test_the_probe_draws_the_two_sides_apart():
     rewards = np.random.default_rng(stream).random((4, 8))
     return rewards + params, np.zeros((4, 8))
 
-  reward_of = lambda prompts, drawn: drawn
-  probe = text_task.probe_of(draw, reward_of, None, 0.0)
+  texts = [[''] * 8] * 4
+  read = lambda drawn: ([''] * 4, texts, toy.context(texts, rows=drawn))
+  reward = lambda prompts, completions, context: context.rows
+  score = functools.partial(
+    scoring.score, **build.reward_rules(demo.reward('none'))
+  )
+  probe = text_task.probe_of(draw, reward, score, read, None, 0.0)
   assert probe(0.0)['win_rate/reference'] != 0.5
   assert probe(2.0)['win_rate/reference'] == 1
 

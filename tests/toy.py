@@ -26,8 +26,9 @@ import ml_collections
 import numpy as np
 import orbax.checkpoint as ocp
 
-from bond_jax import rewards
 from bond_jax.models import gemma
+from bond_jax.rewards.ridge import ridge
+from bond_jax.types import Context
 
 TESTS = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(TESTS)
@@ -105,14 +106,24 @@ def get_config(folder: str) -> ml_collections.ConfigDict:
 
 def reward(path: str, fuse: str):
   """The ridge reward, and a fuse; see `light`."""
-  ridge = rewards.ridge(path)
+  rating = ridge(path)
 
-  def toy_reward(prompts, completions):
+  def toy_reward(prompts, completions, context):
     if os.path.exists(fuse):
       _burn(fuse)
-    return ridge(prompts, completions)
+    return rating(prompts, completions, context)
 
   return toy_reward
+
+
+def context(completions, rows=None, turns=False) -> Context:
+  """Of texts that nobody drew: a token per character, none cut."""
+  return Context(
+    rows=[{} for _ in completions] if rows is None else rows,
+    tokens=[[list(y.encode()) for y in ys] for ys in completions],
+    finished=np.ones((len(completions), len(completions[0])), bool),
+    turns=turns,
+  )
 
 
 def light(workdir: str, calls: int, how: str) -> None:

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import sentencepiece
 
-from bond_jax import hf, hf_export, sharding, stacks
+from bond_jax import hf, hf_adapter, hf_export, sharding, stacks
 from bond_jax import tokenizer as tokenizer_lib
 from bond_jax.errors import UserError
 from bond_jax.models import gemma, lora
@@ -301,7 +301,7 @@ def test_adapters_in_peft_and_merged(tmp_path, name):
   base, low, whole = (str(tmp_path / x) for x in ('base', 'low', 'whole'))
   hf_export.export(params, config, base, dtype='float32')
   hf_export.export(params, config, whole, dtype='float32', lora=adapters)
-  hf_export.export_adapter(adapters, config, low, base=base)
+  hf_adapter.export_adapter(adapters, config, low, base=base)
   tokens = tokens_of(2, 20)
   ours = logits(config, lora.join(params, adapters), tokens)
   plain = theirs(load(base), tokens)
@@ -322,13 +322,80 @@ def test_an_adapter_of_a_model_that_sees_images(tmp_path):
   config = dataclasses.replace(config, lora_scale=0.5)
   params = hf.load(base, config, shards(config))
   adapters = adapters_of(config)
-  hf_export.export_adapter(adapters, config, low, base=base)
+  hf_adapter.export_adapter(adapters, config, low, base=base)
   model = load(base, transformers.Gemma3ForConditionalGeneration)
   adapted = peft.PeftModel.from_pretrained(model, low)
   names = [k for k, _ in adapted.named_parameters() if 'lora_' in k]
   assert len(names) == 14 * config.layers
   assert all('language_model' in k for k in names)
   tokens = tokens_of(2, 20)
+  ours = logits(config, lora.join(params, adapters), tokens)
+  close(ours, theirs(adapted, tokens)[..., :64])
+
+
+def train_by_hand(model, modules, folder):
+  """Saves an adapter that peft has made, neither half of it zero."""
+  adapted = peft.get_peft_model(
+    model,
+    peft.LoraConfig(
+      r=4, lora_alpha=6, target_modules=modules, task_type='CAUSAL_LM'
+    ),
+  ).eval()
+  torch.manual_seed(5)
+  for name, x in adapted.named_parameters():
+    if 'lora_' in name:
+      torch.nn.init.normal_(x, std=0.2)
+  adapted.save_pretrained(folder)
+  return adapted
+
+
+def adapter_of(config, targets, folder):
+  shapes = jax.eval_shape(
+    lambda: lora.init(config, jax.random.key(0), rank=4, targets=targets)
+  )
+  like = sharding.tree_structs(shapes, sharding.make_mesh(data=4, model=2))
+  return hf_adapter.load_adapter(folder, config, like)
+
+
+SOME = 'q_proj o_proj down_proj'
+ALL = f'{SOME} k_proj v_proj gate_proj up_proj'
+
+
+@pytest.mark.parametrize(
+  'name, modules, targets',
+  [
+    ('gemma3', SOME, 'attn/q|attn_vec|linear'),
+    ('gemma3', ALL, 'attn|mlp'),
+    ('gemma2', ALL, 'attn|mlp'),
+    ('gemma1_multi_head', ALL, 'attn|mlp'),
+  ],
+)
+def test_an_adapter_that_peft_has_saved(tmp_path, name, modules, targets):
+  """Keys and values, gate and up, each with an A of its own."""
+  config = dataclasses.replace(CONFIGS[name], lora_scale=1.5)
+  base, low = str(tmp_path / 'base'), str(tmp_path / 'low')
+  hf_export.export(params_of(name), config, base, dtype='float32')
+  tokens = tokens_of(2, 20)
+  plain = theirs(load(base), tokens)
+  adapted = train_by_hand(load(base), modules.split(), low)
+  other = theirs(adapted, tokens)
+  assert np.abs(other - plain).max() > 0.1 * np.abs(plain).max()
+  adapters = adapter_of(config, targets, low)
+  close(logits(config, lora.join(params_of(name), adapters), tokens), other)
+
+
+def test_an_adapter_that_adapts_an_image_encoder_too(tmp_path):
+  """As one does that names modules: the text model's part is read."""
+  base, low = str(tmp_path / 'base'), str(tmp_path / 'low')
+  config, _ = sees_images(base)
+  config = dataclasses.replace(config, lora_scale=1.5)
+  params = hf.load(base, config, shards(config))
+  model = load(base, transformers.Gemma3ForConditionalGeneration)
+  adapted = train_by_hand(model, ['q_proj', 'k_proj', 'v_proj'], low)
+  names = [k for k, _ in adapted.named_parameters() if 'lora_' in k]
+  assert any('vision_tower' in k for k in names)
+  tokens = tokens_of(2, 20)
+  adapters = adapter_of(config, 'attn/(q|kv)_', low)
   ours = logits(config, lora.join(params, adapters), tokens)
   close(ours, theirs(adapted, tokens)[..., :64])
 
@@ -349,7 +416,7 @@ TALK = [
 def vocabulary(folder, turns=True):
   """A SentencePiece model of Gemma's kind: bytes, digits, turns."""
   model = io.BytesIO()
-  symbols = ['<mask>', tokenizer_lib.START, tokenizer_lib.END, '\n', '\n\n']
+  symbols = ['<mask>', *tokenizer_lib.TURNS[0], '\n', '\n\n']
   sentencepiece.SentencePieceTrainer.train(
     sentence_iterator=iter([*TEXTS, 'user and model of a film'] * 4),
     model_writer=model, model_type='bpe', vocab_size=420 if turns else 64,
@@ -452,6 +519,7 @@ def test_a_repository_by_its_commit(tmp_path):
   hf_export.export(
     params_of('gemma3'), CONFIGS['gemma3'], str(folder), dtype='float32'
   )
+  (folder / 'adapter_config.json').write_text('{}')
   (folder / 'pytorch_model.bin').write_text('not needed')
   Hub.folder = str(folder)
   server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), Hub)
