@@ -97,14 +97,18 @@ def draw(curves: dict[str, Points], path: str) -> None:
   with mpl.rc_context(figures.style(look)):
     figure = Figure(figsize=(6.4, 4.2), layout='constrained')
     ax = figure.add_subplot()
-    for i, (label, found) in enumerate(curves.items()):
+    blue, orange, *_ = look['colours']
+    for label, found in curves.items():
       rate, _, efficiency = np.array(found).T
-      colour = look['colours'][i % len(look['colours'])]
-      dashes = ('-', '--', ':')[i // len(look['colours'])]
-      ax.plot(rate, efficiency, dashes, color=colour, label=label)
-    ax.set(xlabel='win rate against the reference', xlim=(0.6, 1.0),
-           ylabel='frontier efficiency', ylim=(0.2, 1.0))  # fmt: skip
-    ax.legend(ncols=2)
+      _, _, change = label.partition(', ')
+      dashes = {'rate / 3': ':', '2 x width': '--'}.get(change, '-')
+      colour, alpha = orange if label == SOLVED else look['ink'], 1.0
+      if batch := RUNS.get(label, (0, None, 0))[1]:
+        colour, alpha = blue, 0.25 * np.log2(batch / 32) / 2 + 0.12
+      ax.plot(rate, efficiency, dashes, color=colour, alpha=alpha, label=label)
+    ax.set(xlabel='win rate against the reference', xlim=(0.65, 0.97))
+    ax.set(ylabel='frontier efficiency', ylim=(0.5, 1.0))
+    ax.legend(ncols=2, loc='lower left')
     figure.savefig(path, dpi=160)
 
 
