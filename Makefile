@@ -69,12 +69,14 @@ demo: setup  ## sft, reward model, J-BOND and evaluation, into runs/demo
 test: venv  ## the core test suite; needs no network and no data
 	@$(PYTHON) -m pytest
 
+HF_TESTS := tests/parity/test_transformers.py tests/parity/test_rewards_hf.py
+
 test-parity: .venv-parity/.done  ## against the gemma library; own environment
 	@.venv-parity/bin/python -m pytest tests/parity \
-	  --ignore=tests/parity/test_transformers.py
+	  $(HF_TESTS:%=--ignore=%)
 
-test-hf: .venv-hf/.done  ## exports, read by transformers and peft; likewise
-	@.venv-hf/bin/python -m pytest tests/parity/test_transformers.py
+test-hf: .venv-hf/.done  ## with transformers and peft; likewise
+	@.venv-hf/bin/python -m pytest $(HF_TESTS)
 
 mutations: venv  ## break the code in every line of tests/mutations.txt
 	@$(PYTHON) tests/mutate.py

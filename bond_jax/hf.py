@@ -119,6 +119,7 @@ def resolve(path: str) -> str:
       allow_patterns=[
         'config.json', 'generation_config.json', 'adapter_config.json',
         INDEX, '*.safetensors', *TOKENIZER_FILES,
+        'vocab.*', 'merges.txt', '*.model',  # of tokenizers of other models
       ],
     )  # fmt: skip
   except Exception as e:

@@ -106,6 +106,8 @@ def call(
   name, shape = _name(reward), (len(prompts), len(completions[0]))
   try:
     values = reward(prompts, completions, context)
+  except UserError:
+    raise  # it says all there is to say
   except Exception as e:
     where = _first_that_raises(reward, prompts, completions, context)
     reason = ' '.join(f'{type(e).__name__}: {e}'.split())
@@ -199,10 +201,10 @@ def against(
   return wins
 
 
-def worker() -> Callable[..., futures.Future]:
-  """Returns submit(f, *args): one thread makes the calls, in turn.
+def worker(threads: int = 1) -> Callable[..., futures.Future]:
+  """Returns submit(f, *args): so many threads make the calls, in turn.
 
-  It does not keep the process alive as an executor's would: a call may hang.
+  They do not keep the process alive as an executor's would: a call may hang.
   """
   calls: queue.SimpleQueue = queue.SimpleQueue()
 
@@ -219,7 +221,8 @@ def worker() -> Callable[..., futures.Future]:
     calls.put((future, f, args))
     return future
 
-  threading.Thread(target=run, daemon=True).start()
+  for _ in range(threads):
+    threading.Thread(target=run, daemon=True).start()
   return submit
 
 

@@ -159,7 +159,9 @@ def test_answers_are_numbers_where_a_completion_marks_them():
   got = reward(['a', 'b'], texts, toy.context(texts, rows=rows))
   # A bare 7 is not marked as the answer; of two, the last counts.
   np.testing.assert_array_equal(got, [[1, 1, 1], [0, 0, 1]])
-  with pytest.raises(UserError, match="no number under 'answer' .*are text"):
+  with pytest.raises(
+    UserError, match="prompt 0 has no number under 'answer' .*fields text"
+  ):
     reward(['a'], [['1']], toy.context([['1']], rows=[{'text': 'a'}]))
   with pytest.raises(UserError, match='needs a group'):
     text.exact_answer(pattern='a')

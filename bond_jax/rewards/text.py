@@ -84,20 +84,20 @@ def exact_answer(key: str = 'answer', pattern: str = _MARKED) -> RewardFn:
     found = [m[1] for m in marked.finditer(text)]
     return _float(found[-1]) if found else None
 
-  def right(row) -> float:
+  def right(i: int, row) -> float:
     text = str(row.get(key, ''))
     numbers = _NUMBER.findall(text)
     if not numbers:
       raise UserError(
-        f'a row has no number under {key!r} ({text[:60]!r}); its fields are'
-        f' {", ".join(row)}; name the answer with reward.args.key.'
+        f'prompt {i} has no number under {key!r} ({text[:60]!r}); it has the'
+        f' fields {", ".join(row)}; name the answer with reward.args.key.'
       )
     value = given(text)
     return _float(numbers[-1]) if value is None else value
 
   def exact_answer_reward(prompts, completions, context):
     del prompts
-    answers = [right(row) for row in context.rows]
+    answers = [right(i, row) for i, row in enumerate(context.rows)]
     hits = [
       [given(y) == answer for y in ys]
       for answer, ys in zip(answers, completions, strict=True)

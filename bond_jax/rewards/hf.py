@@ -1,0 +1,350 @@
+"""Rewards that are Hugging Face sequence classifiers, run by torch.
+
+An optional extra, requirements-hf.txt: torch and transformers are imported when
+a reward is made. A model is a local folder or owner/name@commit; code that
+comes with one is never run. In float32 on a CPU, on a GPU as it was saved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+import re
+from typing import Any, NamedTuple
+
+from absl import logging
+import numpy as np
+import scipy.special
+
+from bond_jax import hf
+from bond_jax.errors import UserError
+from bond_jax.rewards import judge
+from bond_jax.rewards.text import judged
+from bond_jax.types import PreferenceFn, RewardFn
+
+# The order of PairRM: what was asked, then the two answers.
+TEMPLATE = '<|source|>{prompt}<|candidate1|>{a}<|candidate2|>{b}'
+
+Texts = Sequence[tuple[str, ...]]  # [X] of one text, or of two that are a pair
+
+
+class Model(NamedTuple):
+  """A loaded classifier with C outputs."""
+
+  path: str
+  tokenizer: Any
+  outputs: int  # C
+  labels: dict[int, str]
+  independent: bool  # each has a probability of its own, not one for all
+  logits: Callable[[Texts], np.ndarray]  # -> f64[X, C]
+
+
+def classifier(
+  path: str,
+  label: str | int | None = None,
+  chat: bool = False,
+  batch: int = 16,
+  length: int = 512,
+  device: str = '',
+) -> RewardFn:
+  """Returns the score of a classifier, or the log-odds of one of its labels.
+
+  Args:
+    path: a folder, or owner/name@commit.
+    label: by name or number, of a model with several outputs; the reward is
+      log p / (1 - p) of it, in nats. With one output the reward is that.
+    chat: the text is the row's messages and the completion, in the template of
+      the model's tokenizer; else what `text.judged` says.
+    batch: texts at a time.
+    length: tokens of the longest text; of longer ones the beginning is cut.
+    device: of torch; '' = 'cuda' where there is one, else 'cpu'.
+  """
+  model = _load(path, batch, length, device, side='left', add_special=not chat)
+  index = _index(model, label)
+  if chat and not model.tokenizer.chat_template:
+    raise UserError(f'{path} has no chat template; set chat=False.')
+
+  def classifier_reward(prompts, completions, context):
+    if chat:
+      texts = _conversations(model.tokenizer, prompts, completions, context)
+    else:
+      texts = judged(prompts, completions, context)
+    logits = model.logits([(text,) for text in texts])
+    if model.outputs > 1 and not model.independent:
+      value = _log_odds(logits, index)
+    else:
+      value = logits[:, index]
+    return value.reshape(len(prompts), -1)
+
+  return classifier_reward
+
+
+def entailment(
+  path: str,
+  premise: str = 'document',
+  batch: int = 16,
+  length: int = 512,
+  device: str = '',
+) -> RewardFn:
+  """Returns log P(a field of the row entails the completion), in nats.
+
+  The setting of BOND's experiments on XSum (2407.14622, section 4), with their
+  model (Roit et al., 2023) replaced by any that was trained on NLI. BOND,
+  J-BOND and WIND see the order of rewards alone: there the logarithm changes
+  nothing but that probabilities near 1 do not become ties in float32.
+
+  Args:
+    path: a folder, or owner/name@commit, of a model with a label 'entailment'.
+    premise: the field. Of premises that are too long the end is cut.
+    batch: pairs at a time.
+    length: tokens of the longest pair.
+    device: see `classifier`.
+  """
+  model = _load(path, batch, length, device, side='right', add_special=True)
+  index = _index(model, 'entailment')
+
+  def entailment_reward(prompts, completions, context):
+    pairs = [
+      (_field(row, premise), y)
+      for row, ys in zip(context.rows, completions)
+      for y in ys
+    ]
+    value = scipy.special.log_softmax(model.logits(pairs), axis=1)[:, index]
+    return value.reshape(len(prompts), -1)
+
+  return entailment_reward
+
+
+def pair_judge(
+  path: str,
+  template: str = TEMPLATE,
+  batch: int = 16,
+  length: int = 512,
+  device: str = '',
+) -> PreferenceFn:
+  """Returns the judge whose P(a beats b) is the sigmoid of a model's output.
+
+  Every pair is asked about in both orders; see `judge.all_at_once`.
+
+  Args:
+    path: a folder, or owner/name@commit, of a model with one output.
+    template: of the text, with {prompt}, {a} and {b}.
+    batch: texts at a time.
+    length: tokens of the longest text; of longer ones the beginning is cut.
+    device: see `classifier`.
+  """
+  holes = sorted(re.findall(r'\{(prompt|a|b)\}', template))
+  if holes != ['a', 'b', 'prompt']:
+    raise UserError(
+      f'template is {template!r}; it needs {{prompt}}, {{a}} and {{b}}, once.'
+    )
+  model = _load(path, batch, length, device, side='left', add_special=True)
+  if model.outputs != 1:
+    raise UserError(
+      f'{path} has {model.outputs} outputs, a judge of pairs has 1.'
+    )
+
+  def filled(pair: judge.Pair) -> str:
+    fields = pair._asdict()
+    return re.sub(r'\{(prompt|a|b)\}', lambda m: fields[m[1]], template)
+
+  return judge.all_at_once(
+    lambda pairs: scipy.special.expit(
+      model.logits([(filled(pair),) for pair in pairs])[:, 0]
+    )
+  )
+
+
+# -- Labels and texts
+
+
+def _index(model: Model, label: str | int | None) -> int:
+  """The output that is meant."""
+  known = [model.labels.get(i, str(i)) for i in range(model.outputs)]
+  if model.outputs == 1 and label is None:
+    return 0
+  names = [name.lower() for name in known]
+  if isinstance(label, str) and names.count(label.lower()) == 1:
+    found = names.index(label.lower())
+  else:
+    found = label
+  if model.outputs == 1 or found not in range(model.outputs):
+    raise UserError(
+      f'{model.path} has the label{"s" * (len(known) > 1)} {", ".join(known)};'
+      f' got label {label!r}, expected'
+      f' {"one of them" if len(known) > 1 else "none: it has one output"}.'
+    )
+  return found
+
+
+def _log_odds(logits: np.ndarray, index: int) -> np.ndarray:
+  """log p / (1 - p), with p the softmax, of one of the outputs."""
+  others = np.delete(logits, index, axis=1)
+  return logits[:, index] - scipy.special.logsumexp(others, axis=1)
+
+
+def _field(row, name: str) -> str:
+  if name not in row:
+    raise UserError(
+      f'a row has no field {name!r}, which is to entail the completion; it has'
+      f' {", ".join(row) or "none"}; name another with reward.args.premise.'
+    )
+  value = row[name]
+  return value.decode('utf-8') if isinstance(value, bytes) else value
+
+
+def _conversations(tokenizer, prompts, completions, context) -> list[str]:
+  """The row's messages, or the prompt as the only one, and the answer."""
+  found = []
+  for prompt, ys, row in zip(prompts, completions, context.rows):
+    asked = row.get('messages') or [{'role': 'user', 'content': prompt}]
+    for y in ys:
+      talk = [*asked, {'role': 'assistant', 'content': y}]
+      found.append(tokenizer.apply_chat_template(talk, tokenize=False))
+  return found
+
+
+# -- The model
+
+
+def _packages():
+  try:
+    import torch
+    import transformers
+  except ModuleNotFoundError as e:
+    raise UserError(
+      'rewards from Hugging Face need the packages torch and transformers'
+      f' ({e.name} is missing); pip install -r requirements-hf.txt.'
+    ) from e
+  return torch, transformers
+
+
+def _read(path: str, device: str):
+  """Their tokenizer and their network; a UserError if they are not whole."""
+  torch, transformers = _packages()
+  folder = hf.resolve(path)
+  here = dict(local_files_only=True, trust_remote_code=False)
+  try:
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **here)
+    loader = transformers.AutoModelForSequenceClassification
+    network, info = loader.from_pretrained(
+      folder,
+      dtype=torch.float32 if device == 'cpu' else 'auto',
+      output_loading_info=True,
+      **here,
+    )
+    network = network.eval().to(device)
+  except Exception as e:
+    reason = ' '.join(f'{type(e).__name__}: {e}'.split())[:300]
+    raise UserError(
+      f'{path} cannot be loaded as a sequence classifier on {device}: {reason}'
+    ) from e
+  if missing := sorted(info['missing_keys']):
+    raise UserError(
+      f'{path} is no trained classifier: its weights lack'
+      f' {", ".join(missing[:3])}, which would be random.'
+    )
+  return tokenizer, network
+
+
+def _load(
+  path: str,
+  batch: int,
+  length: int,
+  device: str,
+  *,
+  side: str,
+  add_special: bool,
+) -> Model:
+  """Loads a classifier.
+
+  Args:
+    path: a folder, or owner/name@commit.
+    batch: texts at a time.
+    length: tokens of the longest.
+    device: of torch, or ''.
+    side: on which longer texts are cut; of pairs the first text is.
+    add_special: the tokenizer adds its own tokens; else the text has them.
+  """
+  torch, _ = _packages()
+  device = device or ('cuda' if torch.cuda.is_available() else 'cpu')
+  tokenizer, network = _read(path, device)
+  _check_sizes(path, batch, length, tokenizer, network.config)
+  tokenizer.truncation_side, tokenizer.padding_side = side, 'right'
+  if not _pads(tokenizer, network.config):
+    batch = 1
+  warned = False
+
+  def logits(texts: Texts) -> np.ndarray:
+    nonlocal warned
+    if not texts:
+      return np.zeros((0, network.config.num_labels))
+    encoded = [_encode(tokenizer, t, length, add_special) for t in texts]
+    cut = sum(was_cut for _, was_cut in encoded)
+    if cut and not warned:
+      warned = True
+      logging.warning(
+        '%s: %d of %d texts have more than %d tokens, and were cut on the %s;'
+        ' later ones are cut without a word.',
+        path, cut, len(texts), length, side,
+      )  # fmt: skip
+    # Texts of about one length go together, so that little is padded.
+    order = np.argsort([len(x['input_ids']) for x, _ in encoded])
+    found = np.zeros((len(texts), network.config.num_labels))
+    with torch.inference_mode():
+      for i in range(0, len(order), batch):
+        rows = order[i : i + batch]
+        some = tokenizer.pad(
+          [encoded[k][0] for k in rows], padding=batch > 1, return_tensors='pt'
+        )
+        out = network(**some.to(device)).logits
+        found[rows] = out.double().cpu().numpy()
+    return found
+
+  config = network.config
+  independent = config.problem_type == 'multi_label_classification'
+  return Model(
+    path, tokenizer, config.num_labels, dict(config.id2label), independent,
+    logits,
+  )  # fmt: skip
+
+
+def _check_sizes(path, batch: int, length: int, tokenizer, config) -> None:
+  """A UserError for sizes that cannot be, or that the model does not read."""
+  if batch < 1 or length < 1:
+    raise UserError(
+      f'{path}: batch ({batch}) and length ({length}) must be 1 or more.'
+    )
+  places = getattr(config.get_text_config(), 'max_position_embeddings', None)
+  limit = min(x for x in (tokenizer.model_max_length, places) if x and x > 0)
+  if length > limit:
+    raise UserError(
+      f'{path} reads {limit} tokens at most, length is {length}; set'
+      f' length={limit}.'
+    )
+
+
+def _pads(tokenizer, config) -> bool:
+  """Whether texts of several lengths may be in one batch.
+
+  A causal model scores the last token that is not its padding: it must know
+  which that is.
+  """
+  token = tokenizer.pad_token_id
+  return token is not None and token == config.get_text_config().pad_token_id
+
+
+def _encode(tokenizer, texts: tuple[str, ...], length: int, add_special: bool):
+  """The tokens of a text or a pair, and whether they had to be cut."""
+  plain = dict(add_special_tokens=False, verbose=False)
+  whole = tokenizer(*texts, add_special_tokens=add_special, verbose=False)
+  if len(whole['input_ids']) <= length:
+    return whole, False
+  how = 'only_first'
+  if len(texts) == 2:
+    second = len(tokenizer(texts[1], **plain)['input_ids'])
+    if second + tokenizer.num_special_tokens_to_add(pair=True) >= length:
+      how = 'longest_first'
+  cut = tokenizer(
+    *texts, add_special_tokens=add_special, truncation=how, max_length=length
+  )
+  return cut, True

@@ -1,0 +1,158 @@
+"""Any reward of ours behind HTTP, so that it can run on another machine.
+
+    python -m bond_jax.rewards.serve --function=bond_jax.rewards.text:vader
+
+`--args` are the function's arguments as JSON. Other machines are answered with
+`--host=0.0.0.0`: to whoever asks, without a password and unencrypted. What is
+asked and answered is in docs/rewards.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from http import server as http_server
+import json
+import sys
+import threading
+from typing import Any
+
+from absl import flags
+import numpy as np
+
+from bond_jax import command, scoring
+from bond_jax.errors import UserError
+from bond_jax.types import Context, PreferenceFn, RewardFn
+
+
+class Server(http_server.ThreadingHTTPServer):
+  request_queue_size = 128  # connections that wait; http.server has 5
+
+
+def serve(reward: RewardFn | PreferenceFn, host: str, port: int) -> Server:
+  """A server that answers with a reward once it is told to serve_forever.
+
+  The reward is called for one request at a time, as in training. A request
+  that is not understood is answered 400, a reward that fails 500, both with
+  {"error": line}.
+  """
+  turn = threading.Lock()
+
+  class Handler(http_server.BaseHTTPRequestHandler):
+    def do_POST(self):
+      try:
+        asked = read(self.rfile.read(int(self.headers['Content-Length'])))
+      except (TypeError, ValueError) as e:  # also of a length that is no number
+        return self._send(400, {'error': ' '.join(f'{e}'.split())})
+      try:
+        with turn:
+          value, _ = scoring.call(reward, *asked)
+      except UserError as e:
+        print(f'error: {e}', file=sys.stderr, flush=True)
+        return self._send(500, {'error': str(e)})
+      key = 'wins' if value.ndim == 3 else 'rewards'
+      return self._send(200, {key: value.tolist()})
+
+    def _send(self, status: int, answer: dict[str, Any]) -> None:
+      content = json.dumps(answer, ensure_ascii=False).encode()
+      try:
+        self.send_response(status)
+        self.send_header('Content-Type', 'application/json')
+        self.send_header('Content-Length', str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+      except ConnectionError:
+        pass  # who asked has not waited
+
+    def log_message(self, *args):
+      del args
+
+  try:
+    return Server((host, port), Handler)
+  except OSError as e:
+    raise UserError(
+      f'cannot serve at {host}, port {port}: {e.strerror}; give another --host'
+      ' or --port (0 = any that is free).'
+    ) from e
+
+
+def read(body: bytes) -> tuple[list[str], list[list[str]], Context]:
+  """What a reward is called with; a ValueError for what is no request."""
+  asked = json.loads(body)
+  if not isinstance(asked, dict) or 'prompts' not in asked:
+    raise ValueError('expected a JSON object with "prompts", "completions"')
+  prompts, completions = asked['prompts'], asked.get('completions')
+  _check('prompts', prompts, lambda x: isinstance(x, str))
+  _check('completions', completions, lambda x: isinstance(x, list) and x)
+  k, b = len(completions[0]), len(prompts)
+  given = {
+    'rows': [{}] * b,
+    'tokens': [[[]] * k] * b,
+    'finished': [[True] * k] * b,
+    'turns': False,
+    **asked,
+  }
+  for ys in completions:
+    _check('completions', ys, lambda x: isinstance(x, str), k)
+  _check('completions', completions, lambda x: True, b)
+  _check('rows', given['rows'], lambda x: isinstance(x, dict), b)
+  _check('tokens', given['tokens'], lambda x: len(x) == k, b)
+  _check('finished', given['finished'], lambda x: len(x) == k, b)
+  context = Context(
+    rows=given['rows'],
+    tokens=given['tokens'],
+    finished=np.array(given['finished'], bool),
+    turns=bool(given['turns']),
+  )
+  return prompts, completions, context
+
+
+def _check(
+  name: str, values: Any, good: Callable[[Any], Any], count: int | None = None
+) -> None:
+  if (
+    not isinstance(values, list)
+    or not values
+    or count not in (None, len(values))
+    or not all(map(good, values))
+  ):
+    raise ValueError(
+      f'"{name}" is not as it must be: B prompts, K strings for each in'
+      ' "completions", and B of everything else'
+    )
+
+
+def make(function: str, args: str) -> RewardFn | PreferenceFn:
+  """The reward `module:function`, called with arguments that are JSON."""
+  try:
+    given = json.loads(args)
+  except ValueError as e:
+    raise UserError(f'--args is not JSON ({e}), got {args!r}.') from e
+  if not isinstance(given, dict):
+    raise UserError(f'--args is no JSON object, got {args!r}.')
+  factory = command.load(function)
+  try:
+    return factory(**given)
+  except TypeError as e:
+    raise UserError(f'reward {function}: {e}; see --args.') from e
+
+
+def _run() -> None:
+  function = flags.DEFINE_string(
+    'function', None, 'module:function, which makes the reward.', required=True
+  )
+  args = flags.DEFINE_string('args', '{}', 'Its arguments, a JSON object.')
+  host = flags.DEFINE_string('host', '127.0.0.1', 'The address to listen at.')
+  port = flags.DEFINE_integer('port', 8000, 'The port; 0 = any that is free.')
+
+  def main():
+    reward = make(function.value, args.value)
+    with serve(reward, host.value, port.value) as server:
+      where = f'http://{host.value}:{server.server_port}/'
+      print(f'{function.value} answers at {where}', flush=True)
+      server.serve_forever()
+
+  command.execute(main, __doc__)
+
+
+if __name__ == '__main__':
+  _run()
