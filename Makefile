@@ -69,13 +69,14 @@ demo: setup  ## sft, reward model, J-BOND and evaluation, into runs/demo
 test: venv  ## the core test suite; needs no network and no data
 	@$(PYTHON) -m pytest
 
-HF_TESTS := tests/parity/test_transformers.py tests/parity/test_rewards_hf.py
+HF_TESTS := $(addprefix tests/parity/test_,transformers.py rewards_hf.py \
+  datasets.py)
 
 test-parity: .venv-parity/.done  ## against the gemma library; own environment
 	@.venv-parity/bin/python -m pytest tests/parity \
 	  $(HF_TESTS:%=--ignore=%)
 
-test-hf: .venv-hf/.done  ## with transformers and peft; likewise
+test-hf: .venv-hf/.done  ## with transformers, peft and datasets; likewise
 	@.venv-hf/bin/python -m pytest $(HF_TESTS)
 
 mutations: venv  ## break the code in every line of tests/mutations.txt

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 import importlib
 import importlib.metadata
 import inspect
 import os
+import types
 from typing import Any, NamedTuple
 import zlib
 
@@ -15,7 +16,7 @@ from jax.sharding import Mesh
 import ml_collections
 import numpy as np
 
-from bond_jax import command, data, metrics, scoring, sharding
+from bond_jax import command, data, metrics, scoring, sharding, sources
 from bond_jax import tokenizer as tokenizer_lib
 from bond_jax.errors import UserError
 from bond_jax.types import (
@@ -51,6 +52,7 @@ class Task(NamedTuple):
   # () -> probe, a function from params to validation numbers, among them
   # win_rate/reference and kl/reference
   make_probe: Callable[[], Callable[[Params], dict[str, float]]]
+  facts: Mapping[str, Any] = types.MappingProxyType({})  # for the summary
 
 
 def task(config: ml_collections.ConfigDict):
@@ -171,8 +173,20 @@ def _make_part(config, section, workdir: str) -> RewardFn | PreferenceFn:
 
 
 def rows(config: ml_collections.ConfigDict, split: str) -> data.Source:
-  """The rows of a split of the run's data."""
-  return data.source(config.data.name, split, config.data.data_dir)
+  """The rows of a split of the run's data, or of the sources that it mixes."""
+
+  def part(name, weight=1.0, fields=None, splits=None):
+    rows = sources.source(
+        name, split, config.data.data_dir, fields=fields, splits=splits
+    )  # fmt: skip
+    return rows, weight
+
+  section = config.data
+  for name, args in section.mix.items():
+    _check_arguments(f'data.mix.{name}', part, args)
+  if section.mix:
+    return sources.Mixture({k: part(**v) for k, v in section.mix.items()})
+  return part(section.name, fields=section.fields, splits=section.splits)[0]
 
 
 def texts(

@@ -2,109 +2,45 @@
 
 Axes: B prompts, P prompt length, T completion length. All arrays are numpy.
 The order is a global shuffle, drawn anew each epoch; it depends on the seed
-alone. Iterators are Grain's: `get_state()` is a JSON value, and an iterator
-that gets it by `set_state()`, in this process or another, goes on from there.
+alone. A mixture takes turns between its sources, by their weights, and each
+has epochs of its own. Iterators are Grain's: `get_state()` is a JSON value, and
+an iterator that gets it by `set_state()`, in this process or another, goes on
+from there.
+
+Of several hosts, `shard` = (index, count), each yields its B / count rows of
+every batch, host 0 the first ones. All read the whole batch, since which rows
+are too long is not known before; so the state is the same on all, and does not
+depend on how many there are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 import itertools
-import json
-import os
-from typing import Any
+from typing import Any, NamedTuple
+import zlib
 
 import grain
 import numpy as np
-import tensorflow_datasets as tfds
 
-from bond_jax import movie_reviews  # noqa: F401 (registers the builder)
+from bond_jax import sources
 from bond_jax.errors import UserError
+from bond_jax.sources import Row, Source, source  # noqa: F401 (for callers)
 from bond_jax.tokenizer import chat, Tokenizer
 from bond_jax.types import Prompts
 
-Row = dict[str, Any]  # a str 'text', or 'messages' of roles and contents
-Source = Sequence[Row]  # random access
 KINDS = ('opening', 'text', 'turn')  # of prompts; see `encoder`
 Encode = Callable[[Row], list[int] | None]  # a prompt's pieces; None: left out
 
 
-def source(name: str, split: str, data_dir: str) -> Source:
-  """Returns the rows of a split of a prepared TFDS builder, or of a JSONL file.
-
-  `name` is a registered builder, or a path that ends in .jsonl, in which
-  "{split}" stands for the split. A UserError says what is missing, or which
-  line is malformed.
-  """
-  if name.endswith('.jsonl'):
-    return _read_jsonl(name.replace('{split}', split))
-  try:
-    builder = tfds.builder(name, data_dir=data_dir)
-  except (tfds.core.DatasetNotFoundError, ValueError) as e:
-    raise UserError(
-      f'data name {name!r} is neither a TFDS builder nor a .jsonl path.'
-    ) from e
-  if not os.path.exists(os.path.join(builder.data_dir, 'dataset_info.json')):
-    raise UserError(
-      f'{name} is not prepared in {data_dir!r}; run'
-      f' "python -m bond_jax.movie_reviews --data_dir={data_dir}" first.'
-      if name == 'movie_reviews'
-      else f'{name} is not prepared in {data_dir!r} as array_record files.'
-    )
-  if split not in builder.info.splits:
-    raise UserError(
-      f'{name} has no split {split!r}; it has {sorted(builder.info.splits)}.'
-    )
-  if 'text' not in builder.info.features:
-    raise UserError(
-      f'{name} has no feature "text"; it has {sorted(builder.info.features)}.'
-    )
-  rows = builder.as_data_source(split=split)
-  return grain.MapDataset.source(rows).map(_decode)
-
-
-def _decode(row: dict[str, Any]) -> dict[str, Any]:
-  return {**row, 'text': row['text'].decode('utf-8')}
-
-
-def _read_jsonl(path: str) -> list[dict[str, Any]]:
-  try:
-    with open(path, 'rb') as f:
-      lines = f.read().removesuffix(b'\n').split(b'\n')
-  except OSError as e:
-    raise UserError(f'cannot read {path}: {e.strerror}.') from e
-  if lines == [b'']:
-    raise UserError(f'{path} is empty; expected one {{"text": ...}} per line.')
-  rows = []
-  for i, line in enumerate(lines, 1):
-    try:
-      row = json.loads(line.decode('utf-8'))
-    except ValueError as e:  # also UnicodeDecodeError
-      raise UserError(f'{path}:{i}: not JSON in UTF-8 ({e}).') from e
-    if not _is_row(row):
-      raise UserError(
-        f'{path}:{i}: expected an object with a string "text", or with'
-        ' "messages", a list of objects with strings "role" and "content".'
-      )
-    rows.append(row)
-  return rows
-
-
-def _is_row(row: Any) -> bool:
-  if not isinstance(row, dict):
-    return False
-  if 'messages' not in row:
-    return isinstance(row.get('text'), str)
-  return isinstance(row['messages'], list) and all(
-    isinstance(m, dict)
-    and isinstance(m.get('role'), str)
-    and isinstance(m.get('content'), str)
-    for m in row['messages']
-  )
-
-
 def sentences(
-  rows: Source, tokenizer: Tokenizer, *, length: int, batch: int, seed: int
+  rows: Source,
+  tokenizer: Tokenizer,
+  *,
+  length: int,
+  batch: int,
+  seed: int,
+  shard: tuple[int, int] = (0, 1),
 ) -> grain.DatasetIterator:
   """Yields (Prompts, completion i32[B, 1, T], mask bool[B, 1, T]) for ever.
 
@@ -112,9 +48,8 @@ def sentences(
   to T = `length`, or cut there and then without EOS. A batch may span epochs.
   """
 
-  def example(i: int, row: dict[str, Any]):
-    pieces = tokenizer.encode(row['text']) + [tokenizer.eos_id]
-    return i % len(rows), pieces[:length]
+  def pieces_of(row: Row) -> list[int]:
+    return (tokenizer.encode(row['text']) + [tokenizer.eos_id])[:length]
 
   def collate(examples):
     ids, pieces = zip(*examples, strict=True)
@@ -124,7 +59,7 @@ def sentences(
     completion[mask] = np.concatenate(pieces)
     return prompts, completion[:, None], mask[:, None]
 
-  return _iterate(rows, example, collate, batch, seed)
+  return _iterate(rows, pieces_of, collate, batch, seed, shard)
 
 
 def encoder(
@@ -182,40 +117,112 @@ def check_prompt(kind: str, length: int) -> None:
 
 
 def prompts(
-  rows: Source, encode: Encode, *, length: int, batch: int, seed: int
+  rows: Source,
+  encode: Encode,
+  *,
+  length: int,
+  batch: int,
+  seed: int,
+  shard: tuple[int, int] = (0, 1),
 ) -> grain.DatasetIterator:
   """Yields Prompts of P = `length`, padded on the left, for ever.
 
-  Rows that `encode` leaves out are passed over; a UserError if all are.
+  Rows that `encode` leaves out are passed over; a UserError if all of a source
+  are. `weight`s of a mixture are shares of the prompts that are left.
   """
-  fixed_prompts(rows, encode, length=length, count=1)  # else no end
-
-  def example(i: int, row: Row):
-    pieces = encode(row)
-    return pieces and (i % len(rows), pieces)
+  for part in sources.parts(rows):  # else no end
+    _distinct_prompts([part], encode, 1, length)
 
   def collate(examples):
     return _prompts(*zip(*examples, strict=True), length)
 
-  return _iterate(rows, example, collate, batch, seed)
+  return _iterate(rows, encode, collate, batch, seed, shard)
 
 
 def fixed_prompts(
   rows: Source, encode: Encode, *, length: int, count: int
 ) -> Prompts:
-  """Returns the first `count` distinct prompts, in the order of the rows."""
+  """Returns the first `count` distinct prompts, in the order of the rows.
+
+  Of a mixture each source gives the first of its own, as many as its share.
+  """
+  found = _distinct_prompts(sources.parts(rows), encode, count, length)
+  return _prompts(found.values(), found.keys(), length)
+
+
+def _distinct_prompts(
+  parts: Sequence[sources.Part], encode: Encode, count: int, length: int
+) -> dict[tuple[int, ...], int]:
+  """The ids of so many prompts, by their pieces."""
   found = {}
-  for i in range(len(rows)):
-    pieces = encode(rows[i])
-    if pieces:
-      found.setdefault(tuple(pieces), i)
-    if len(found) == count:
-      return _prompts(found.values(), found.keys(), length)
-  raise UserError(
-    f'the data has {len(found)} distinct prompts of prompt.length {length};'
-    f' {count} are asked for. Ask for fewer, choose another length, or give'
-    ' more data.'
+
+  def search(part: sources.Part) -> Iterator[int]:
+    for i in range(len(part.rows)):
+      pieces = tuple(encode(part.rows[i]) or ())
+      if pieces and pieces not in found:
+        found[pieces] = part.start + i
+        yield i
+
+  searches = [search(part) for part in parts]
+  turns = grain.MapDataset.mix(
+    [grain.MapDataset.range(k, k + 1).repeat() for k in range(len(parts))],
+    _proportions(parts),
   )
+  for i in range(count):
+    part = parts[turns[i]]
+    if next(searches[turns[i]], None) is None:
+      last = part.start + len(part.rows)
+      has = sum(part.start <= place < last for place in found.values())
+      raise UserError(
+        f'{_who(part)} has {has} distinct prompts of prompt.length {length};'
+        f' {count} are asked for{" of all sources" if len(parts) > 1 else ""}.'
+        ' Ask for fewer, choose another length, or give more data.'
+      )
+  return found
+
+
+def _who(part: sources.Part) -> str:
+  return f'source {part.name!r} of the data' if part.name else 'the data'
+
+
+class Count(NamedTuple):
+  """How many rows of a source `encode` leaves out, of those looked at."""
+
+  name: str
+  rows: int
+  looked_at: int
+  left_out: int
+
+
+def count_left_out(
+  rows: Source, encode: Encode, most: int = 100_000
+) -> list[Count]:
+  """Encodes the rows of each source, or a random `most` of them.
+
+  100,000 take some seconds, less than the first step of a real run, and a row
+  that is malformed shows before that step; more would not tell more.
+  """
+  counts = []
+  for part in sources.parts(rows):
+    places = np.arange(len(part.rows))
+    if len(places) > most:  # not every so many: rows may come in a rhythm
+      places = np.random.default_rng(0).choice(places, most, replace=False)
+    left_out = sum(not encode(part.rows[int(i)]) for i in places)
+    counts.append(Count(part.name, len(part.rows), len(places), left_out))
+  return counts
+
+
+def describe(counts: Sequence[Count], kind: str, length: int) -> list[str]:
+  """The lines that say how many prompts are left out, one for each source."""
+  longer = 'not longer' if kind == 'opening' else 'longer'
+  lines = []
+  for name, rows, looked_at, left_out in counts:
+    of = f', a sample of {rows:,},' if looked_at < rows else ''
+    lines.append(
+      f'data{f" {name}" if name else ""}: {left_out:,} of {looked_at:,}'
+      f' prompts{of} are {longer} than prompt.length = {length} and left out'
+    )
+  return lines
 
 
 def _prompts(ids, pieces, length: int) -> Prompts:
@@ -229,19 +236,58 @@ def _prompts(ids, pieces, length: int) -> Prompts:
 
 
 def _iterate(
-  rows: Source, example: Callable, collate: Callable, batch: int, seed: int
+  rows: Source,
+  make: Callable[[Row], list[int] | None],
+  collate: Callable[[list[tuple[int, list[int]]]], Any],
+  batch: int,
+  seed: int,
+  shard: tuple[int, int],
 ) -> grain.DatasetIterator:
   """Shuffles, repeats, makes examples (None: left out) and batches them."""
+  index, count = shard
+  if not 0 <= index < count or batch % count:
+    raise UserError(
+      f'host {index} of {count} has no equal share of a batch of {batch}; the'
+      ' batch must be a multiple of the number of hosts.'
+    )
+  parts = sources.parts(rows)
+  streams = [_stream(part, make, seed) for part in parts]
+  # Mixed after the filter: a weight is a share of what is left.
+  mixed = (
+    grain.IterDataset.mix(streams, _proportions(parts))
+    if len(parts) > 1
+    else streams[0]
+  )
+  mine = slice(index * batch // count, (index + 1) * batch // count)
+  ours = lambda examples: collate(examples[mine])
+  return iter(mixed.batch(batch, drop_remainder=True, batch_fn=ours))
+
+
+def _stream(
+  part: sources.Part, make: Callable[[Row], list[int] | None], seed: int
+) -> grain.IterDataset:
+  """(id, pieces) of one source, for ever."""
+
+  def example(i: int, row: Row) -> tuple[int, list[int]] | None:
+    pieces = make(row)
+    return pieces and (part.start + i % len(part.rows), pieces)
+
+  if part.name:  # another order for each, whatever it is mixed with
+    seed = zlib.crc32(f'{seed} {part.name}'.encode())
   # No threads: on a few cores they only fight over the interpreter.
   options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
-  dataset = (
-    grain.MapDataset.source(rows)
+  return (
+    grain.MapDataset.source(part.rows)
     .seed(seed)
     .map_with_index(example)
     .filter(lambda x: x is not None)
     .shuffle()
     .repeat()
     .to_iter_dataset(options)
-    .batch(batch, drop_remainder=True, batch_fn=collate)
   )
-  return iter(dataset)
+
+
+def _proportions(parts: Sequence[sources.Part]) -> list[int]:
+  """Weights as Grain counts them, the least as 100, but rounded, not cut."""
+  least = min(part.weight for part in parts)
+  return [round(100 * part.weight / least) for part in parts]

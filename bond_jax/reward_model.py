@@ -191,7 +191,7 @@ def main(config: ml_collections.ConfigDict, workdir: str) -> None:
     **config.reward_model,
   )
   report['seconds'] = round(time.perf_counter() - start, 3)
-  asked = {**config.data, **config.reward_model}
+  asked = {**config.data.to_dict(), **config.reward_model}
   packages = ('numpy', 'scipy', 'scikit-learn', 'sentencepiece')
   versions = {p: importlib.metadata.version(p) for p in packages}
   command.write_json(path, {'asked': asked, **report, 'versions': versions})

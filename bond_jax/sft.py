@@ -105,6 +105,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
   batches = lambda split: data.sentences(
       build.rows(config, split), tokenizer, length=settings.length,
       batch=settings.batch, seed=config.seed,
+      shard=(jax.process_index(), jax.process_count()),
   )  # fmt: skip
   held_out = batches('validation')
   held_out = [next(held_out) for _ in range(settings.validation_batches)]

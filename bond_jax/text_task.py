@@ -11,7 +11,15 @@ from typing import Any
 import jax
 import ml_collections
 
-from bond_jax import build, data, measures, origin, scoring, sharding
+from bond_jax import (
+  build,
+  data,
+  measures,
+  origin,
+  scoring,
+  sharding,
+  sources,
+)
 from bond_jax.log_probs import log_probs
 from bond_jax.models import lora
 from bond_jax.sampling import sample
@@ -47,6 +55,7 @@ def make(config: ml_collections.ConfigDict, workdir: str, mesh) -> build.Task:
   frozen = origin.load_frozen(config, policy, workdir, mesh)
   reward = build.make_reward(config, config.reward, workdir)
   rows = build.rows(config, 'train')
+  facts = look_at(rows, encode, config.prompt)
 
   score = functools.partial(scoring.score, **build.reward_rules(config.reward))
 
@@ -76,10 +85,28 @@ def make(config: ml_collections.ConfigDict, workdir: str, mesh) -> build.Task:
       length=config.prompt.length,
       batch=config.train.batch,
       seed=config.seed,
+      shard=(jax.process_index(), jax.process_count()),
     ),
     reward=scored,
     make_probe=make_probe,
+    facts=facts,
   )
+
+
+def look_at(rows: data.Source, encode: data.Encode, prompt) -> dict[str, int]:
+  """Says, once, what of the data no prompt is made of; returns the numbers."""
+  counts = data.count_left_out(rows, encode)
+  empty = sources.empty_lines(rows)
+  if jax.process_index() == 0:
+    lines = data.describe(counts, prompt.kind, prompt.length)
+    if empty:
+      lines.append(f'data: {empty:,} empty lines are skipped')
+    print('\n'.join(lines), flush=True)
+  return {
+    'prompts_looked_at': sum(count.looked_at for count in counts),
+    'prompts_left_out': sum(count.left_out for count in counts),
+    'empty_lines': empty,
+  }
 
 
 def make_draw(config, policy, frozen: Frozen, tokenizer, mesh):

@@ -194,7 +194,8 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
             )  # fmt: skip
       compiled.append(metrics.compilations(*Programs._fields))
   rows = metrics.read_rows(os.path.join(folder, 'metrics.jsonl'))
-  return summarise(rows, compiled[-1] - compiled[0] if compiled else 0)
+  compilations = compiled[-1] - compiled[0] if compiled else 0
+  return summarise(rows, compilations) | dict(task.facts)
 
 
 def init_state(setup, frozen: Frozen, mesh) -> TrainState:

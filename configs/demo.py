@@ -79,8 +79,16 @@ def get_config(argument: str = 'algorithm=jbond') -> ml_collections.ConfigDict:
   config.task = 'bond_jax.text_task'  # the module that says what is trained on
   # Devices along each axis; data=-1 takes all.
   config.mesh = dict(data=-1, model=1)
-  # A TFDS builder, or a path with {split} that ends in .jsonl.
-  config.data = dict(name='movie_reviews', data_dir='data')
+  # A TFDS builder, a path with {split} that ends in .jsonl or .parquet, or
+  # hf:owner/name@commit; see docs/data.md for this and for the rest.
+  config.data = dict(
+    name='movie_reviews',
+    data_dir='data',  # of TFDS
+    fields=dict(),  # our names of fields -> theirs: text='document'
+    splits=dict(),  # our splits -> theirs: validation='train[:5%]'
+    # Several in the place of one, name -> dict(name, weight, fields, splits).
+    mix=dict(),
+  )
   config.weights = ''  # a checkpoint that the sft stage starts from; '' = none
   # A SentencePiece file; '' = one that the sft stage trains on the data.
   config.tokenizer = dict(path='', sha256='', vocab_size=1024)

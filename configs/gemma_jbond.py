@@ -7,7 +7,8 @@ prompts nor reward model nor the number of steps, so these have no default:
 
     --config.weights=...        an official checkpoint or a Hugging Face folder
     --config.tokenizer.path=... the SentencePiece file that came with it
-    --config.data.name=...      prompts/{split}.jsonl, {"text": ...} per line
+    --config.data.name=...      prompts/{split}.jsonl, {"text": ...} per line;
+                                others, and mixtures, are in docs/data.md
     --config.reward.function=.. module:function, a reward on text
     --config.gold.function=...  another, which nothing is trained on
     --config.train.steps=...    a few thousand
@@ -37,7 +38,9 @@ def get_config(
   config.task = 'bond_jax.text_task'
   config.weights = unset()
   config.mesh = dict(data=-1, model=1)
-  config.data = dict(name=unset(), data_dir='data')
+  config.data = dict(
+    name=unset(), data_dir='data', fields=dict(), splits=dict(), mix=dict()
+  )
   config.tokenizer = dict(path=unset(), sha256='', vocab_size=vocab_size)
   config.model = dict(
     name=name,

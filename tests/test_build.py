@@ -98,7 +98,7 @@ def test_a_wrong_setting_is_said_before_anything_is_written(
   [
     (b'', '{}.jsonl is empty'),
     (b'{"text": "a"}\nnot json\n', '{}.jsonl:2: not JSON in UTF-8'),
-    (b'{"text": "a"}\n\n{"text": "b"}\n', '{}.jsonl:2: not JSON in UTF-8'),
+    (b'{"text": "a"}\n\n{"text"\n', '{}.jsonl:3: not JSON in UTF-8'),
     (b'{"text": "a"}\n{"text": 3}\n', '{}.jsonl:2: expected .* string "text"'),
     (b'{"text": "\xff"}\n', '{}.jsonl:1: not JSON in UTF-8'),
     (None, 'cannot read .*{}.jsonl: No such file'),

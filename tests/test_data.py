@@ -75,7 +75,7 @@ def test_split_may_be_part_of_the_name(tmp_path):
   'content, line, why',
   [
     (b'{"text": "a"}\n{"text"\n', ':2', 'not JSON'),
-    (b'{"text": "a"}\n\n{"text": "b"}', ':2', 'not JSON'),
+    (b'{"text": "a"}\n\n{"text"', ':3', 'not JSON'),
     (b'{"text": "a"}\n{"txt": "b"}', ':2', 'a string "text"'),
     (b'{"text": 3}', ':1', 'a string "text"'),
     (b'["text"]', ':1', 'a string "text"'),
@@ -100,7 +100,7 @@ def test_malformed_jsonl_is_named_with_its_line(tmp_path, content, line, why):
   'name, why',
   [
     ('nope.jsonl', 'cannot read nope.jsonl'),
-    ('no_such_builder', 'neither a TFDS builder nor a .jsonl path'),
+    ('no_such_builder', 'neither a TFDS builder, installed or prepared'),
     ('movie_reviews', 'python -m bond_jax.movie_reviews --data_dir='),
   ],
 )

@@ -31,6 +31,9 @@ def test_the_summary_keeps_its_promise():
       assert found['frontier_reason']
   assert found['steps'] == 6
   assert found['compilations_after_first_step'] == 0
+  of_data = toy.summary(toy.finished(), 'train')
+  assert of_data['prompts_looked_at'] == 300
+  assert of_data['prompts_left_out'] == of_data['empty_lines'] == 0
   low, high = found['win_rate_interval']
   assert 0 <= low <= found['win_rate'] <= high <= 1
   phases = found['phase_seconds']
