@@ -54,12 +54,59 @@ def sentences(
   def collate(examples):
     ids, pieces = zip(*examples, strict=True)
     prompts = _prompts(ids, [[tokenizer.bos_id]] * len(ids), 1)
-    mask = np.arange(length) < np.array([len(p) for p in pieces])[:, None]
-    completion = np.full(mask.shape, tokenizer.pad_id, np.int32)
-    completion[mask] = np.concatenate(pieces)
-    return prompts, completion[:, None], mask[:, None]
+    return prompts, *_completions(pieces, length, tokenizer)
 
   return _iterate(rows, pieces_of, collate, batch, seed, shard)
+
+
+def answers(
+  rows: Source,
+  encode: Encode,
+  tokenizer: Tokenizer,
+  *,
+  prompt_length: int,
+  length: int,
+  batch: int,
+  seed: int,
+  shard: tuple[int, int] = (0, 1),
+) -> grain.DatasetIterator:
+  """Yields what `sentences` yields, of prompts and their 'completion's.
+
+  Prompts are those of `prompts`, P = `prompt_length`. A completion ends as a
+  drawn one does, with the end of a turn where the vocabulary has one, else EOS.
+  """
+
+  def pieces_of(row: Row) -> tuple[list[int], list[int]] | None:
+    if not isinstance(row.get('completion'), str):
+      raise UserError(
+        "a row has no text under 'completion'; its fields are"
+        f' {", ".join(row)}. Name it with data.fields, or train on whole texts'
+        " with sft.target 'text'."
+      )
+    prompt = encode(row)
+    pieces = [*tokenizer.encode(row['completion']), tokenizer.stop_ids[-1]]
+    return prompt and (prompt, pieces[:length])
+
+  for part in sources.parts(rows):  # else no end
+    _distinct_prompts([part], encode, 1, prompt_length)
+
+  def collate(examples):
+    ids, pairs = zip(*examples, strict=True)
+    said, pieces = zip(*pairs, strict=True)
+    prompts = _prompts(ids, said, prompt_length)
+    return prompts, *_completions(pieces, length, tokenizer)
+
+  return _iterate(rows, pieces_of, collate, batch, seed, shard)
+
+
+def _completions(
+  pieces: Sequence[list[int]], length: int, tokenizer: Tokenizer
+) -> tuple[np.ndarray, np.ndarray]:
+  """completion i32[B, 1, T], mask bool[B, 1, T], padded on the right."""
+  mask = np.arange(length) < np.array([len(p) for p in pieces])[:, None]
+  completion = np.full(mask.shape, tokenizer.pad_id, np.int32)
+  completion[mask] = np.concatenate(pieces)
+  return completion[:, None], mask[:, None]
 
 
 def encoder(
@@ -237,8 +284,8 @@ def _prompts(ids, pieces, length: int) -> Prompts:
 
 def _iterate(
   rows: Source,
-  make: Callable[[Row], list[int] | None],
-  collate: Callable[[list[tuple[int, list[int]]]], Any],
+  make: Callable[[Row], Any],
+  collate: Callable[[list[tuple[int, Any]]], Any],
   batch: int,
   seed: int,
   shard: tuple[int, int],
@@ -264,11 +311,11 @@ def _iterate(
 
 
 def _stream(
-  part: sources.Part, make: Callable[[Row], list[int] | None], seed: int
+  part: sources.Part, make: Callable[[Row], Any], seed: int
 ) -> grain.IterDataset:
-  """(id, pieces) of one source, for ever."""
+  """(id, what is made of the row) of one source, for ever."""
 
-  def example(i: int, row: Row) -> tuple[int, list[int]] | None:
+  def example(i: int, row: Row) -> tuple[int, Any] | None:
     pieces = make(row)
     return pieces and (part.start + i % len(part.rows), pieces)
 

@@ -7,6 +7,7 @@ tokenizer.model and sft/checkpoints.
 
 from __future__ import annotations
 
+import functools
 import os
 from typing import Any
 
@@ -19,6 +20,7 @@ import optax
 from bond_jax import build, checkpoint, command, data, metrics, origin, sharding
 from bond_jax import optimizer as optimizer_lib
 from bond_jax import tokenizer as tokenizer_lib
+from bond_jax.errors import UserError
 from bond_jax.log_probs import log_probs
 from bond_jax.train import check_finite
 from bond_jax.types import Policy, TrainState
@@ -27,8 +29,8 @@ from bond_jax.types import Policy, TrainState
 def make_programs(policy: Policy, optimizer, chunk: int, mesh, state):
   """update(state, batch) -> state, metrics; and the loss.
 
-  loss(params, batch) is in nats per token; a batch is what `data.sentences`
-  yields.
+  loss(params, batch) is in nats per token of the completions; a batch is what
+  `data.sentences` yields.
   """
 
   def loss(params, batch):
@@ -81,6 +83,30 @@ def init_state(config, policy: Policy, optimizer, mesh) -> TrainState:
   return jax.jit(begin, out_shardings=shards, donate_argnums=(0,))(params)
 
 
+def batches_of(
+  config: ml_collections.ConfigDict,
+  tokenizer: tokenizer_lib.Tokenizer,
+  split: str,
+):
+  """Whole texts, or answers to prompts, as `sft.target` says."""
+  settings, rows = config.sft, build.rows(config, split)
+  kwargs = dict(
+    length=settings.length,
+    batch=settings.batch,
+    seed=config.seed,
+    shard=(jax.process_index(), jax.process_count()),
+  )
+  if settings.target == 'text':
+    return data.sentences(rows, tokenizer, **kwargs)
+  if settings.target != 'completion':
+    raise UserError(
+      f'sft.target is {settings.target!r}; known are text, completion.'
+    )
+  encode = origin.make_encoder(config, tokenizer)
+  length = config.prompt.length
+  return data.answers(rows, encode, tokenizer, prompt_length=length, **kwargs)
+
+
 def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
   """Runs the stage to its end, from its last checkpoint if it has one."""
   settings, folder = config.sft, os.path.join(workdir, 'sft')
@@ -92,7 +118,10 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
     tokenizer = tokenizer_lib.ensure(
       os.path.join(workdir, 'tokenizer.model'),
       # By index: iterating, Grain starts threads that take four times as long.
-      (rows[i]['text'] for i in range(len(rows))),
+      (
+        row['text'] + row.get('completion', '')
+        for row in (rows[i] for i in range(len(rows)))
+      ),
       config.tokenizer.vocab_size,
     )
   policy = origin.make_policy(
@@ -102,11 +131,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
 
   state = init_state(config, policy, optimizer, mesh)
   update, loss = make_programs(policy, optimizer, config.chunk, mesh, state)
-  batches = lambda split: data.sentences(
-      build.rows(config, split), tokenizer, length=settings.length,
-      batch=settings.batch, seed=config.seed,
-      shard=(jax.process_index(), jax.process_count()),
-  )  # fmt: skip
+  batches = functools.partial(batches_of, config, tokenizer)
   held_out = batches('validation')
   held_out = [next(held_out) for _ in range(settings.validation_batches)]
   batches = batches('train')

@@ -118,6 +118,8 @@ def get_config(argument: str = 'algorithm=jbond') -> ml_collections.ConfigDict:
   config.sft = dict(
     steps=320,
     batch=64,
+    # 'text': whole sentences; 'completion': that field, after the prompt.
+    target='text',
     length=48,  # pieces of a sentence, EOS included; longer ones are cut
     optimizer=adam(2e-2, warmup_steps=30, decay_to=0.0),
     save_every=80,

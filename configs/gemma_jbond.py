@@ -20,6 +20,11 @@ from ml_collections import config_dict
 from configs import demo
 
 
+def unset():
+  """A text without a default; each call makes a field of its own."""
+  return config_dict.placeholder(str)
+
+
 def get_config(
   name: str, *, vocab_size: int, learning_rate: float, lora_rank: int
 ) -> ml_collections.ConfigDict:
@@ -31,7 +36,6 @@ def get_config(
     learning_rate: of Adam.
     lora_rank: 0 trains all parameters.
   """
-  unset = lambda: config_dict.placeholder(str)  # each a field of its own
   config = ml_collections.ConfigDict()
   config.seed = 0
   config.reference = '{workdir}'

@@ -175,3 +175,18 @@ def test_configs_ask_for_what_they_need(name):
   assert out.returncode == 2 and error.count('\n') == 1
   for flag in ('weights', 'tokenizer.path', 'data.name', 'reward.function'):
     assert f'--config.{flag}' in error
+
+
+@pytest.mark.parametrize(
+  'stage, config, flags',
+  [
+    ('train', 'xsum_bond.py:backward_weight=1', 'reward.args.path train.steps'),
+    ('sft', 'xsum_sft.py', 'weights tokenizer.path'),
+    ('train', 'ultrafeedback_wind.py:algorithm=sppo', 'data.name weights'),
+  ],
+)
+def test_the_papers_settings_ask_too(stage, config, flags):
+  out = toy.command(stage, f'--config=configs/{config}', '--workdir=/nowhere/x')
+  _, error = out.communicate()
+  assert out.returncode == 2 and error.count('\n') == 1
+  assert all(f'--config.{flag}' in error for flag in flags.split())

@@ -1,5 +1,6 @@
 """The first stage: what it learns, and that a kill costs nothing."""
 
+import json
 import os
 import shutil
 import time
@@ -11,6 +12,7 @@ import toy
 
 from bond_jax import build, data, origin, sft
 from bond_jax.errors import UserError
+from bond_jax.log_probs import log_probs
 
 
 @pytest.fixture
@@ -134,3 +136,36 @@ def test_a_corrupt_tokenizer_is_one_line(config, workdir, content):
   after = toy.listing(workdir)
   assert after.pop('config.json')
   assert after == before
+
+
+def test_answers_are_what_is_learnt(config, workdir, tmp_path):
+  """The train stage's prompts in, and the loss is of the completions alone."""
+  for split in ('train', 'validation', 'test'):
+    with open(config.data.name.replace('{split}', split)) as f:
+      rows = [json.loads(line) for line in f]
+    with open(tmp_path / f'{split}.jsonl', 'w') as f:
+      for row in rows:
+        said, _, answer = row['text'].partition(' ')
+        f.write(json.dumps({'said': said, 'answer': ' ' + answer}) + '\n')
+  config.data.name = str(tmp_path / '{split}.jsonl')
+  with config.unlocked():
+    config.data.fields = dict(text='said', completion='answer')
+  config.sft.target, config.prompt.kind = 'completion', 'text'
+  config.prompt.length = 16
+  toy.run('sft', config, workdir)
+  rows = toy.rows(workdir, 'sft')
+  assert rows[-1]['loss'] < rows[0]['loss'] - 0.1
+  tokenizer = origin.load_tokenizer(config, workdir)
+  policy = origin.make_policy(config.model, config.tokenizer.vocab_size)
+  prompts, completion, mask = next(sft.batches_of(config, tokenizer, 'train'))
+  assert mask[:, 0].sum(-1).max() > 2 and (prompts.mask.sum(-1) > 1).all()
+  init = policy.init(build.key(config.seed, 'sft'))
+  log_p = log_probs(policy, init, prompts, completion, mask, chunk=3)
+  expected = -np.asarray(log_p)[mask].mean()
+  assert rows[0]['loss'] == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_an_unknown_target_is_named(config, workdir):
+  config.sft.target = 'texts'
+  with pytest.raises(UserError, match="'texts'; known are text, completion"):
+    toy.run('sft', config, workdir)
