@@ -1,194 +1,72 @@
-"""The second stage: a model of human ratings, to be the reward.
+"""The second stage: a model of what people prefer, to be the reward.
 
 `python -m bond_jax.reward_model --config=configs/demo.py --workdir=runs/demo`
-fits a ridge regression of the ratings on the n-grams of the run's own pieces,
-and writes reward/model.npz, for `rewards.ridge.ridge`, and reward/summary.json.
+leaves in reward/ what `config.reward_model.kind` names:
+
+  ridge: a ridge regression of ratings on n-grams of the run's own pieces, for
+    `rewards.ridge.ridge`; see ridge_fit.py. Seconds.
+  gemma: a Gemma with a scalar head, trained on preferences or ratings, for
+    `rewards.gemma.scalar_head`; see reward_training.py.
+
+Both write reward/summary.json.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 import importlib.metadata
 import os
 import time
 
 import ml_collections
-import numpy as np
-import scipy.stats
-from sklearn import linear_model
 
-from bond_jax import build as build_lib
-from bond_jax import command, data, metrics
-from bond_jax import tokenizer as tokenizer_lib
+from bond_jax import build, command, metrics, reward_report, reward_training
 from bond_jax.errors import UserError
-from bond_jax.rewards.ridge import features, ngrams, predict, read
-
-Ids = Sequence[Sequence[int]]
 
 
-def fit(
-  train: tuple[Ids, np.ndarray],
-  validation: tuple[Ids, np.ndarray],
-  *,
-  vocab_size: int,
-  order: int,
-  min_count: int,
-  alphas: Sequence[float],
-) -> tuple[dict[str, np.ndarray], dict[str, float]]:
-  """Fits ridge regressions and keeps the one that validates best.
-
-  Args:
-    train, validation: pieces of each text, and its rating f64[N].
-    vocab_size: of the pieces.
-    order: length of the longest n-grams.
-    min_count: an n-gram needs to be in that many training texts.
-    alphas: penalties, of which the one with the highest correlation on the
-      validation texts is kept.
-
-  Returns:
-    The arrays of model.npz (without the tokenizer), and numbers to report.
-  """
-  base = vocab_size + 1
-  if base**order >= 2**63:
-    raise UserError(
-      f'reward_model.order is {order}: n-grams of {vocab_size} pieces that'
-      ' long do not fit 63 bits; use a smaller order.'
-    )
-  ids, ratings = train
-  row, key = ngrams(ids, order, base)
-  pairs = np.unique(np.stack([key, row]), axis=1)
-  keys, count = np.unique(pairs[0], return_counts=True)
-  keys, count = keys[count >= min_count], count[count >= min_count]
-  if not len(keys):
-    raise UserError(
-      f'reward_model.min_count is {min_count}: no n-gram is in that many of'
-      f' the {len(ids)} training texts; use a smaller one.'
-    )
-  scale = np.log((1 + len(ids)) / (1 + count)) + 1
-  x = features(ids, keys, scale, order, base)
-  held_out = features(validation[0], keys, scale, order, base)
-  best = (-np.inf, 0.0, None)
-  for alpha in alphas:
-    # Conjugate gradients are deterministic, and at home in sparse matrices.
-    model = linear_model.Ridge(alpha=alpha, solver='sparse_cg', tol=1e-8)
-    model.fit(x, ratings)
-    pearson = _pearson(model.predict(held_out), validation[1])
-    if pearson > best[0]:
-      best = (pearson, alpha, model)
-  pearson, alpha, model = best
-  if model is None:
-    raise UserError(
-      'no reward model has a correlation with the validation ratings: are'
-      ' all ratings the same?'
-    )
-  arrays = {
-    'keys': keys,
-    'scale': scale,
-    'weight': model.coef_,
-    'intercept': np.float64(model.intercept_),
-    'order': np.int64(order),
-    'base': np.int64(base),
-  }
-  report = {
-    'features': len(keys),
-    'alpha': float(alpha),
-    'validation_pearson': pearson,
-  }
-  return arrays, report
+def main(config: ml_collections.ConfigDict, workdir: str) -> None:
+  build.check_stage('reward_model', config, workdir)
+  reward_training.check_kind(config)
+  check_splits(config)
+  if config.reward_model.kind == 'ridge':
+    ridge(config, workdir)
+  else:
+    build.stage(
+        'reward_model', reward_training.train, config, workdir, folder='reward',
+        table=reward_report.headlines,
+    )  # fmt: skip
 
 
-def _pearson(a: np.ndarray, b: np.ndarray) -> float:
-  with np.errstate(invalid='ignore', divide='ignore'):
-    return float(np.corrcoef(a, b)[0, 1])
-
-
-def _save(path: str, arrays: dict[str, np.ndarray]) -> None:
-  os.makedirs(os.path.dirname(path), exist_ok=True)
-  with open(path + '.tmp', 'wb') as f:
-    np.savez(f, **arrays)
-  os.replace(path + '.tmp', path)
-
-
-def _all(source: data.Source) -> list[dict]:
-  # By index: iterating starts Grain's threads, which take longer than reading.
-  return [source[i] for i in range(len(source))]
-
-
-def _ratings(rows: data.Source, split: str) -> np.ndarray:
-  try:
-    return np.array([float(row['rating']) for row in rows], np.float64)
-  except (KeyError, TypeError, ValueError) as e:
-    raise UserError(
-      f'the {split} split has a row without a number "rating"; the reward'
-      ' model needs one in every row.'
-    ) from e
-
-
-def build(
-  *,
-  name: str,
-  data_dir: str,
-  vocab_size: int,
-  workdir: str,
-  order: int,
-  min_count: int,
-  alphas: Sequence[float],
-) -> dict[str, float]:
-  """Fits, saves and judges the reward model of a run; returns the report."""
+def check_splits(config: ml_collections.ConfigDict) -> None:
+  """Refuses one file for what is fitted and what is judged."""
+  name = config.data.name
+  if 'data' in config.reward_model:
+    name = {'name': name, **config.reward_model.data}['name']
   if name.endswith('.jsonl') and '{split}' not in name:
     raise UserError(
       f'data.name is {name!r}: to be fitted and judged on different texts,'
       ' the reward model needs "{split}" in the name, and a file for each of'
       ' train, validation and test.'
     )
-  rows = {
-    split: _all(data.source(name, split, data_dir))
-    for split in ('train', 'validation', 'test')
-  }
-  tokenizer = tokenizer_lib.ensure(
-    os.path.join(workdir, 'tokenizer.model'),
-    (row['text'] for row in rows['train']),
-    vocab_size,
-  )
-  texts = {s: [row['text'] for row in r] for s, r in rows.items()}
-  ratings = {s: _ratings(r, s) for s, r in rows.items()}
-  ids = {s: tokenizer.processor.encode(t) for s, t in texts.items()}
-  arrays, report = fit(
-    (ids['train'], ratings['train']),
-    (ids['validation'], ratings['validation']),
-    vocab_size=tokenizer.vocab_size,
-    order=order,
-    min_count=min_count,
-    alphas=alphas,
-  )
-  model = np.frombuffer(tokenizer.processor.serialized_model_proto(), np.uint8)
-  path = os.path.join(workdir, 'reward', 'model.npz')
-  _save(path, {**arrays, 'tokenizer': model})
-  got = predict(read(path), texts['test'])  # of the file as others will use it
-  return {
-    **report,
-    'test_pearson': _pearson(got, ratings['test']),
-    'test_spearman': float(
-      scipy.stats.spearmanr(got, ratings['test']).statistic
-    ),
-    'tokenizer_sha256': tokenizer.sha256,
-  }
 
 
-def main(config: ml_collections.ConfigDict, workdir: str) -> None:
+def ridge(config: ml_collections.ConfigDict, workdir: str) -> None:
+  """Fits the ridge regression, once."""
+  # Here, because it imports scikit-learn, which takes a second.
+  from bond_jax import ridge_fit
+
   start = time.perf_counter()
-  build_lib.check_stage('reward_model', config, workdir)
   command.claim_workdir(workdir, config)
   path = os.path.join(workdir, 'reward', 'summary.json')
   if os.path.exists(path):
     print(f'reward_model: finished already, see {path}')
     return
-  report = build(
-    name=config.data.name,
-    data_dir=config.data.data_dir,
+  settings = {k: v for k, v in config.reward_model.items() if k != 'kind'}
+  splits = ('train', 'validation', 'test')
+  report = ridge_fit.build(
+    {split: build.rows(config, split) for split in splits},
     vocab_size=config.tokenizer.vocab_size,
     workdir=workdir,
-    **config.reward_model,
+    **settings,
   )
   report['seconds'] = round(time.perf_counter() - start, 3)
   asked = {**config.data.to_dict(), **config.reward_model}

@@ -16,6 +16,7 @@ from bond_jax import (
   data,
   measures,
   origin,
+  reward_training,
   scoring,
   sharding,
   sources,
@@ -43,6 +44,8 @@ def check(config: ml_collections.ConfigDict, mesh) -> None:
   origin.make_policy(config.model, config.tokenizer.vocab_size)
   for section in (config.reward, config.gold):
     build.check_reward(section)
+  if 'reward_model' in config:
+    reward_training.check(config, mesh)
   for split in ('train', 'validation', 'test'):
     build.rows(config, split)
 

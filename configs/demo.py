@@ -127,6 +127,7 @@ def get_config(argument: str = 'algorithm=jbond') -> ml_collections.ConfigDict:
   )
 
   config.reward_model = dict(
+    kind='ridge',  # or 'gemma'; see configs/demo_learned_reward.py
     order=3,  # pieces of the longest n-grams
     min_count=2,  # texts that an n-gram must be in
     alphas=(0.25, 0.5, 1.0, 2.0),  # ridge penalties to choose from

@@ -18,13 +18,14 @@ FILES = {
 # Arrays in, arrays out: no model, no token, no mesh, no config.
 MATHEMATICS = {
     'ops', 'anchors', 'quantiles', 'bandit', 'bandit_samples', 'measures',
-    'objectives', 'exact',
+    'objectives', 'exact', 'preference_losses', 'preference_measures',
 }  # fmt: skip
 # Where the two sides meet; all the rest is the machine.
 MEETING = {
     'step', 'build', 'train', 'sft', 'reward_model', 'evaluate', 'sample',
     'plan', 'export', 'figures', 'report', 'report_style', 'text_task',
-    'enumerable', 'reproduce', 'bandit_figure', 'origin',
+    'enumerable', 'reproduce', 'bandit_figure', 'origin', 'reward_training',
+    'reward_report',
 }  # fmt: skip
 # Must run where only jax, flax, optax and orbax are installed.
 CORE = {'types', 'errors', 'ops', 'anchors', 'log_probs', 'sampling', 'step',
@@ -33,6 +34,7 @@ CORE = {'types', 'errors', 'ops', 'anchors', 'log_probs', 'sampling', 'step',
 CONFIGURED = {
     'command', 'build', 'sft', 'reward_model', 'train', 'evaluate', 'sample',
     'plan', 'export', 'text_task', 'enumerable', 'reproduce', 'origin',
+    'reward_training',
 }  # fmt: skip
 
 

@@ -37,10 +37,21 @@ def config(tmp_path):
     _write(tmp_path, split, _rows(split))
   return ml_collections.ConfigDict(
     {
-      'data': {'name': str(tmp_path / '{split}.jsonl'), 'data_dir': ''},
+      'data': {
+        'name': str(tmp_path / '{split}.jsonl'),
+        'data_dir': '',
+        'fields': {},
+        'splits': {},
+        'mix': {},
+      },
       'reference': '{workdir}',
       'tokenizer': {'vocab_size': 80},
-      'reward_model': {'order': 2, 'min_count': 1, 'alphas': (0.01, 0.1, 100)},
+      'reward_model': {
+        'kind': 'ridge',
+        'order': 2,
+        'min_count': 1,
+        'alphas': (0.01, 0.1, 100),
+      },
     }
   )
 

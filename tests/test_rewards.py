@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import toy
 
-from bond_jax import reward_model, tokenizer
+from bond_jax import ridge_fit, tokenizer
 from bond_jax.errors import UserError
 from bond_jax.rewards import ridge, text
 
@@ -30,7 +30,7 @@ def tok(tmp_path_factory):
 @pytest.fixture(scope='module')
 def model(tok):
   ids = [tok.encode(t) for t in TEXTS]
-  arrays, _ = reward_model.fit(
+  arrays, _ = ridge_fit.fit(
       (ids, RATINGS), (ids, RATINGS),
       vocab_size=tok.vocab_size, order=2, min_count=1, alphas=(0.5,),
   )  # fmt: skip

@@ -89,3 +89,30 @@ def test_it_starts_at_zero_with_parameters_of_its_own(model):
   ):
     np.testing.assert_array_equal(ours, theirs)
     assert ours.unsafe_buffer_pointer() != theirs.unsafe_buffer_pointer()
+
+
+@pytest.mark.parametrize('pool', scalar_head.POOLS)
+def test_a_text_is_scored_as_it_would_be_alone(model, pool):
+  """Whatever the padding holds, and on whichever side of the text it is."""
+  policy, params = model
+  texts = [[2, 6, 7, 3, 1], [2, 9], [2, 4, 5, 1]]
+  hidden_of = jax.jit(lambda *x: policy.hidden(params['model'], *x, None)[0])
+  head = params['scalar_head']
+  expected = []
+  for text in texts:
+    tokens = jnp.array([text])
+    hidden = hidden_of(tokens, tokens > 0)
+    one = hidden[0, -1] if pool == 'last' else hidden[0].mean(0)
+    expected.append(one @ head['w'] + head['b'])
+  score = jax.jit(scalar_head.score, static_argnums=(0, 4))
+  for left in (False, True):
+    for junk, width in ((0, 5), (8, 7)):
+      tokens = np.full((3, width), junk)
+      mask = np.zeros((3, width), bool)
+      for i, text in enumerate(texts):
+        where = slice(width - len(text), None) if left else slice(len(text))
+        tokens[i, where], mask[i, where] = text, True
+      found = score(policy, params, tokens, mask, pool)
+      assert found.dtype == jnp.float32
+      np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+  assert np.ptp(expected) > 0.3

@@ -1,4 +1,4 @@
-"""A language model with one number at the end, of a prompt and a completion.
+"""A language model with one number at the end: of completions, or of texts.
 
 Its parameters are a model's and, under `scalar_head`, a weight and a bias.
 """
@@ -50,3 +50,43 @@ def logits(
   hidden = jnp.take_along_axis(hidden, last, 1)[:, 0].astype(jnp.float32)
   head = params['scalar_head']
   return (hidden @ head['w'] + head['b']).reshape(b, m)
+
+
+POOLS = ('last', 'mean')  # which hidden states `score` reads
+
+
+def score(
+  policy: Policy, params: Params, tokens: Array, mask: Array, pool: str
+) -> Array:
+  """The head on whole texts.
+
+  Args:
+    policy: the model.
+    params: what `init` returned, trained.
+    tokens: i32[R, L].
+    mask: bool[R, L], False on padding, which may be anywhere.
+    pool: 'last', the hidden state of the last token, or 'mean' of all: a small
+      model learns more from these.
+
+  Returns:
+    f32[R].
+  """
+  hidden, _ = policy.hidden(params['model'], tokens, mask, None)
+  hidden = hidden.astype(jnp.float32)
+  seen = mask
+  if pool == 'last':
+    place = jnp.cumsum(mask, -1)
+    seen = mask & (place == place[:, -1:])
+  weight = seen / seen.sum(-1, keepdims=True)
+  head = params['scalar_head']
+  # `where`: padding may hold anything, and 0 times that is not always 0.
+  pooled = jnp.where(seen[..., None], hidden * weight[..., None], 0).sum(1)
+  return pooled @ head['w'] + head['b']
+
+
+def mean_score(
+  policy: Policy, params: Params, tokens: Array, mask: Array, pool: str
+) -> Array:
+  """The mean of the members of an ensemble; `params` are a dict of theirs."""
+  scores = [score(policy, p, tokens, mask, pool) for p in params.values()]
+  return sum(scores) / len(scores)

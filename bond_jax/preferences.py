@@ -1,0 +1,268 @@
+"""Which of two texts people preferred: from rows to pairs, pieces and batches.
+
+Axes: N texts, M pairs of them, B rows of a batch, L pieces. All arrays are
+numpy, padded on the right.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import grain
+import numpy as np
+
+from bond_jax.data import Row, Source
+from bond_jax.errors import UserError
+from bond_jax.tokenizer import chat, Messages, Tokenizer
+
+SPLITS = ('train', 'validation', 'test')
+_ROUNDS = 16  # of pairing rows that are left over from the round before
+
+
+class Judged(NamedTuple):
+  """The texts of a split, and what people said of them."""
+
+  texts: list[str]  # N, what was judged, without a prompt that was a turn
+  pieces: list[list[int]]  # N, with the prompt; see `encode`
+  pairs: np.ndarray  # i64[M, 2], of texts: the preferred one, the other
+  gap: np.ndarray  # f64[M], how much better that one is
+  rating: np.ndarray | None  # f64[N]; None where only preferences are known
+  unit: np.ndarray  # i64[N], texts of one unit have their prompt in common
+  left_out: int  # rows that are longer than the model may read
+
+
+def encode(
+  tokenizer: Tokenizer, text: str, messages: Messages | None, *, system: bool
+) -> list[int]:
+  """The pieces of a text as a reward model reads it, the end included.
+
+  BOS, the text and EOS; or, of an answer to `messages`, these in the template
+  of turns, the answer, and the end of its turn. `system`: see `tokenizer.chat`.
+  """
+  if messages is None:
+    return [tokenizer.bos_id, *tokenizer.encode(text), tokenizer.eos_id]
+  prompt = chat(tokenizer, messages, system=system)
+  return [*prompt, *tokenizer.encode(text), tokenizer.end_of_turn]
+
+
+def texts(row: Row) -> list[str]:
+  """Everything that people wrote in a row, for training a vocabulary on it."""
+  found = [row[key] for key in ('text', 'chosen', 'rejected') if key in row]
+  return found + [m['content'] for m in row.get('messages', ())]
+
+
+def asked(row: Row) -> Messages:
+  """The turns that an answer answers: a row's messages, or its text as one."""
+  if 'messages' in row:
+    return row['messages']
+  return [{'role': 'user', 'content': row['text']}]
+
+
+def read(
+  rows: Source,
+  split: str,
+  tokenizer: Tokenizer,
+  *,
+  turns: bool,
+  system: bool,
+  length: int,
+  min_gap: float,
+  partners: int,
+  seed: int,
+) -> Judged:
+  """Reads preferences, or ratings and the pairs that follow from them.
+
+  Rows with 'chosen' and 'rejected' are a pair each: two texts that go on from
+  the row's 'text', if it has one; or two answers to its 'messages' (else to its
+  'text', as the user's). A number 'margin' is the pair's gap, 1 without it.
+  Rows with 'text' and 'rating' are paired by `pairs_of`, the gap being the
+  difference of the ratings. Rows without either are a UserError.
+
+  Args:
+    rows: of the data.
+    split: their name, for errors.
+    tokenizer: the model's.
+    turns: the texts are answers to turns.
+    system: see `tokenizer.chat`.
+    length: pieces of the longest text; rows with longer ones are left out.
+    min_gap, partners, seed: see `pairs_of`.
+  """
+  some = [rows[i] for i in range(len(rows))]
+  keys = _columns(some[0], split)
+  texts, pieces, rows_of = [], [], []
+  for i, row in enumerate(some):
+    found = [_whole(row, key, i, split, turns) for key in keys]
+    messages = asked(row) if turns else None
+    ids = [encode(tokenizer, text, messages, system=system) for text in found]
+    if max(map(len, ids)) <= length:
+      texts += found
+      pieces += ids
+      rows_of.append(i)
+  if not texts:
+    raise UserError(
+      f'all {len(some)} rows of the {split} split are longer than'
+      f' reward_model.length = {length} pieces.'
+    )
+  left_out = len(some) - len(rows_of)
+  if len(keys) == 2:
+    gap = [_number({'margin': 1.0, **some[i]}, 'margin', i, split)
+           for i in rows_of]  # fmt: skip
+    unit = np.repeat(np.arange(len(rows_of)), 2)
+    pairs = np.arange(len(texts)).reshape(-1, 2)
+    return Judged(texts, pieces, pairs, np.array(gap), None, unit, left_out)
+  rating = np.array([_number(some[i], 'rating', i, split) for i in rows_of])
+  pairs = pairs_of(rating, min_gap=min_gap, partners=partners, seed=seed)
+  if not len(pairs):
+    raise UserError(
+      f'no two ratings of the {split} split, {rating.min():g} to'
+      f' {rating.max():g}, differ by reward_model.min_gap = {min_gap:g} or'
+      ' more: there is no pair to learn from.'
+    )
+  gap = rating[pairs[:, 0]] - rating[pairs[:, 1]]
+  unit = np.arange(len(texts))
+  return Judged(texts, pieces, pairs, gap, rating, unit, left_out)
+
+
+def _columns(row: Row, split: str) -> tuple[str, ...]:
+  """The columns that hold what is judged: of a pair, or of a rated text."""
+  if {'chosen', 'rejected'} <= row.keys():
+    return 'chosen', 'rejected'
+  if {'text', 'rating'} <= row.keys():
+    return ('text',)
+  raise UserError(
+    f'the {split} split has the columns {", ".join(sorted(row))}; a reward'
+    " model is trained on 'chosen' and 'rejected', or on 'text' and 'rating'."
+  )
+
+
+def _whole(row: Row, key: str, i: int, split: str, turns: bool) -> str:
+  """What is judged under a column: the answer to turns, or the whole text."""
+  text = _text(row, key, i, split)
+  prompted = 'messages' in row or ('text' in row and key != 'text')
+  if turns and not prompted:
+    raise UserError(
+      f"row {i} of the {split} split has no 'messages', which prompt.kind"
+      " 'turn' needs."
+    )
+  goes_on = not turns and key != 'text' and 'text' in row
+  return _text(row, 'text', i, split) + text if goes_on else text
+
+
+def _text(row: Row, key: str, i: int, split: str) -> str:
+  value = row.get(key)
+  value = value.decode('utf-8') if isinstance(value, bytes) else value
+  if not isinstance(value, str):
+    raise UserError(
+      f'row {i} of the {split} split: {key!r} is {value!r:.60}, expected a'
+      ' text.'
+    )
+  return value
+
+
+def _number(row: Row, key: str, i: int, split: str) -> float:
+  try:
+    value = float(row[key])
+  except (KeyError, TypeError, ValueError):
+    value = np.nan
+  if not np.isfinite(value):
+    raise UserError(
+      f'row {i} of the {split} split: {key!r} is'
+      f' {row.get(key, "not there")!r:.60}, expected a number.'
+    )
+  return value
+
+
+def pairs_of(
+  rating: np.ndarray, *, min_gap: float, partners: int, seed: int
+) -> np.ndarray:
+  """Pairs of texts whose ratings differ by `min_gap` or more, i64[M, 2].
+
+  Each text meets up to `partners` others, drawn by the seed, and almost all
+  texts meet as many: in each of as many rounds they are shuffled and paired,
+  and what did not fit is shuffled again. Of a pair, the better text is first.
+  """
+  found = [np.zeros((0, 2), np.int64)]
+  for k in range(partners):
+    rng = np.random.default_rng([seed, k])
+    left = np.arange(len(rating))
+    for _ in range(_ROUNDS):
+      left = rng.permutation(left)
+      half = len(left) // 2
+      pairs, odd = left[: 2 * half].reshape(-1, 2), left[2 * half :]
+      gap = rating[pairs[:, 0]] - rating[pairs[:, 1]]
+      fits = (np.abs(gap) >= min_gap) & (gap != 0)
+      better = np.where((gap > 0)[:, None], pairs, pairs[:, ::-1])
+      found.append(better[fits])
+      left = np.concatenate([pairs[~fits].ravel(), odd])
+  return np.unique(np.concatenate(found), axis=0)
+
+
+def pack(
+  pieces: Sequence[Sequence[int]], length: int
+) -> tuple[np.ndarray, np.ndarray]:
+  """Texts as tokens i32[R, length] and mask bool[R, length]."""
+  sizes = np.array([len(p) for p in pieces])
+  mask = np.arange(length) < sizes[:, None]
+  tokens = np.zeros(mask.shape, np.int32)
+  tokens[mask] = np.concatenate(pieces)
+  return tokens, mask
+
+
+def batches(
+  pieces: Sequence[Sequence[int]],
+  groups: np.ndarray,
+  target: np.ndarray,
+  *,
+  length: int,
+  batch: int,
+  dropout: float,
+  seed: int,
+) -> grain.DatasetIterator:
+  """Yields (tokens i32[B, G, L], mask bool[B, G, L], target f32[B]) for ever.
+
+  An iterator of Grain's, as those of `data`: shuffled anew each epoch, with
+  get_state() and set_state(state).
+
+  Args:
+    pieces: of N texts.
+    groups: i64[M, G], texts that are read together: pairs, or single ones.
+    target: f64[M], of each group.
+    length: of the longest of `pieces`.
+    batch: B, groups.
+    dropout: the share of its pieces that each text goes without, drawn anew
+      each time. The first and the last stay.
+    seed: of all draws.
+  """
+  hidden = lambda n: int(dropout * max(0, n - 2))
+  most = length - hidden(length)  # less hidden, a shorter text is shorter
+
+  def thinned(ids: Sequence[int], rng) -> list[int]:
+    n = len(ids)
+    gone = rng.permutation(max(0, n - 2))[: hidden(n)] + 1
+    stays = np.ones(n, bool)
+    stays[gone] = False
+    return [i for i, s in zip(ids, stays, strict=True) if s]
+
+  def example(i: int, rng) -> tuple[list[list[int]], Any]:
+    return [thinned(pieces[j], rng) for j in groups[i]], target[i]
+
+  def collate(examples):
+    texts, targets = zip(*examples, strict=True)
+    tokens, mask = pack([ids for group in texts for ids in group], most)
+    shape = (len(examples), -1, most)
+    targets = np.array(targets, np.float32)
+    return tokens.reshape(shape), mask.reshape(shape), targets
+
+  # No threads: on a few cores they only fight over the interpreter.
+  options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
+  dataset = (
+    grain.MapDataset.source(range(len(groups)))
+    .seed(seed)
+    .shuffle()
+    .repeat()
+    .random_map(example)
+    .to_iter_dataset(options)
+    .batch(batch, drop_remainder=True, batch_fn=collate)
+  )
+  return iter(dataset)

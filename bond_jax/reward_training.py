@@ -1,0 +1,352 @@
+"""Training a Gemma with a scalar head on what people prefer: kind='gemma'.
+
+Called by the stage `reward_model`. It leaves in reward/ what
+`rewards.gemma.scalar_head` reads: checkpoints, tokenizer.model, model.json; and
+the summary says how good the model is on texts that it has not seen, beside a
+bag of words fitted to the same pairs.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+import optax
+
+from bond_jax import (
+  build,
+  checkpoint,
+  command,
+  metrics,
+  origin,
+  preference_losses,
+  preferences,
+  reward_report,
+  sharding,
+)
+from bond_jax import optimizer as optimizer_lib
+from bond_jax import preference_measures as measures
+from bond_jax import tokenizer as tokenizer_lib
+from bond_jax.errors import UserError
+from bond_jax.models import scalar_head
+from bond_jax.rewards import gemma as reward_lib
+from bond_jax.train import check_finite
+from bond_jax.types import Policy, TrainState
+
+KINDS = ('ridge', 'gemma')
+LOSSES = ('bradley_terry', 'margin', 'regression')
+_BATCH = 128  # texts that are judged at a time
+
+
+def check_kind(config: ml_collections.ConfigDict) -> None:
+  if config.reward_model.kind not in KINDS:
+    raise UserError(
+      f'reward_model.kind is {config.reward_model.kind!r}; known are'
+      f' {", ".join(KINDS)}.'
+    )
+
+
+def check(config: ml_collections.ConfigDict, mesh) -> None:
+  """Refuses a reward_model section that the stage could not work with."""
+  check_kind(config)
+  settings = config.reward_model
+  if settings.kind != 'gemma':
+    return
+  for name, known in (('loss', LOSSES), ('pool', scalar_head.POOLS)):
+    if settings[name] not in known:
+      raise UserError(
+        f'reward_model.{name} is {settings[name]!r}; known are'
+        f' {", ".join(known)}.'
+      )
+  if not 0 <= settings.dropout < 1:
+    raise UserError(
+      f'reward_model.dropout must be 0 or more and less than 1, got'
+      f' {settings.dropout}.'
+    )
+  for name in ('steps', 'save_every', 'partners', 'length', 'members'):
+    if settings[name] < 1:
+      raise UserError(
+        f'reward_model.{name} must be 1 or more, got {settings[name]}.'
+      )
+  sharding.check_batch('reward_model.batch', settings.batch, mesh, 1)
+  if settings.weights == 'sft':
+    if 'sft' not in config:
+      raise UserError(
+        "reward_model.weights is 'sft', and this config has no sft stage; name"
+        " a checkpoint, or 'random'."
+      )
+    if 'model' in settings or 'tokenizer' in settings:
+      raise UserError(
+        "reward_model.weights is 'sft': the reward model is the sft stage's,"
+        ' and has no model or tokenizer of its own. Drop these, or take'
+        " 'random' or a checkpoint."
+      )
+  mine = own(config)
+  origin.make_policy(mine.model, mine.tokenizer.vocab_size, full=True)
+
+
+def own(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+  """The config as the reward model sees it.
+
+  What the section has of data, model, tokenizer, prompt and weights takes the
+  place of the run's.
+  """
+  mine, settings = config.copy_and_resolve_references(), config.reward_model
+  with mine.unlocked():
+    for name in ('data', 'model', 'tokenizer', 'prompt'):
+      if name in settings:
+        mine[name].update(settings[name])
+    mine.weights = settings.weights
+  return mine
+
+
+def _tokenizer(config, mine, sources, workdir: str):
+  """The run's vocabulary, or the section's: a file, or trained on its rows."""
+  if 'tokenizer' not in config.reward_model or mine.tokenizer.path:
+    return origin.load_tokenizer(mine, workdir)
+  rows = sources['train']
+  return tokenizer_lib.ensure(
+    os.path.join(workdir, 'reward', 'tokenizer.model'),
+    (t for i in range(len(rows)) for t in preferences.texts(rows[i])),
+    mine.tokenizer.vocab_size,
+  )
+
+
+def _keep_tokenizer(tokenizer: tokenizer_lib.Tokenizer, folder: str) -> None:
+  """Puts the vocabulary beside the model, for its reader, whole or not."""
+  path = os.path.join(folder, 'tokenizer.model')
+  if not os.path.exists(path):
+    with open(path + '.tmp', 'wb') as f:
+      f.write(tokenizer.processor.serialized_model_proto())
+    os.replace(path + '.tmp', path)
+
+
+def make_loss(policy: Policy, name: str, margin: float, pool: str):
+  """loss(params, batch), the sum over the members of the mean over their rows.
+
+  Every so many rows of a batch, one is a member's; `preferences.batches` yields
+  batches. Their targets are the gaps of pairs, or the ratings of texts, both
+  standardised.
+  """
+
+  def one(params, tokens, mask, target):
+    rows = (-1, tokens.shape[-1])
+    score = scalar_head.score(
+      policy, params, tokens.reshape(rows), mask.reshape(rows), pool
+    ).reshape(tokens.shape[:2])
+    if name == 'regression':
+      losses = preference_losses.squared_error(score[:, 0], target)
+    elif name == 'margin':
+      losses = preference_losses.bradley_terry_margin(
+        score[:, 0], score[:, 1], margin * target
+      )
+    else:
+      losses = preference_losses.bradley_terry(score[:, 0], score[:, 1])
+    return losses.mean()
+
+  def loss(params, batch):
+    n = len(params)
+    return sum(
+      one(member, *(x[i::n] for x in batch))
+      for i, member in enumerate(params.values())
+    )
+
+  return loss
+
+
+def make_update(loss, optimizer, mesh, state: TrainState):
+  """update(state, batch) -> state, metrics; jitted, the state in its shards."""
+
+  def update(state, batch):
+    value, gradient = jax.value_and_grad(loss)(state.params, batch)
+    changes, opt_state = optimizer.update(
+      gradient, state.opt_state, state.params
+    )
+    params = optax.apply_updates(state.params, changes)
+    state = state._replace(
+      step=state.step + 1, params=params, opt_state=opt_state
+    )
+    value /= len(state.params)
+    return state, {'loss': value, 'gradient_norm': optax.tree.norm(gradient)}
+
+  shards = jax.tree.map(lambda x: x.sharding, state)
+  return jax.jit(
+    update,
+    out_shardings=(shards, sharding.replicated(mesh)),
+    donate_argnums=(0,),
+  )
+
+
+def init_state(
+  config, mine, policy: Policy, optimizer, workdir: str, mesh
+) -> TrainState:
+  """The state before the first step, created in its shards."""
+
+  members = range(config.reward_model.members)
+
+  def begin(*starts):
+    params = reward_lib.begin(policy, starts)
+    return TrainState(
+      jax.numpy.int32(0), params, {}, optimizer.init(params), {}
+    )
+
+  if mine.weights == 'random':
+    key = build.key(config.seed, 'reward_model')
+    init = lambda i: policy.init(jax.random.fold_in(key, i))
+    shards = sharding.tree_shardings(jax.eval_shape(init, 0), mesh)
+    init = jax.jit(init, out_shardings=shards)
+    starts = [init(i) for i in members]
+  elif mine.weights == 'sft':
+    folder = build.reference_dir(config, workdir)
+    params = origin.load_params(policy, folder, 'sft', 'last', mesh)
+    starts = [params] * len(members)
+  else:
+    starts = [origin.load_weights(mine, mesh, 'float32')] * len(members)
+  shards = sharding.tree_shardings(jax.eval_shape(begin, *starts), mesh)
+  return jax.jit(begin, out_shardings=shards)(*starts)
+
+
+def read_splits(
+  config, mine, sources, tokenizer
+) -> dict[str, preferences.Judged]:
+  """What people said of the texts of each split; see `preferences.read`."""
+  settings = config.reward_model
+  return {
+    split: preferences.read(
+      sources[split],
+      split,
+      tokenizer,
+      turns=mine.prompt.kind == 'turn',
+      system=origin.has_system_turn(mine),
+      length=settings.length,
+      min_gap=settings.min_gap,
+      partners=settings.partners,
+      seed=config.seed,
+    )
+    for split in preferences.SPLITS
+  }
+
+
+def make_batches(config, train: preferences.Judged, loss: str):
+  """Batches of pairs, or for regression of texts, with standardised targets."""
+  settings = config.reward_model
+  spread = 1.0 if train.rating is None else train.rating.std()
+  groups, target = train.pairs, train.gap / spread
+  if loss == 'regression':
+    if train.rating is None:
+      raise UserError(
+        "reward_model.loss 'regression' needs rows with 'text' and 'rating';"
+        " these have 'chosen' and 'rejected'."
+      )
+    groups = np.arange(len(train.texts))[:, None]
+    target = (train.rating - train.rating.mean()) / spread
+  return preferences.batches(
+    train.pieces,
+    groups,
+    target,
+    length=settings.length,
+    batch=settings.batch * settings.members,
+    dropout=settings.dropout,
+    seed=config.seed,
+  )
+
+
+def _fit(settings, folder, batches, held_out, state, update, score, mesh):
+  """Trains to the last step; returns the best one, and its parameters.
+
+  Best by the share of the validation pairs that are right: the log-loss of a
+  model that is too sure of itself is mended by a temperature.
+  """
+  checkpoints = checkpoint.manager(os.path.join(folder, 'checkpoints'))
+  start = checkpoints.latest_step()
+  if start is not None:
+    state, position = checkpoint.restore(checkpoints, state)
+    batches.set_state(position)
+    print(f'reward_model: goes on after step {start}')
+  show = ('loss', 'validation_accuracy')
+  writer = metrics.Writer(folder, 'reward', settings.steps, start, show)
+  with writer, checkpoints:
+    for step in range((start or 0) + 1, settings.steps + 1):
+      with writer.phase('update'):
+        batch = sharding.put_batch(next(batches), mesh)
+        state, row = update(state, batch)
+        row = jax.device_get(row)
+      save = step % settings.save_every == 0 or step == settings.steps
+      if save:
+        with writer.phase('evaluate'):
+          lead = reward_report.leads(
+            score(state.params, held_out.pieces), held_out
+          )
+        row['validation_accuracy'] = measures.right(lead).mean()
+        row['validation_log_loss'] = measures.log_loss(lead)
+      check_finite(row, step, checkpoints.directory)
+      writer.write(step, row)
+      if save:
+        accuracy = row['validation_accuracy']
+        checkpoint.save(checkpoints, step, state, batches.get_state(), accuracy)
+    checkpoints.wait_until_finished()
+    best = checkpoint.choose(checkpoints, 'best')
+    params = checkpoint.restore_params(checkpoints, state.params, best)
+  return best, params
+
+
+def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
+  """Runs the stage to its end, from its last checkpoint if it has one."""
+  settings, folder = config.reward_model, os.path.join(workdir, 'reward')
+  mesh = sharding.make_mesh(**config.mesh)
+  mine = own(config)
+  sources = {split: build.rows(mine, split) for split in preferences.SPLITS}
+  tokenizer = _tokenizer(config, mine, sources, workdir)
+  judged = read_splits(config, mine, sources, tokenizer)
+  batches = make_batches(config, judged['train'], settings.loss)
+  policy = origin.make_policy(mine.model, mine.tokenizer.vocab_size, full=True)
+  optimizer = optimizer_lib.adam(steps=settings.steps, **settings.optimizer)
+  state = init_state(config, mine, policy, optimizer, workdir, mesh)
+  loss = make_loss(policy, settings.loss, settings.margin, settings.pool)
+  update = make_update(loss, optimizer, mesh, state)
+  score = reward_lib.scorer(policy, settings.pool, mesh, _BATCH)
+  best, params = _fit(
+    settings, folder, batches, judged['validation'], state, update, score, mesh
+  )
+  found = reward_report.report(
+    {
+      split: score(params, part.pieces)
+      for split, part in judged.items()
+      if split != 'train'
+    },
+    judged,
+  )
+  _keep_tokenizer(tokenizer, folder)
+  sizes = None
+  if not origin.is_library(mine.model):
+    sizes = origin.make_sizes(mine.model, mine.tokenizer.vocab_size)
+  command.write_json(
+    os.path.join(folder, 'model.json'),
+    reward_lib.describe(
+      sizes,
+      mine.model.to_dict(),
+      pool=settings.pool,
+      members=settings.members,
+      step=best,
+      temperature=found['temperature'],
+      turns=mine.prompt.kind == 'turn',
+      system=origin.has_system_turn(mine),
+      tokenizer_sha256=tokenizer.sha256,
+    ),
+  )
+  rows = metrics.read_rows(os.path.join(folder, 'metrics.jsonl'))
+  phases = metrics.phase_seconds(rows)
+  return {
+    'loss': settings.loss,
+    'steps': settings.steps,
+    'best_step': best,
+    'members': settings.members,
+    'parameters': sum(x.size for x in jax.tree.leaves(params)),
+    **found,
+    'tokenizer_sha256': tokenizer.sha256,
+    'seconds': round(sum(phases.values()), 3),
+    'phase_seconds': {k: round(v, 3) for k, v in phases.items()},
+  }
