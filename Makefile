@@ -67,7 +67,7 @@ demo: setup  ## sft, reward model, J-BOND and evaluation, into runs/demo
 	done
 
 test: venv  ## the core test suite; needs no network and no data
-	@$(PYTHON) -m pytest
+	@$(PYTHON) -m pytest -n 2 --dist loadfile
 
 HF_TESTS := $(addprefix tests/parity/test_,transformers.py rewards_hf.py \
   datasets.py)
