@@ -159,7 +159,7 @@ def exact_law(config: ml_collections.ConfigDict, policy: Policy):
   place = np.arange(length)
 
   def law(params: Params):
-    hidden, _ = policy.hidden(params, inputs, np.ones(inputs.shape, bool), None)
+    hidden = policy.hidden(params, inputs, np.ones(inputs.shape, bool))
     log_p = jax.nn.log_softmax(policy.logits(params, hidden), -1)
     log_p = log_p.reshape(settings.prompts, len(begin), length, -1)
     return jnp.where(mask, log_p[:, row[:, None], place, tokens], 0.0)

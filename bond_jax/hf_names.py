@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from bond_jax.models import gemma
+from bond_jax.models import gemma, gemma_layers
 
 # Where the text model may lie in a folder: alone, and in the two generations
 # of names that there are beside an image encoder.
@@ -80,7 +80,7 @@ def lora_parts(config: gemma.Config, name: str) -> list[Part]:
   found = []
   for part in parts(config, weight):
     out, into = part.groups
-    a, b = gemma.lora_axes(into, part.axes)
+    a, b = gemma_layers.lora_axes(into, part.axes)
     axes, groups = (a, ('r', into)) if letter == 'a' else (b, (out, 'r'))
     module = part.tensor.removesuffix('.weight')
     tensor = f'{module}.lora_{letter.upper()}.weight'

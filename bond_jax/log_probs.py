@@ -37,7 +37,7 @@ def log_probs(
   tokens = jnp.concatenate([jnp.repeat(prompts.tokens, m, 0), completion], 1)
   valid = jnp.concatenate([jnp.repeat(prompts.mask, m, 0), mask], 1)
   # The last token predicts nothing that is scored.
-  hidden, _ = policy.hidden(params, tokens[:, :-1], valid[:, :-1], None)
+  hidden = policy.hidden(params, tokens[:, :-1], valid[:, :-1])
   hidden = hidden[:, p - 1 :]  # [B M, T, D], at the position before each token
 
   def score(hidden, token):

@@ -50,6 +50,8 @@ class Rollout(NamedTuple):
   completion: Array  # i32[B, K, T]
   mask: Array  # bool[B, K, T], True up to and including EOS
   log_prob: Array  # f32[B, K, T], under the law sampled from; 0 after EOS
+  # f32[B, K], slots times steps that it took to draw them, per completion
+  slot_steps: Array
 
 
 class Scores(NamedTuple):
@@ -97,19 +99,37 @@ class Algorithm(NamedTuple):
   anchor: AnchorRule
 
 
+class Decoder(NamedTuple):
+  """A policy with its parameters, to draw completions from.
+
+  The cache is the model's own affair. A prefix is what it remembers of B
+  prompts, with leading axes B; rows decode completions, W of each prompt.
+  """
+
+  # left-padded tokens i32[B, P], mask bool[B, P] -> last hidden [B, D], prefix
+  prefill: Callable[[Array, Array], tuple[Array, Any]]
+  start: Callable[[Any, int, int], Any]  # prefix, W, new tokens -> cache
+  # tokens i32[R], alive bool[R], cache -> hidden [R, D], cache
+  step: Callable[[Array, Array, Any], tuple[Array, Any]]
+  # cache, row, prefix, i -> cache: the row begins anew after prompt i; W = 1.
+  # None: the model cannot, all rows are at the same step.
+  refill: Callable[[Any, Array, Any, Array], Any] | None
+  logits: Callable[[Array], Array]
+
+
 class Policy(NamedTuple):
   """A language model as pure functions of its parameters.
 
-  `hidden(params, tokens i32[B, S], mask bool[B, S], cache | None)` returns
-  f32-or-bf16 [B, S, D] and the advanced cache. `logits(params, hidden)` is
-  float32 and already divided by the temperature: the law that is sampled is
-  the law that is scored.
+  `hidden(params, tokens i32[R, S], mask bool[R, S])` returns f32-or-bf16
+  [R, S, D]. `logits(params, hidden)` is float32 and already divided by the
+  temperature: the law that is sampled is the law that is scored.
   """
 
   init: Callable[[Array], Params]  # key -> params
-  init_cache: Callable[[int, int], Any]  # (rows, length) -> empty cache
-  hidden: Callable[..., tuple[Array, Any]]
+  hidden: Callable[[Params, Array, Array], Array]
   logits: Callable[[Params, Array], Array]
+  prepare: Callable[[Params], Any]  # the parameters as the sampler wants them
+  decoder: Callable[[Any], Decoder]  # over those
   vocab_size: int
 
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bond_jax import ops
-from bond_jax.types import Policy, Scores
+from bond_jax.types import Decoder, Policy, Scores
 
 # -- laws ---------------------------------------------------------------------
 
@@ -44,18 +44,48 @@ def table_policy(vocab: int) -> Policy:
   token and on how many came before it.
   """
 
-  def hidden(params, tokens, mask, cache):
-    before = jnp.zeros(len(tokens), int) if cache is None else cache
-    at = before[:, None] + jnp.cumsum(mask, -1) - 1
-    return params[jnp.maximum(at, 0), tokens], before + mask.sum(-1)
+  def hidden(params, tokens, mask):
+    return params[jnp.maximum(jnp.cumsum(mask, -1) - 1, 0), tokens]
+
+  def decoder(params):
+    return Decoder(
+      prefill=lambda tokens, mask: (
+        hidden(params, tokens, mask)[:, -1],
+        mask.sum(-1),
+      ),
+      start=lambda prefix, width, length: jnp.repeat(prefix, width),
+      step=lambda token, alive, at: (params[at, token], at + alive),
+      refill=lambda at, row, prefix, i: at.at[row].set(prefix[i]),
+      logits=lambda hidden: hidden,
+    )
 
   return Policy(
     init=lambda key: jax.random.normal(key, (8, vocab, vocab)),
-    init_cache=lambda rows, length: jnp.zeros(rows, int),
     hidden=hidden,
     logits=lambda params, hidden: hidden,
+    prepare=lambda params: params,
+    decoder=decoder,
     vocab_size=vocab,
   )
+
+
+def forced(policy: Policy, params, tokens, mask, prompt: int):
+  """Logits [R, S - prompt + 1, V] of known tokens [R, S], read one at a time.
+
+  The first are after the prompts, the columns before `prompt`.
+  """
+  decoder = policy.decoder(policy.prepare(params))
+  first, prefix = decoder.prefill(tokens[:, :prompt], mask[:, :prompt])
+  cache = decoder.start(prefix, 1, max(1, tokens.shape[1] - prompt))
+
+  def step(cache, column):
+    hidden, cache = decoder.step(*column, cache)
+    return cache, hidden
+
+  columns = jnp.array(tokens.T[prompt:]), jnp.array(mask.T[prompt:])
+  _, rest = jax.lax.scan(step, cache, columns)
+  hidden = jnp.concatenate([first[:, None], rest.swapaxes(0, 1)], 1)
+  return decoder.logits(hidden)
 
 
 # -- Best-of-N ----------------------------------------------------------------

@@ -45,7 +45,7 @@ def test_a_completion_finds_its_reward():
   drawn = np.random.default_rng(0).integers(len(tokens), size=(6, 9))
   junk = np.where(mask, tokens, 2)[drawn]  # after the end
   found = enumerable.lookup(table, tokens, mask, 4)(
-    prompts, Rollout(junk, mask[drawn], None)
+    prompts, Rollout(junk, mask[drawn], None, None)
   ).value
   assert found.dtype == np.float32
   x = np.arange(6)[:, None] % 3

@@ -134,7 +134,7 @@ def test_records_of_a_side(config, tmp_path, who, own, other):
     mask = np.ones((2, num, 3), bool)
     completion[1, :, 1], mask[1, :, 2] = tokenizer.eos_id, False
     part = stream[:, first : first + num]
-    return Rollout(completion, mask, None), part, -part
+    return Rollout(completion, mask, None, None), part, -part
 
   judge = lambda prompts, completions, context: np.array(
     [[len(c) for c in row] for row in completions]

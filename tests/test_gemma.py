@@ -38,7 +38,7 @@ def layouts(row, width):
 
 def logits_of(config, params, tokens, mask, **kwargs):
   policy = make(config, **kwargs)
-  hidden, _ = policy.hidden(params, tokens, mask, None)
+  hidden = policy.hidden(params, tokens, mask)
   return policy.logits(params, hidden)
 
 
@@ -87,23 +87,13 @@ def test_decoding_by_token_is_the_full_forward_pass(tiny, name):
 
   @jax.jit
   def both(params):
-    whole, _ = policy.hidden(params, tokens, mask, None)
-    cache = policy.init_cache(3, prompt + new)
-    first, cache = policy.hidden(
-      params, tokens[:, :prompt], mask[:, :prompt], cache
-    )
+    whole = policy.logits(params, policy.hidden(params, tokens, mask))
+    one_by_one = oracle.forced(policy, params, tokens, mask, prompt)
+    return whole[:, prompt - 1 :], one_by_one
 
-    def step(cache, column):
-      token, valid = column
-      out, cache = policy.hidden(params, token[:, None], valid[:, None], cache)
-      return cache, out[:, 0]
-
-    columns = jnp.array(tokens.T[prompt:]), jnp.array(mask.T[prompt:])
-    _, rest = jax.lax.scan(step, cache, columns)
-    return whole, jnp.concatenate([first, rest.swapaxes(0, 1)], 1)
-
+  seen = mask[:, prompt - 1 :]
   whole, decoded = both(params)
-  np.testing.assert_allclose(decoded[mask], whole[mask], rtol=1e-4, atol=1e-5)
+  np.testing.assert_allclose(decoded[seen], whole[seen], rtol=1e-4, atol=1e-5)
 
 
 def influence(config, params, mask):
@@ -116,7 +106,7 @@ def influence(config, params, mask):
 
   def out(table):
     changed = {**params, 'embedder': {'input_embedding': table}}
-    hidden, _ = make(config).hidden(changed, tokens, mask[None], None)
+    hidden = make(config).hidden(changed, tokens, mask[None])
     return (hidden[0] * np.linspace(1, 2, hidden.shape[-1])[None]).sum(-1)
 
   table = params['embedder']['input_embedding']
@@ -159,7 +149,7 @@ def test_remat_and_scan_change_no_gradient():
   def all_three(params):
     def loss(params, scan, remat):
       policy = make(config, scan=scan, remat=remat)
-      hidden, _ = policy.hidden(params, tokens, tokens >= 0, None)
+      hidden = policy.hidden(params, tokens, tokens >= 0)
       return (policy.logits(params, hidden) ** 2).mean()
 
     return [
@@ -196,7 +186,18 @@ def test_temperature_divides_the_logits(tiny):
   one, half = at(x.astype(np.float32))
   np.testing.assert_allclose(half, 2 * one, rtol=1e-6)
   with pytest.raises(ValueError, match='temperature'):
-    make(config, temperature=0.0)
+    make(config, temperature=-1.0)
+
+
+def test_temperature_0_is_the_greedy_law(tiny):
+  config, params = tiny('gemma2')
+  x = np.random.default_rng(0).standard_normal((3, config.features))
+  warm, cold = (
+    make(config, temperature=t).logits(params, x.astype(np.float32))
+    for t in (1.0, 0.0)
+  )
+  p = np.asarray(jax.nn.softmax(cold, -1))
+  np.testing.assert_array_equal(p, np.eye(config.vocab_size)[warm.argmax(-1)])
 
 
 def test_logits_are_float32_whatever_the_compute_dtype(tiny):
@@ -204,16 +205,16 @@ def test_logits_are_float32_whatever_the_compute_dtype(tiny):
   policy = make(config, dtype='bfloat16')
 
   def forward(params, tokens):
-    hidden, cache = policy.hidden(
-      params, tokens, tokens >= 0, policy.init_cache(1, SIZE)
-    )
-    return hidden, cache['kv'], policy.logits(params, hidden)
+    hidden = policy.hidden(params, tokens, tokens >= 0)
+    decoder = policy.decoder(policy.prepare(params))
+    last, prefix = decoder.prefill(tokens, tokens >= 0)
+    cache = decoder.start(prefix, 1, 3)
+    logits = policy.logits(params, hidden), decoder.logits(last)
+    return logits, (hidden, last, prefix.kv, cache.kv)
 
-  hidden, kv, logits = jax.eval_shape(forward, params, content(config))
-  assert logits.dtype == jnp.float32
-  assert {x.dtype for x in jax.tree.leaves((hidden, kv))} == {
-    jnp.dtype(jnp.bfloat16)
-  }
+  logits, rest = jax.eval_shape(forward, params, content(config))
+  assert {x.dtype for x in logits} == {jnp.dtype(jnp.float32)}
+  assert {x.dtype for x in jax.tree.leaves(rest)} == {jnp.dtype(jnp.bfloat16)}
 
 
 def size_of(config):

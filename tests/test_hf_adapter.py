@@ -182,7 +182,7 @@ def test_a_run_from_an_adapter(release, tmp_path):
   tokens = np.arange(12).reshape(2, 6)
 
   def logits(policy, tree):
-    hidden, _ = policy.hidden(tree, tokens, tokens >= 0, None)
+    hidden = policy.hidden(tree, tokens, tokens >= 0)
     return np.asarray(policy.logits(tree, hidden))[..., : test_origin.VOCAB]
 
   ours = logits(lora.over(policy, frozen.base), frozen.reference)

@@ -74,11 +74,10 @@ def test_gradients_are_those_of_the_whole_softmax(batch):
     b, m, t = mask.shape
     repeat = lambda x: jnp.repeat(x, m, 0)
     rows = lambda x, y: jnp.concatenate([repeat(x), y.reshape(b * m, t)], 1)
-    hidden, _ = policy.hidden(
+    hidden = policy.hidden(
       params,
       rows(prompts.tokens, completion),
       rows(prompts.mask, mask),
-      None,
     )
     log_p = jax.nn.log_softmax(policy.logits(params, hidden[:, -t - 1 : -1]))
     chosen = jax.nn.one_hot(completion.reshape(b * m, t), log_p.shape[-1])

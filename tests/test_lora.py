@@ -24,7 +24,7 @@ import pytest
 
 from bond_jax import anchors, sharding
 from bond_jax.errors import UserError
-from bond_jax.models import gemma, lora
+from bond_jax.models import gemma, gemma_layers, lora
 
 # -- the model ----------------------------------------------------------------
 
@@ -42,16 +42,10 @@ def test_adapters_are_the_merged_weights(name):
   mask[1, :2] = False
 
   def decoded(policy, tree):
-    def step(cache, column):
-      out, cache = policy.hidden(tree, *(x[:, None] for x in column), cache)
-      return cache, out[:, 0]
-
-    columns = jnp.array(tokens.T), jnp.array(mask.T)
-    _, hidden = jax.lax.scan(step, policy.init_cache(2, 7), columns)
-    return policy.logits(tree, hidden.swapaxes(0, 1))
+    return oracle.forced(policy, tree, tokens, mask, 1)
 
   def whole(policy, tree):
-    return policy.logits(tree, policy.hidden(tree, tokens, mask, None)[0])
+    return policy.logits(tree, policy.hidden(tree, tokens, mask))
 
   @jax.jit
   def forward(base, adapters):
@@ -92,7 +86,7 @@ def test_fresh_adapters_change_no_bit():
     for dtype in ('float32', 'bfloat16'):
       policy = gemma.make(config, **{**MODEL, 'dtype': dtype})
       for tree in (base, lora.join(base, adapters)):
-        hidden, _ = policy.hidden(tree, tokens, tokens >= 0, None)
+        hidden = policy.hidden(tree, tokens, tokens >= 0)
         outs.append(policy.logits(tree, hidden))
     return outs
 
@@ -111,7 +105,7 @@ def test_the_gradient_is_that_of_the_merged_weights():
   tokens = np.arange(6)[None]
 
   def loss(params):
-    hidden, _ = policy.hidden(params, tokens, tokens >= 0, None)
+    hidden = policy.hidden(params, tokens, tokens >= 0)
     return (policy.logits(params, hidden) ** 2).mean()
 
   @jax.jit
@@ -134,10 +128,10 @@ def test_a_small_change_of_a_bfloat16_weight_is_not_lost():
   a, b = jnp.float32([[1], [0]]), jnp.float32([[1e-3]])
   x = jnp.array([[1, -1]], jnp.bfloat16)
   assert ((w + 2 * a @ b).astype(w.dtype) == w).all()
-  out = gemma.product('ND,DF->NF', x, w, {'a': a, 'b': b}, 2.0)
+  out = gemma_layers.product('ND,DF->NF', x, w, {'a': a, 'b': b}, 2.0)
   assert out.dtype == jnp.bfloat16
   np.testing.assert_allclose(np.float32(out), [[2e-3]], rtol=1e-2)
-  out = gemma.product('ND,DF->NF', x, w, {'delta': a @ b}, 2.0)
+  out = gemma_layers.product('ND,DF->NF', x, w, {'delta': a @ b}, 2.0)
   np.testing.assert_allclose(np.float32(out), [[1e-3]], rtol=1e-2)
 
 
@@ -183,8 +177,9 @@ def test_join_takes_nothing_twice_and_changes_neither():
 
 
 def test_adapters_without_a_scale_are_refused():
+  x, w = np.ones((1, 2)), np.ones((2, 1))
   with pytest.raises(ValueError, match='lora_scale'):
-    gemma.product('ND,DF->NF', np.ones((1, 2)), np.ones((2, 1)), {'a': 0}, None)
+    gemma_layers.product('ND,DF->NF', x, w, {'a': 0}, None)
 
 
 # -- what init draws ----------------------------------------------------------

@@ -212,7 +212,9 @@ def test_a_learned_quantile_is_adapters_too():
     state = step_lib.init_state(setup, frozen)
     reward = jnp.zeros((BATCH, algorithm.num_policy + algorithm.num_anchor))
     tokens = jnp.zeros((*reward.shape, 5), jnp.int32)
-    drawn = Rollout(tokens, tokens == 0, jnp.zeros(tokens.shape))
+    drawn = Rollout(
+      tokens, tokens == 0, jnp.zeros(tokens.shape), jnp.ones(tokens.shape[:2])
+    )
     batch, _ = step_lib.weigh(
       setup, state, frozen, next(batches()), drawn, reward
     )
@@ -326,7 +328,7 @@ def test_the_base_is_what_sft_left(started):
     outs = []
     sides = (lora.over(low, frozen.base), frozen.reference), (full, cast)
     for policy, tree in sides:
-      hidden, _ = policy.hidden(tree, tokens, tokens >= 0, None)
+      hidden = policy.hidden(tree, tokens, tokens >= 0)
       outs.append(policy.logits(tree, hidden))
     return outs
 

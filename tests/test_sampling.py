@@ -10,9 +10,10 @@ import pytest
 import scipy.stats
 
 from bond_jax import sharding
+from bond_jax.errors import UserError
 from bond_jax.log_probs import log_probs
 from bond_jax.models import gemma
-from bond_jax.sampling import sample
+from bond_jax.sampling import draw_token, sample
 from bond_jax.types import Prompts
 
 EOS = 1
@@ -47,14 +48,14 @@ def draw(model):
   """One compiled program per shape: (prompts, first) -> Rollout."""
   policy, params = model
   programs = functools.cache(
-      lambda num: jax.jit(
+      lambda num, slots: jax.jit(
           lambda params, prompts, key, first: sample(
-              policy, params, prompts, key,
-              num=num, length=6, stop_ids=(EOS,), first=first,
+              policy, params, prompts, key, num=num, length=6, stop_ids=(EOS,),
+              first=first, slots=slots,
           )
       )
   )  # fmt: skip
-  return lambda prompts, num=3, first=0: programs(num)(
+  return lambda prompts, num=3, first=0, slots=0: programs(num, slots)(
     params, prompts, jax.random.key(7), first
   )
 
@@ -66,7 +67,7 @@ def drawn(draw, prompts):
 
 def check_end(drawn, stop=EOS):
   """The mask is True up to and including the first EOS; 0 after it."""
-  completion, mask, log_prob = map(np.asarray, drawn)
+  completion, mask, log_prob = map(np.asarray, drawn[:3])
   stopped = completion == stop
   before = np.cumsum(stopped, -1) - stopped  # EOS seen before this position
   np.testing.assert_array_equal(mask, before == 0)
@@ -139,9 +140,50 @@ def test_first_offsets_give_disjoint_streams(draw, prompts, drawn):
     same(draw(prompts, 1, k), jax.tree.map(lambda x, k=k: x[:, [k]], drawn))
 
 
-def test_eight_devices_draw_what_one_does(draw, prompts, drawn):
-  mesh = sharding.make_mesh(8, 1)
-  on_mesh = draw(sharding.put_batch(prompts, mesh))
+@pytest.mark.parametrize('slots', [1, 3, 5, 23, 24, 100])
+def test_slots_do_not_matter(draw, prompts, drawn, slots):
+  """24 completions, one after another or nearly all at once."""
+  same(draw(prompts, slots=slots), drawn)
+
+
+@pytest.mark.parametrize('name', ['gemma3', 'gemma1_multi_head'])
+def test_slots_do_not_matter_to_other_models(tiny, prompts, name):
+  """Windows that the prompt fills and that completions leave behind."""
+  config, params = tiny(name)
+  policy = gemma.make(
+    config, temperature=1.0, dtype='float32', scan=False, remat=False
+  )
+  prompts = prompts._replace(tokens=prompts.tokens % config.vocab_size)
+  args = params, prompts, jax.random.key(1)
+  kwargs = dict(num=2, length=9, stop_ids=(EOS,))
+  at_once, queued = (
+    jax.jit(functools.partial(sample, policy, **kwargs, slots=slots))(*args)
+    for slots in (0, 3)
+  )
+  same(at_once, queued)
+  scored = jax.jit(functools.partial(log_probs, policy, chunk=9))(
+    params, prompts, queued.completion, queued.mask
+  )
+  np.testing.assert_allclose(queued.log_prob, scored, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+  'shape, slots', [((8, 1), 0), ((8, 1), 8), ((4, 2), 8)]
+)
+def test_the_mesh_does_not_matter(model, prompts, drawn, shape, slots):
+  """Parameters in their shards, prompts on the axis `data`."""
+  policy, params = model
+  mesh = sharding.make_mesh(*shape)
+  program = jax.jit(
+    lambda params, prompts: sample(
+        policy, params, prompts, jax.random.key(7), num=3, length=6,
+        stop_ids=(EOS,), slots=slots, mesh=mesh,
+    )
+  )  # fmt: skip
+  on_mesh = program(
+    jax.device_put(params, sharding.tree_shardings(params, mesh)),
+    sharding.put_batch(prompts, mesh),
+  )
   assert len(on_mesh.completion.sharding.device_set) == 8
   same(jax.device_get(on_mesh), jax.device_get(drawn))
 
@@ -150,7 +192,7 @@ def test_eight_devices_draw_what_one_does(draw, prompts, drawn):
 
 
 def table_draw(
-  table, tokens, *, num, length, key=0, stop_ids=(EOS,), policy=None
+  table, tokens, *, num, length, key=0, stop_ids=(EOS,), policy=None, slots=0
 ):
   """Completions of one-token prompts under a table [positions, V, V]."""
   tokens = np.array(tokens)[:, None]
@@ -165,6 +207,7 @@ def table_draw(
       num=num,
       length=length,
       stop_ids=stop_ids,
+      slots=slots,
     )
   )
   return program(table.astype(np.float32), prompts, jax.random.key(key))
@@ -203,19 +246,90 @@ def test_sampling_stops_when_every_row_has_ended():
   calls = []
   policy = oracle.table_policy(5)
 
-  def hidden(params, tokens, mask, cache):
-    jax.debug.callback(lambda: calls.append(1))
-    return policy.hidden(params, tokens, mask, cache)
+  def decoder(params):
+    plain = policy.decoder(params)
+
+    def step(*args):
+      jax.debug.callback(lambda: calls.append(1))
+      return plain.step(*args)
+
+    return plain._replace(step=step)
 
   # Rows end after 1 and after 3 tokens, of 30 allowed.
   drawn = table_draw(
       np.concatenate([forced(3), np.tile(forced(1), (27, 1, 1))]), [2, 4],
-      num=1, length=30, policy=policy._replace(hidden=hidden),
+      num=1, length=30, policy=policy._replace(decoder=decoder),
   )  # fmt: skip
   jax.block_until_ready(drawn)
   jax.effects_barrier()
   assert np.asarray(drawn.mask).sum() == 4
-  assert len(calls) == 3  # the prompt, and two tokens
+  assert len(calls) == 2  # the second token, and the third
+
+
+@pytest.mark.parametrize('slots', [1, 2, 3, 5, 8])
+def test_a_slot_takes_the_next_completion_at_once(slots):
+  """The steps that it takes are those of a queue of known lengths."""
+  tokens = [2, 4, 3, 2, 3, 4, 2, 2]
+  lengths = [{2: 1, 3: 6, 4: 6}[token] for token in tokens]
+  drawn = table_draw(forced(6), tokens, num=1, length=6, slots=slots)
+  np.testing.assert_array_equal(drawn.mask.sum(-1)[:, 0], lengths)
+  free = [0] * slots
+  for length in lengths:
+    free[free.index(min(free))] += length
+  np.testing.assert_allclose(drawn.slot_steps, max(free) * slots / len(tokens))
+
+
+def test_the_law_of_a_draw_is_the_softmax():
+  """The share of a fine grid of numbers that falls on each token."""
+  rng = np.random.default_rng(0)
+  logits = 2 * rng.standard_normal(21).astype(np.float32)
+  logits[[0, 3, 8, 9, 10, 11, 12, 13, 14, 15, 20]] = -2.4e38
+  grid = (np.arange(1024) + 0.5) / 1024
+  uniform = np.stack(np.meshgrid(grid, grid), -1).reshape(-1, 2)
+  token, log_prob = jax.jit(draw_token)(
+    uniform.astype(np.float32), np.broadcast_to(logits, (len(uniform), 21))
+  )
+  law = np.asarray(jax.nn.softmax(logits))
+  share = np.bincount(token, minlength=21) / len(token)
+  # An interval holds as many points of the grid as it should, give or take 1.
+  np.testing.assert_allclose(share, law, atol=2.1 / 1024)
+  assert (share[law == 0] == 0).all()
+  expected = np.asarray(jax.nn.log_softmax(logits))[token]
+  np.testing.assert_allclose(log_prob, expected, rtol=1e-5)
+
+
+def test_a_token_without_mass_is_never_drawn():
+  """Not by the smallest number nor by the largest, whatever the rounding."""
+  rng = np.random.default_rng(0)
+  logits = 3 * rng.standard_normal((500, 130)).astype(np.float32)
+  logits[rng.random(logits.shape) < 0.9] = -2.4e38
+  logits[:, 70] = 0  # at least one
+  for u in (0.0, 1 - 2**-23):
+    token, _ = jax.jit(draw_token)(np.full((500, 2), u, np.float32), logits)
+    assert (logits[np.arange(500), token] > -1e38).all()
+
+
+@pytest.mark.parametrize(
+  'wrong, words',
+  [
+    (dict(length=0), 'length, .* must be 1 or more, got 0'),
+    (dict(stop_ids=(1, 5)), r'stop ids \[5\] are not in the vocabulary of 5'),
+    (dict(slots=-1), r'slots \(-1\) must be 0'),
+  ],
+)
+def test_what_cannot_be_drawn_is_refused(wrong, words):
+  with pytest.raises(UserError, match=words):
+    table_draw(forced(4), [2], **{**dict(num=1, length=4), **wrong})
+
+
+def test_a_model_without_refill_says_so():
+  policy = oracle.table_policy(5)
+  decoder = lambda params: policy.decoder(params)._replace(refill=None)
+  with pytest.raises(UserError, match='draws all completions at once, got 1'):
+    table_draw(
+        forced(4), [2, 3], num=1, length=4, slots=1,
+        policy=policy._replace(decoder=decoder),
+    )  # fmt: skip
 
 
 def test_frequencies_are_the_law():

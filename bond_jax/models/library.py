@@ -14,13 +14,14 @@ the logits that nobody reads.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from bond_jax.errors import UserError
-from bond_jax.types import Array, Params, Policy
+from bond_jax.types import Array, Decoder, Params, Policy
 
 _MASKED = -2.3819763e38
 
@@ -57,21 +58,58 @@ def make(
       params = model.init(key, jnp.zeros((1, 1), jnp.int32))['params']
     return jax.tree.map(lambda x: x.astype(jnp.float32), params)
 
+  head = functools.partial(
+    _logits, model.config, temperature=temperature, used_vocab=used_vocab
+  )
   return Policy(
     init=init,
-    init_cache=lambda rows, length: dict(
+    hidden=lambda *args: _hidden(model, dtype, *args, None)[0],
+    logits=head,
+    prepare=lambda params: jax.tree.map(lambda x: x.astype(dtype), params),
+    decoder=functools.partial(_decoder, model, head, dtype),
+    vocab_size=model.config.num_embed,
+  )
+
+
+def _decoder(model: Any, logits, dtype: str, params: Params) -> Decoder:
+  """See Decoder. A prompt's completions have a copy of its cache each.
+
+  The library keeps one place for all rows of a cache, so none can begin anew.
+  """
+
+  def empty(rows, length):
+    return dict(
       library=model.init_cache(
         batch_size=rows, dtype=jnp.dtype(dtype), cache_length=length
       ),
       position=jnp.full((rows, length), -1, jnp.int32),
       slot=jnp.int32(0),
-    ),
-    hidden=lambda *args: _hidden(model, dtype, *args),
-    logits=lambda params, x: _logits(
-      model.config, params, x, temperature, used_vocab
-    ),
-    vocab_size=model.config.num_embed,
-  )
+    )
+
+  def prefill(tokens, mask):
+    hidden, cache = _hidden(
+      model, dtype, params, tokens, mask, empty(*tokens.shape)
+    )
+    return hidden[:, -1], cache
+
+  def start(prefix, width, length):
+    b, p = prefix['position'].shape
+
+    def put(new, old):
+      old = jnp.repeat(old, width, 0) if old.ndim else old
+      if old.ndim < 2:
+        return old
+      return jax.lax.dynamic_update_slice_in_dim(new, old, 0, 1)
+
+    return jax.tree.map(put, empty(b * width, p + length), prefix)
+
+  def step(token, alive, cache):
+    hidden, cache = _hidden(
+      model, dtype, params, token[:, None], alive[:, None], cache
+    )
+    return hidden[:, 0], cache
+
+  return Decoder(prefill, start, step, None, functools.partial(logits, params))
 
 
 def _hidden(
@@ -82,7 +120,7 @@ def _hidden(
   mask: Array,
   cache: Any,
 ) -> tuple[Array, Any]:
-  """See Policy: positions come from the mask, padding may be anywhere."""
+  """Hidden states, and the advanced cache: positions come from the mask."""
   before = 0 if cache is None else cache['position'].max(-1, keepdims=True) + 1
   position = jnp.where(mask, before + jnp.cumsum(mask, -1) - 1, -1)
   position = position.astype(jnp.int32)
@@ -107,7 +145,7 @@ def _hidden(
   return out.hidden_states, cache
 
 
-def _logits(config, params, hidden, temperature, used_vocab) -> Array:
+def _logits(config, params, hidden, *, temperature, used_vocab) -> Array:
   table = params['embedder']['input_embedding'].astype(hidden.dtype)
   out = jnp.einsum(
     '...D,VD->...V', hidden, table, preferred_element_type=jnp.float32

@@ -41,18 +41,8 @@ import jax
 import jax.numpy as jnp
 
 from bond_jax.errors import UserError
-from bond_jax.models import gemma
+from bond_jax.models import gemma, gemma_layers
 from bond_jax.types import Array, Params, Policy
-
-# The axes of a weight, and which of them meet those of its input.
-_AXES = {
-  'attn/q_einsum/w': ('NDH', 'D'),
-  'attn/kv_einsum/w': ('CKDH', 'D'),
-  'attn/qkv_einsum/w': ('CNDH', 'D'),
-  'attn/attn_vec_einsum/w': ('NHD', 'NH'),
-  'mlp/gating_einsum': ('CDF', 'D'),
-  'mlp/linear': ('FD', 'F'),
-}
 
 
 def make(
@@ -95,7 +85,7 @@ def init(
     layers = w.shape[: -len(axes)]
     a, b = (
       layers + tuple(size[i] for i in part)
-      for part in gemma.lora_axes(inputs, axes)
+      for part in gemma_layers.lora_axes(inputs, axes)
     )
     fan_in = math.prod(size[i] for i in inputs)
     adapters[_beside(path, 'a')] = (
@@ -130,6 +120,7 @@ def over(policy: Policy, base: Params) -> Policy:
   return policy._replace(
     hidden=lambda tree, *args: policy.hidden(join(base, tree), *args),
     logits=lambda tree, hidden: policy.logits(join(base, tree), hidden),
+    prepare=lambda tree: policy.prepare(join(base, tree)),
   )
 
 
@@ -166,7 +157,9 @@ def _weights(config: gemma.Config) -> dict[tuple, Any]:
   """path -> shape of every weight that can have an adapter."""
   shapes = jax.eval_shape(lambda: gemma.init(config, jax.random.key(0)))
   flat = traverse_util.flatten_dict(shapes)
-  return {path: w for path, w in flat.items() if _name(path) in _AXES}
+  return {
+    path: w for path, w in flat.items() if _name(path) in gemma_layers.AXES
+  }
 
 
 def _chosen(config: gemma.Config, targets: str) -> dict[tuple, Any]:
@@ -193,8 +186,8 @@ def _name(path: tuple[str, ...]) -> str:
 
 
 def _axes(config: gemma.Config, path: tuple[str, ...]) -> tuple[str, str]:
-  """See `_AXES`."""
-  axes, inputs = _AXES[_name(path)]
+  """See `gemma_layers.AXES`."""
+  axes, inputs = gemma_layers.AXES[_name(path)]
   if path[-1] == 'gating_einsum' and config.gating_transposed:
     axes = 'CFD'
   return axes, inputs
@@ -220,7 +213,7 @@ def _deltas(config: gemma.Config, flat: dict[tuple, Array]) -> dict:
       deltas[path] = adapter['delta']
       continue
     axes, inputs = _axes(config, path)
-    a, b = gemma.lora_axes(inputs, axes)
+    a, b = gemma_layers.lora_axes(inputs, axes)
     # Accelerators would round the factors of a float32 product.
     deltas[path] = config.lora_scale * jnp.einsum(
       f'...{a},...{b}->...{axes}',

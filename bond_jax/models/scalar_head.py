@@ -14,7 +14,7 @@ from bond_jax.types import Array, Params, Policy, Prompts
 def init(policy: Policy, params: Params) -> Params:
   """Starts from the model's parameters and a head that says 0 everywhere."""
   token, mask = jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1), bool)
-  hidden, _ = jax.eval_shape(policy.hidden, params, token, mask, None)
+  hidden = jax.eval_shape(policy.hidden, params, token, mask)
   head = {'w': jnp.zeros(hidden.shape[-1]), 'b': jnp.zeros(())}
   return {'model': jax.tree.map(jnp.copy, params), 'scalar_head': head}
 
@@ -45,7 +45,7 @@ def logits(
   valid = jnp.concatenate(
     [jnp.repeat(prompts.mask, m, 0), mask.reshape(b * m, t)], 1
   )
-  hidden, _ = policy.hidden(params['model'], tokens, valid, None)
+  hidden = policy.hidden(params['model'], tokens, valid)
   last = prompts.tokens.shape[1] - 1 + mask.sum(-1).reshape(-1, 1, 1)
   hidden = jnp.take_along_axis(hidden, last, 1)[:, 0].astype(jnp.float32)
   head = params['scalar_head']
@@ -71,7 +71,7 @@ def score(
   Returns:
     f32[R].
   """
-  hidden, _ = policy.hidden(params['model'], tokens, mask, None)
+  hidden = policy.hidden(params['model'], tokens, mask)
   hidden = hidden.astype(jnp.float32)
   seen = mask
   if pool == 'last':

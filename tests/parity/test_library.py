@@ -188,7 +188,7 @@ def test_no_logits_where_none_are_read():
   policy = adapter.make(library(config), temperature=1.0, dtype='float32')
   params = nested(config, random_params(config))
   tokens, mask = prompts().tokens, prompts().mask
-  hidden = lambda params: policy.hidden(params, tokens, mask, None)[0]
+  hidden = lambda params: policy.hidden(params, tokens, mask)
   text = jax.jit(hidden).lower(params).compile().as_text()
   assert 'f32[3,5,24]' in text
   assert 'f32[3,5,37]' not in text and 'f32[15,37]' not in text

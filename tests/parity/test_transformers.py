@@ -96,7 +96,7 @@ def logits(config, params, tokens, mask=None):
   @jax.jit
   def forward(params):
     seen = np.ones_like(tokens, bool) if mask is None else mask
-    hidden, _ = policy.hidden(params, tokens, seen, None)
+    hidden = policy.hidden(params, tokens, seen)
     return policy.logits(params, hidden)[..., :64]
 
   return np.asarray(forward(params))
@@ -108,17 +108,17 @@ def greedy(config, params, prompt):
 
   @jax.jit
   def decode(params):
-    cache = policy.init_cache(len(prompt), LENGTH + NEW)
-    hidden, cache = policy.hidden(params, prompt, prompt >= 0, cache)
-    first = policy.logits(params, hidden[:, -1]).argmax(-1)
+    decoder = policy.decoder(policy.prepare(params))
+    hidden, prefix = decoder.prefill(prompt, prompt >= 0)
+    first = decoder.logits(hidden).argmax(-1)
 
     def step(state, _):
       token, cache = state
-      hidden, cache = policy.hidden(
-        params, token[:, None], jnp.ones((len(prompt), 1), bool), cache
-      )
-      return (policy.logits(params, hidden[:, -1]).argmax(-1), cache), token
+      alive = jnp.ones(len(prompt), bool)
+      hidden, cache = decoder.step(token, alive, cache)
+      return (decoder.logits(hidden).argmax(-1), cache), token
 
+    cache = decoder.start(prefix, 1, NEW)
     return jax.lax.scan(step, (first, cache), None, length=NEW)[1].T
 
   return np.asarray(decode(params))
