@@ -50,7 +50,8 @@ def make_draw(policy, config, tokenizer, mesh):
     whole = lora.over(policy, base)
     drawn = sample(
         whole, own, prompts, key, num=num, length=config.length,
-        stop_ids=tokenizer.stop_ids, first=first,
+        stop_ids=tokenizer.stop_ids, first=first, slots=config.slots,
+        mesh=mesh,
     )  # fmt: skip
     there = log_probs(
         whole, other, prompts, drawn.completion, drawn.mask,

@@ -16,9 +16,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 import optax
 
-from bond_jax import ops, quantiles
+from bond_jax import micro_batches, ops, quantiles
 from bond_jax.log_probs import log_probs
 from bond_jax.models import lora, scalar_head
 from bond_jax.sampling import sample
@@ -48,6 +49,10 @@ class Setup(NamedTuple):
   epochs: int  # updates on each of them
   micro_batches: int
   chunk: int  # completion positions whose logits exist at one time
+  slots: int = 0  # completions decoded side by side; 0 = all of them
+  mesh: Mesh | None = None  # of the prompts, for sampling; None = one device
+  # Lengths to which a micro-batch is padded: P and T, or j / buckets of both.
+  buckets: int = 1
 
 
 class Batch(NamedTuple):
@@ -120,6 +125,8 @@ def rollout(
       length=setup.length,
       stop_ids=setup.stop_ids,
       first=first,
+      slots=setup.slots,
+      mesh=setup.mesh,
     )
     for params, num, first in (
       (state.params, algorithm.num_policy, 0),
@@ -159,14 +166,19 @@ def score(
     if not rows:
       return jnp.zeros((len(reward), 0, *shape), jnp.float32)
     some = jax.tree.map(lambda x: x[:, list(rows)], chosen)
-    batches = _split((prompts, some.completion, some.mask), setup)
-    return _join(jax.lax.map(lambda x: f(*x), batches))
+    batches = micro_batches.split(
+      (prompts, some.completion, some.mask), setup.micro_batches
+    )
+    by_size = lambda x: micro_batches.bucketed(
+      setup.buckets, x[0].mask, x[2], lambda s: f(s, *x)
+    )
+    return micro_batches.join(jax.lax.map(by_size, batches))
 
   def log_of(params):
-    return lambda *x: log_probs(setup.policy, params, *x, chunk=setup.chunk)
+    return lambda size, *x: _log_probs(setup, params, size, *x)
 
-  def log_quantile(*x):
-    params = state.aux['params']
+  def log_quantile(size, *x):
+    params, x = state.aux['params'], micro_batches.trim(size, *x)
     return jax.nn.log_sigmoid(scalar_head.logits(setup.policy, params, *x))
 
   t = drawn.mask.shape[-1]
@@ -200,6 +212,11 @@ def weigh(
   over all prompts.
   """
   algorithm = setup.algorithm
+  if setup.buckets > 1 and setup.micro_batches > 1:
+    shards = setup.mesh.shape['data'] if setup.mesh else 1
+    prompts, drawn, judged = micro_batches.by_length(
+      setup.micro_batches, shards, prompts, drawn, judged
+    )
   chosen, scores = score(setup, state, frozen, prompts, drawn, judged)
   reward = scores.reward
   rows, metrics = algorithm.weigh(scores)
@@ -229,11 +246,10 @@ def update(
   """
   setup = _on_base(setup, frozen)
 
-  def loss(params, part: Batch):
-    log_policy = log_probs(
-        setup.policy, params, part.prompts, part.completion, part.mask,
-        chunk=setup.chunk,
-    )  # fmt: skip
+  def loss(params, part: Batch, size):
+    log_policy = _log_probs(
+      setup, params, size, part.prompts, part.completion, part.mask
+    )
     return setup.algorithm.loss(log_policy, part.rows), log_policy
 
   params, opt_state, value, norm, log_policy = _descend(
@@ -255,9 +271,10 @@ def _update_quantile(setup: Setup, aux: Any, batch: Batch) -> tuple[Any, Array]:
   """One step of the learned quantile, on the rows that it was asked about."""
   rows = list(setup.algorithm.quantile_rows)
 
-  def loss(params, part: Batch):
+  def loss(params, part: Batch, size):
     x = part.completion[:, rows], part.mask[:, rows]
-    logit = scalar_head.logits(setup.policy, params, part.prompts, *x)
+    x = micro_batches.trim(size, part.prompts, *x)
+    logit = scalar_head.logits(setup.policy, params, *x)
     return quantiles.learned_loss(logit, part.quantile_target), logit
 
   params, opt_state, value, _, _ = _descend(
@@ -267,9 +284,11 @@ def _update_quantile(setup: Setup, aux: Any, batch: Batch) -> tuple[Any, Array]:
 
 
 def _descend(setup: Setup, loss, params: Params, opt_state, batch: Batch):
-  """Descends the weighted mean over prompts of loss(params, part).
+  """Descends the weighted mean over prompts of loss(params, part, size).
 
-  `loss` returns f32[b] and an array with that leading axis. Every micro-batch
+  `loss` returns f32[b] and an array with that leading axis; it needs no more
+  of the prompts and completions than `size`, see
+  `micro_batches.bucketed`. Every micro-batch
   divides by the whole batch's weight: the accumulated gradient is exactly the
   gradient of the batch.
 
@@ -279,22 +298,29 @@ def _descend(setup: Setup, loss, params: Params, opt_state, batch: Batch):
   """
   total = jnp.maximum(batch.prompts.weight.sum(), 1e-9)
 
-  def share(params, part: Batch):
-    value, array = loss(params, part)
+  def share(params, part: Batch, size):
+    value, array = loss(params, part, size)
     weight = part.prompts.weight
     return jnp.where(weight > 0, weight * value, 0.0).sum() / total, array
 
   def accumulate(gradient, part):
-    out, g = jax.value_and_grad(share, has_aux=True)(params, part)
+    one = jax.value_and_grad(share, has_aux=True)
+    out, g = micro_batches.bucketed(
+      setup.buckets,
+      part.prompts.mask,
+      part.mask,
+      lambda size: one(params, part, size),
+    )
     return jax.tree.map(jnp.add, gradient, g), out
 
+  parts = micro_batches.split(batch, setup.micro_batches)
   gradient, (value, arrays) = jax.lax.scan(
-    accumulate, jax.tree.map(jnp.zeros_like, params), _split(batch, setup)
+    accumulate, jax.tree.map(jnp.zeros_like, params), parts
   )
   changes, opt_state = setup.optimizer.update(gradient, opt_state, params)
   norm = optax.tree.norm(gradient)
   params = optax.apply_updates(params, changes)
-  return params, opt_state, value.sum(), norm, _join(arrays)
+  return params, opt_state, value.sum(), norm, micro_batches.join(arrays)
 
 
 def move_anchor(
@@ -330,6 +356,9 @@ def rollout_metrics(
   metrics = {
     'length/completion': mean(drawn.mask.sum(-1).mean(-1)),
     'truncated': mean(last.mean(-1)),
+    # The share of the sampler's slots that drew a token.
+    'slots/busy': mean(drawn.mask.sum((-2, -1)))
+    / mean(drawn.slot_steps.sum(-1)),
     'tie_rate': mean(tied),
   }
   if split:
@@ -350,15 +379,10 @@ def sampler_gap(batch: Batch, log_policy: Array) -> Array:
   return gap.sum() / jnp.maximum(own.sum(), 1e-9)
 
 
-def _split(tree: Any, setup: Setup) -> Any:
-  """[B, ...] -> [micro, B / micro, ...]; each part is spread over the mesh."""
-  n = setup.micro_batches
-  return jax.tree.map(
-    lambda x: jnp.moveaxis(x.reshape(len(x) // n, n, *x.shape[1:]), 1, 0), tree
-  )
-
-
-def _join(x: Array) -> Array:
-  """The inverse of `_split`, for one array."""
-  x = jnp.moveaxis(x, 0, 1)
-  return x.reshape(x.shape[0] * x.shape[1], *x.shape[2:])
+def _log_probs(
+  setup: Setup, params: Params, size, prompts: Prompts, completion, mask
+) -> Array:
+  """log_probs of that much of the batch, as long as the whole: f32[b, M, T]."""
+  some = micro_batches.trim(size, prompts, completion, mask)
+  out = log_probs(setup.policy, params, *some, chunk=setup.chunk)
+  return jnp.pad(out, ((0, 0), (0, 0), (0, mask.shape[-1] - out.shape[-1])))

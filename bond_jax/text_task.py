@@ -17,10 +17,12 @@ from bond_jax import (
   measures,
   origin,
   reward_training,
+  sampling,
   scoring,
   sharding,
   sources,
 )
+from bond_jax.errors import UserError
 from bond_jax.log_probs import log_probs
 from bond_jax.models import lora
 from bond_jax.sampling import sample
@@ -40,8 +42,15 @@ def check(config: ml_collections.ConfigDict, mesh) -> None:
     batches['sft.batch'] = config.sft.batch
   for name, batch in batches.items():
     sharding.check_batch(name, batch, mesh, 1)
+  if config.model.temperature <= 0:
+    raise UserError(
+      f'model.temperature is {config.model.temperature}; a law to train must be'
+      ' above 0 (1.0 = the model itself). 0, the greedy law, is for'
+      ' bond_jax.sample.'
+    )
   data.check_prompt(config.prompt.kind, config.prompt.length)
-  origin.make_policy(config.model, config.tokenizer.vocab_size)
+  policy = origin.make_policy(config.model, config.tokenizer.vocab_size)
+  sampling.check(policy, config.length, (), config.slots, mesh.shape['data'])
   for section in (config.reward, config.gold):
     build.check_reward(section)
   if 'reward_model' in config:
@@ -123,7 +132,8 @@ def make_draw(config, policy, frozen: Frozen, tokenizer, mesh):
     whole = lora.over(policy, frozen.base)
     drawn = sample(
         whole, params, prompts, key, num=config.train.probe_completions,
-        length=config.length, stop_ids=tokenizer.stop_ids,
+        length=config.length, stop_ids=tokenizer.stop_ids, slots=config.slots,
+        mesh=mesh,
     )  # fmt: skip
     log_reference = log_probs(
         whole, frozen.reference, prompts, drawn.completion, drawn.mask,

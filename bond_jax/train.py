@@ -153,6 +153,9 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
     epochs=settings.epochs,
     micro_batches=settings.micro_batches,
     chunk=config.chunk,
+    slots=config.slots,
+    buckets=settings.buckets,
+    mesh=mesh,
   )
   frozen = task.frozen
   state = init_state(setup, frozen, mesh)

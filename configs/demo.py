@@ -114,6 +114,8 @@ def get_config(argument: str = 'algorithm=jbond') -> ml_collections.ConfigDict:
   config.prompt = dict(kind='opening', length=5)
   config.length = 24  # new tokens at most
   config.chunk = 24  # positions whose logits exist at one time
+  # Completions decoded side by side; one that ends makes room for the next.
+  config.slots = 0  # 0 = all of a batch at once
 
   config.sft = dict(
     steps=320,
@@ -150,6 +152,8 @@ def get_config(argument: str = 'algorithm=jbond') -> ml_collections.ConfigDict:
     rollouts=1,  # batches drawn before an iteration's updates
     epochs=1,  # updates on each of them, before the anchor moves
     micro_batches=1,
+    # Lengths to which micro-batches are padded: j / buckets of both lengths.
+    buckets=1,
     optimizer=adam(rate, warmup_steps=20, decay_to=0.1),
     save_every=20,
     probe_prompts=128,  # validation openings that the curves are made of

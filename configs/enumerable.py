@@ -62,6 +62,7 @@ def get_config(argument: str = 'algorithm=jbond') -> ml_collections.ConfigDict:
   )
   config.length = 3
   config.chunk = 3
+  config.slots = 0
   config.model = dict(
     name='gemma3_tiny',
     sizes=dict(
@@ -88,6 +89,7 @@ def get_config(argument: str = 'algorithm=jbond') -> ml_collections.ConfigDict:
     rollouts=1,
     epochs=1,
     micro_batches=1,
+    buckets=1,
     optimizer=dict(
       learning_rate=1e-3,
       warmup_steps=20,

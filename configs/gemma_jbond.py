@@ -65,6 +65,7 @@ def get_config(
   config.prompt = dict(kind='turn', length=512)
   config.length = 512
   config.chunk = 128
+  config.slots = 0
   config.reward = demo.reward(unset())
   # One that nothing is trained on; it may be the reward again.
   config.gold = dict(function=unset(), args=dict())
@@ -80,6 +81,7 @@ def get_config(
     rollouts=1,
     epochs=1,
     micro_batches=8,
+    buckets=2,
     optimizer=dict(
       learning_rate=learning_rate,
       warmup_steps=100,

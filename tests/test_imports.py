@@ -29,7 +29,7 @@ MEETING = {
 }  # fmt: skip
 # Must run where only jax, flax, optax and orbax are installed.
 CORE = {'types', 'errors', 'ops', 'anchors', 'log_probs', 'sampling', 'step',
-        'sharding', 'optimizer', 'quantiles'}  # fmt: skip
+        'sharding', 'optimizer', 'quantiles', 'micro_batches'}  # fmt: skip
 # The only readers of configs.
 CONFIGURED = {
     'command', 'build', 'sft', 'reward_model', 'train', 'evaluate', 'sample',

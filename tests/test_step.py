@@ -148,6 +148,57 @@ def test_micro_batches_change_nothing(setup, update, frozen, prompts, drawn):
     close(other_metrics, metrics, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize('parts', [1, 4])
+def test_buckets_change_nothing_but_the_order(
+  setup, frozen, prompts, drawn, parts
+):
+  """Rows of like lengths together, cut to what they need."""
+  sizes = []
+
+  def hidden(params, tokens, mask):
+    jax.debug.callback(lambda: sizes.append(tokens.shape))
+    return setup.policy.hidden(params, tokens, mask)
+
+  short = np.arange(BATCH) % 2 == 0
+  mask = drawn[0].mask & ~(
+    short[:, None, None] & (np.arange(5) > 1)[None, None]
+  )
+  drawn = (
+    drawn[0]._replace(
+      mask=mask,
+      completion=drawn[0].completion * mask,
+      log_prob=drawn[0].log_prob * mask,
+    ),
+    drawn[1],
+  )
+  prompts = prompts._replace(
+    mask=prompts.mask & ~(short[:, None] & (np.arange(4) < 2)[None]),
+    weight=np.float32([1, 1, 0, 1, 1, 1, 1, 1]),
+  )
+  mesh = sharding.make_mesh(parts, 1)
+  runs = []
+  for buckets, micro in ((1, 1), (1, 2), (3, 2)):
+    changed = setup._replace(
+      buckets=buckets,
+      micro_batches=micro,
+      mesh=mesh,
+      policy=setup.policy._replace(hidden=hidden),
+    )
+    program = jax.jit(functools.partial(whole_step, changed))
+    sizes.clear()
+    runs.append(program(start(setup, frozen, 0.3), frozen, prompts, *drawn))
+    jax.block_until_ready(runs[-1])
+    jax.effects_barrier()
+  (state, metrics), *others = jax.device_get(runs)
+  for other, other_metrics in others:
+    close(other, state, rtol=0, atol=1e-6)
+    close(other_metrics, metrics, rtol=1e-4, atol=1e-6)
+  # One anchor row and two of the policy, per prompt and micro-batch.
+  assert [rows for rows, _ in sizes] == [4, 4, 8, 8]
+  # P' + T' - 1: 2 + 2 - 1, of a third of both, and 4 + 5 - 1.
+  assert sorted(size for _, size in sizes) == [3, 3, 8, 8]
+
+
 def test_the_anchor_takes_its_step_after_the_policy(
   setup, update, frozen, prompts, drawn
 ):
