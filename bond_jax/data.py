@@ -30,6 +30,7 @@ from bond_jax.tokenizer import chat, Tokenizer
 from bond_jax.types import Prompts
 
 KINDS = ('opening', 'text', 'turn')  # of prompts; see `encoder`
+FATES = {'drop': 'left out', 'cut': 'cut on the left'}  # of longer ones
 Encode = Callable[[Row], list[int] | None]  # a prompt's pieces; None: left out
 
 
@@ -110,7 +111,12 @@ def _completions(
 
 
 def encoder(
-  kind: str, tokenizer: Tokenizer, *, length: int, system: bool
+  kind: str,
+  tokenizer: Tokenizer,
+  *,
+  length: int,
+  system: bool,
+  longer: str = 'drop',
 ) -> Encode:
   """Returns the function that makes a row the pieces of a prompt, BOS first.
 
@@ -119,10 +125,18 @@ def encoder(
       on after them; 'text', the whole text; 'turn', the row's messages, or its
       text as the user's only one, in the template of turns.
     tokenizer: the vocabulary.
-    length: P. Texts and turns that are longer are left out.
+    length: P.
     system: see `tokenizer.chat`.
+    longer: what becomes of longer texts and turns: 'drop', they are left out;
+      'cut', of their pieces after BOS the last are kept.
   """
-  check_prompt(kind, length)
+  check_prompt(kind, length, longer)
+
+  def fit(pieces: list[int]) -> list[int] | None:
+    more = len(pieces) - length
+    if more <= 0:
+      return pieces
+    return None if longer == 'drop' else [pieces[0], *pieces[1 + more :]]
 
   def pieces_of(row: Row) -> list[int]:
     if 'text' not in row:
@@ -137,15 +151,13 @@ def encoder(
     return pieces[:length] if len(pieces) > length else None
 
   def text(row: Row) -> list[int] | None:
-    pieces = pieces_of(row)
-    return pieces if len(pieces) <= length else None
+    return fit(pieces_of(row))
 
   def turn(row: Row) -> list[int] | None:
     messages = row.get('messages')
     if messages is None:
       messages = [{'role': 'user', 'content': row['text']}]
-    pieces = chat(tokenizer, messages, system=system)
-    return pieces if len(pieces) <= length else None
+    return fit(chat(tokenizer, messages, system=system))
 
   return dict(zip(KINDS, (opening, text, turn), strict=True))[kind]
 
@@ -155,12 +167,16 @@ def last_words(row: Row) -> str:
   return row['messages'][-1]['content'] if 'messages' in row else row['text']
 
 
-def check_prompt(kind: str, length: int) -> None:
+def check_prompt(kind: str, length: int, longer: str) -> None:
   """Refuses a kind that `encoder` does not know, and an empty prompt."""
   if kind not in KINDS:
     raise UserError(f'prompt.kind is {kind!r}; known are {", ".join(KINDS)}.')
   if length < 1:
     raise UserError(f'prompt.length must be 1 or more, got {length}.')
+  if longer not in FATES:
+    raise UserError(
+      f'prompt.longer is {longer!r}; known are {", ".join(FATES)}.'
+    )
 
 
 def prompts(
@@ -259,15 +275,21 @@ def count_left_out(
   return counts
 
 
-def describe(counts: Sequence[Count], kind: str, length: int) -> list[str]:
-  """The lines that say how many prompts are left out, one for each source."""
+def describe(
+  counts: Sequence[Count], kind: str, length: int, fate: str
+) -> list[str]:
+  """The lines that say how many prompts do not fit, one for each source.
+
+  They are of an encoder that drops what does not, whatever its `fate` is.
+  """
   longer = 'not longer' if kind == 'opening' else 'longer'
+  fate = FATES['drop' if kind == 'opening' else fate]
   lines = []
   for name, rows, looked_at, left_out in counts:
     of = f', a sample of {rows:,},' if looked_at < rows else ''
     lines.append(
       f'data{f" {name}" if name else ""}: {left_out:,} of {looked_at:,}'
-      f' prompts{of} are {longer} than prompt.length = {length} and left out'
+      f' prompts{of} are {longer} than prompt.length = {length} and {fate}'
     )
   return lines
 

@@ -148,7 +148,9 @@ def has_system_turn(config: ml_collections.ConfigDict) -> bool:
 
 
 def make_encoder(
-  config: ml_collections.ConfigDict, tokenizer: tokenizer_lib.Tokenizer
+  config: ml_collections.ConfigDict,
+  tokenizer: tokenizer_lib.Tokenizer,
+  longer: str | None = None,
 ) -> data.Encode:
   """What makes a row of the data a prompt; see `data.encoder`."""
   return data.encoder(
@@ -156,6 +158,7 @@ def make_encoder(
     tokenizer,
     length=config.prompt.length,
     system=has_system_turn(config),
+    longer=longer or config.prompt.longer,
   )
 
 

@@ -48,7 +48,9 @@ def check(config: ml_collections.ConfigDict, mesh) -> None:
       ' above 0 (1.0 = the model itself). 0, the greedy law, is for'
       ' bond_jax.sample.'
     )
-  data.check_prompt(config.prompt.kind, config.prompt.length)
+  data.check_prompt(
+    config.prompt.kind, config.prompt.length, config.prompt.longer
+  )
   policy = origin.make_policy(config.model, config.tokenizer.vocab_size)
   sampling.check(policy, config.length, (), config.slots, mesh.shape['data'])
   for section in (config.reward, config.gold):
@@ -67,7 +69,8 @@ def make(config: ml_collections.ConfigDict, workdir: str, mesh) -> build.Task:
   frozen = origin.load_frozen(config, policy, workdir, mesh)
   reward = build.make_reward(config, config.reward, workdir)
   rows = build.rows(config, 'train')
-  facts = look_at(rows, encode, config.prompt)
+  whole = origin.make_encoder(config, tokenizer, longer='drop')
+  facts = look_at(rows, whole, config.prompt)
 
   score = functools.partial(scoring.score, **build.reward_rules(config.reward))
 
@@ -106,17 +109,23 @@ def make(config: ml_collections.ConfigDict, workdir: str, mesh) -> build.Task:
 
 
 def look_at(rows: data.Source, encode: data.Encode, prompt) -> dict[str, int]:
-  """Says, once, what of the data no prompt is made of; returns the numbers."""
+  """Says, once, what of the data no whole prompt is made of, and how much.
+
+  `encode` drops prompts that are too long.
+  """
   counts = data.count_left_out(rows, encode)
   empty = sources.empty_lines(rows)
   if jax.process_index() == 0:
-    lines = data.describe(counts, prompt.kind, prompt.length)
+    lines = data.describe(counts, prompt.kind, prompt.length, prompt.longer)
     if empty:
       lines.append(f'data: {empty:,} empty lines are skipped')
     print('\n'.join(lines), flush=True)
+  kept = prompt.kind != 'opening' and prompt.longer == 'cut'
   return {
     'prompts_looked_at': sum(count.looked_at for count in counts),
-    'prompts_left_out': sum(count.left_out for count in counts),
+    'prompts_cut' if kept else 'prompts_left_out': sum(
+      count.left_out for count in counts
+    ),
     'empty_lines': empty,
   }
 

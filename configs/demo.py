@@ -111,7 +111,11 @@ def get_config(argument: str = 'algorithm=jbond') -> ml_collections.ConfigDict:
     ),
   )
   # BOS and the first four pieces of a sentence; see data.encoder.
-  config.prompt = dict(kind='opening', length=5)
+  config.prompt = dict(
+    kind='opening',
+    length=5,
+    longer='drop',  # or 'cut': of longer texts and turns keep BOS and the end
+  )
   config.length = 24  # new tokens at most
   config.chunk = 24  # positions whose logits exist at one time
   # Completions decoded side by side; one that ends makes room for the next.

@@ -61,8 +61,8 @@ def get_config(
       exact_anchor=False,  # average the products of the adapters; see lora.py
     ),
   )
-  # Rows are turns of a user; longer prompts are left out.
-  config.prompt = dict(kind='turn', length=512)
+  # Rows are turns of a user; longer prompts are left out ('drop') or 'cut'.
+  config.prompt = dict(kind='turn', length=512, longer='drop')
   config.length = 512
   config.chunk = 128
   config.slots = 0

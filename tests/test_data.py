@@ -215,6 +215,21 @@ def test_longer_texts_are_left_out(tok):
   assert next(it).id.tolist() == [0, 0]
 
 
+def test_longer_texts_are_cut_on_the_left_if_asked(tok):
+  """BOS stays, and the end; what is not longer is not touched."""
+  pieces = tok.encode(TEXTS[0])
+  for length in (1, 2, len(pieces), len(pieces) + 1):
+    encode = data.encoder(
+      'text', tok, length=length, system=False, longer='cut'
+    )
+    found = encode({'text': TEXTS[0]})
+    assert found[0] == tok.bos_id and len(found) == length
+    assert found[1:] == pieces[len(pieces) - length + 1 :]
+  assert encode({'text': 'No'}) == [tok.bos_id, *tok.encode('No')]
+  with pytest.raises(UserError, match="longer is 'left'; known are drop, cut"):
+    data.encoder('text', tok, length=3, system=False, longer='left')
+
+
 def test_turns_come_from_messages_or_from_a_text():
   tok = test_tokenizer.with_turns()
   encode = data.encoder('turn', tok, length=99, system=True)

@@ -230,12 +230,12 @@ def test_what_is_left_out_is_counted_and_said():
     ('maths', 9, 9, 3),
     ('verse', 23, 23, 0),
   ]
-  assert data.describe(counts, 'turn', 512)[0] == (
+  assert data.describe(counts, 'turn', 512, 'drop')[0] == (
     'data chat: 10 of 40 prompts are longer than prompt.length = 512 and left'
     ' out'
   )
   many = [data.Count('', 2_345_678, 100_000, 1_234)]
-  assert data.describe(many, 'opening', 5) == [
+  assert data.describe(many, 'opening', 5, 'cut') == [
     'data: 1,234 of 100,000 prompts, a sample of 2,345,678, are not longer than'
     ' prompt.length = 5 and left out'
   ]
@@ -283,21 +283,30 @@ def test_a_config_mixes_sources(config):
     build.rows(config, 'train')
 
 
-def test_a_run_says_what_it_leaves_out(config, capsys):
+@pytest.mark.parametrize(
+  'longer, name, fate',
+  [
+    ('drop', 'prompts_left_out', 'left out'),
+    ('cut', 'prompts_cut', 'cut on the left'),
+  ],
+)
+def test_a_run_says_what_does_not_fit(config, capsys, longer, name, fate):
   tok = test_tokenizer.with_turns()
   encode = data.encoder('text', tok, length=25, system=False)
   rows = build.rows(config, 'train')
-  prompt = ml_collections.ConfigDict(dict(kind='text', length=25))
+  prompt = ml_collections.ConfigDict(
+    dict(kind='text', length=25, longer=longer)
+  )
   facts = text_task.look_at(rows, encode, prompt)
   left_out = [
     sum(encode(row) is None for row in part.rows) for part in rows.parts
   ]
   assert 0 < left_out[0] < 45 and facts == {
     'prompts_looked_at': 345,
-    'prompts_left_out': sum(left_out),
+    name: sum(left_out),
     'empty_lines': 10,
   }
-  end = 'prompts are longer than prompt.length = 25 and left out'
+  end = f'prompts are longer than prompt.length = 25 and {fate}'
   assert capsys.readouterr().out.splitlines() == [
     f'data questions: {left_out[0]} of 45 {end}',
     f'data reviews: {left_out[1]} of 300 {end}',
