@@ -164,62 +164,52 @@ def _sample(
       log=jax.tree.map(put, state.log, (place, token, log_prob)),
     )
 
-  def refill(state: State) -> State:
-    if slots == rows:
-      return state
-    return _refill(decoder, prompts, num, state)
-
   def body(state: State) -> State:
     hidden, cache = decoder.step(
       state.token, state.busy & ~state.fresh, state.cache
     )
-    if slots < rows:
-      hidden = jnp.where(state.fresh[:, None], state.hidden, hidden)
-    return refill(draw(state._replace(cache=cache), hidden))
+    state = state._replace(cache=cache)
+    if slots == rows:
+      return draw(state, hidden)
+    hidden = jnp.where(state.fresh[:, None], state.hidden, hidden)
+    return _refill(decoder, prompts, num, draw(state, hidden))
 
-  state, hidden = _begin(decoder, prompts, num, length, slots)
-  state = jax.lax.while_loop(
-    lambda state: state.busy.any(), body, refill(draw(state, hidden))
-  )
+  state = _begin(decoder, prompts, num, length, slots)
+  if slots == rows:  # else the loop's first step does it, among many
+    state = draw(state, state.hidden)
+  state = jax.lax.while_loop(lambda state: state.busy.any(), body, state)
   return _gather(state, (b, num, length), slots)
 
 
 def _begin(
   decoder: Decoder, prompts: Prompts, num: int, length: int, slots: int
-) -> tuple[State, Array]:
-  """The first completions in their slots, and what their prompts end in."""
+) -> State:
+  """The first completions in their slots, nothing of them drawn yet."""
   b = prompts.tokens.shape[0]
   rows = b * num
   at_once = -(-slots // num)  # prompts
   hidden, prefix = decoder.prefill(
     prompts.tokens[:at_once], prompts.mask[:at_once]
   )
-  width, of_slot = num, jnp.arange(slots) // num
-  if slots < rows:
-    width = 1
-    prefix, pool = (
-      jax.tree.map(lambda x: x[of_slot], prefix),
-      (jnp.int32(0), hidden, prefix),
-    )
-  else:
-    pool = None
-  hidden = hidden[of_slot]
+  width, pool, of_slot = num, None, jnp.arange(slots) // num
+  if slots < rows:  # a slot's next prompt is its own
+    width, pool = 1, (jnp.int32(0), hidden, prefix)
+    prefix = jax.tree.map(lambda x: x[of_slot], prefix)
   steps = -(-rows // slots) * length
   log = lambda dtype: jnp.zeros((steps, slots), dtype)
-  state = State(
+  return State(
     cache=decoder.start(prefix, width, max(1, length - 1)),
     pool=pool,
     queued=jnp.int32(slots),
     row=jnp.arange(slots),
     drawn=jnp.zeros(slots, jnp.int32),
     busy=jnp.ones(slots, bool),
-    fresh=jnp.zeros(slots, bool),
-    hidden=jnp.zeros_like(hidden),
+    fresh=jnp.ones(slots, bool),
+    hidden=hidden[of_slot],
     token=jnp.zeros(slots, jnp.int32),
     steps=jnp.int32(0),
     log=(log(jnp.int32) + rows * length, log(jnp.int32), log(jnp.float32)),
   )
-  return state, hidden
 
 
 def _refill(

@@ -68,6 +68,21 @@ def test_compilations_are_counted(config, workdir):
   assert toy.rows(workdir, 'train') == toy.rows(toy.finished(), 'train')
 
 
+def test_lengths_of_all_sizes_compile_nothing_anew(config, workdir):
+  """Texts cut to any length, slots, buckets: one program each."""
+  config.prompt.update(dict(kind='text', length=12, longer='cut'))
+  config.slots = 4
+  config.train.update(dict(micro_batches=4, buckets=2))
+  toy.before('train', workdir, config)
+  toy.run('train', config, workdir)
+  found = toy.summary(workdir, 'train')
+  assert found['compilations_after_first_step'] == 0
+  assert found['prompts_cut'] > 0 and 'prompts_left_out' not in found
+  for row in toy.rows(workdir, 'train'):
+    assert 0 < row['slots/busy'] <= 1
+    assert row['sampler_gap'] < 1e-4
+
+
 def test_eight_devices_are_one(config, workdir):
   config.mesh.data = 8
   toy.before('train', workdir, config)
