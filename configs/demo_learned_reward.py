@@ -25,8 +25,8 @@ def get_config(argument: str = 'algorithm=jbond') -> ml_collections.ConfigDict:
       # times the standardised gap of the ratings; 'regression' on ratings.
       loss='regression',
       margin=0.0,
-      # Ratings are compared if they are this far apart, each text with so many
-      # others; rows with 'chosen' and 'rejected' are pairs already.
+      # Ratings are compared if they are this far apart, each training text with
+      # so many others; rows with 'chosen' and 'rejected' are pairs already.
       min_gap=1.0,
       partners=8,
       # 'sft', 'random', or a checkpoint as config.weights has it.
@@ -35,8 +35,11 @@ def get_config(argument: str = 'algorithm=jbond') -> ml_collections.ConfigDict:
       tokenizer=dict(path='', sha256='', vocab_size=8192),
       model=dict(sizes=dict(vocab_size=8192, layers=1, feed_forward=256)),
       pool='mean',  # the hidden states that the head reads: 'last' or 'mean'
-      length=64,  # pieces of a text; rows with longer ones are left out
-      dropout=0.5,  # share of the pieces that a text is read without
+      length=80,  # pieces of a text; rows with longer ones are left out
+      dropout=0.3,  # share of the pieces that a text is read without
+      # Share of a byte-pair vocabulary's merges left out, of each text ten
+      # times over, so that words are also read by their parts.
+      merge_dropout=0.1,
       # Models of which the score is the mean; each has rows of its own.
       members=3,
       steps=1000,

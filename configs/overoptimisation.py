@@ -14,11 +14,11 @@ import ml_collections
 from configs import demo, demo_learned_reward
 
 # Algorithm, steps, completions per prompt, and what differs from its arguments.
-# All draw 92,160 completions.
+# All draw 57,600 completions.
 RUNS = dict(
-  jbond_0=('jbond', 480, dict(anchor_rate=0.05, drift_weight=0.0)),
-  jbond_1=('jbond', 480, dict(anchor_rate=0.05, drift_weight=1.0)),
-  rloo=('rloo', 720, dict(kl_weight=0.1)),
+  jbond_0=('jbond', 300, dict(anchor_rate=0.05, drift_weight=0.0)),
+  jbond_1=('jbond', 300, dict(anchor_rate=0.05, drift_weight=1.0)),
+  rloo=('rloo', 450, dict(kl_weight=0.2)),
 )
 
 
@@ -36,8 +36,8 @@ def get_config(argument: str = 'run=jbond_0') -> ml_collections.ConfigDict:
   config.train.update(dict(
     steps=steps,
     batch=64,
-    optimizer=demo.adam(5e-4, warmup_steps=20, decay_to=1.0),
-    save_every=steps // 24,
+    optimizer=demo.adam(1e-3, warmup_steps=20, decay_to=1.0),
+    save_every=max(1, steps // 20),
     probe_prompts=256,
     probe_completions=4,
   ))  # fmt: skip
