@@ -35,14 +35,14 @@ def get_config(argument: str = 'algorithm=jbond') -> ml_collections.ConfigDict:
       tokenizer=dict(path='', sha256='', vocab_size=8192),
       model=dict(sizes=dict(vocab_size=8192, layers=1, feed_forward=256)),
       pool='mean',  # the hidden states that the head reads: 'last' or 'mean'
-      length=80,  # pieces of a text; rows with longer ones are left out
+      length=64,  # pieces of a text; rows with longer ones are left out
       dropout=0.3,  # share of the pieces that a text is read without
       # Share of a byte-pair vocabulary's merges left out, of each text ten
       # times over, so that words are also read by their parts.
       merge_dropout=0.1,
       # Models of which the score is the mean; each has rows of its own.
       members=3,
-      steps=1000,
+      steps=600,
       batch=128,  # pairs, or texts for regression, of each member
       optimizer=demo.adam(3e-3, warmup_steps=50, decay_to=0.0),
       save_every=100,

@@ -130,6 +130,18 @@ def test_answers_that_are_messages_bring_their_prompt(tmp_path):
     read_turns({'chosen': [hi, yes], 'rejected': [turn('user', 'ho'), no]})
 
 
+def test_held_out_texts_meet_more_others(tok):
+  rows = [{'text': 'a film', 'rating': i} for i in range(40)]
+  config = get_config(length=64)
+  sources = dict.fromkeys(preferences.SPLITS, rows)
+  mine = reward_training.own(config)
+  got = reward_training.read_splits(config, mine, sources, tok)
+  counts = {k: np.bincount(v.pairs.ravel()) for k, v in got.items()}
+  assert counts['train'].max() == config.reward_model.partners == 4
+  for split in ('validation', 'test'):
+    assert counts[split].min() > 30  # almost all of the 39
+
+
 def test_each_rating_is_paired_about_equally_often():
   rating = np.random.default_rng(0).normal(size=301).round(1)
   pairs = preferences.pairs_of(rating, min_gap=0.5, partners=6, seed=3)
