@@ -31,7 +31,8 @@ LABELS = {
   'rloo': 'RLOO',
 }
 NS = (1, 2, 4, 8, 16, 32, 64)
-KLS = (0.5, 1.0, 2.0, 3.0, 4.0)  # at which the table reads the curves
+TICKS = (0, 0.2, 0.5, 1, 2, 3, 4, 6, 8, 10, 13, 17)
+KLS = (0.5, 1.0, 2.0, 3.0, 5.0)  # at which the table reads the curves
 # Of a probe of the train stage -> of a curve.
 KEYS = {
   'kl/reference': 'kl',
@@ -59,7 +60,7 @@ def run(out: str, name: str) -> list[dict[str, float]]:
   for stage in ('train', 'evaluate'):
     compare.stage(stage, workdir, f'overoptimisation.py:run={name}', flag)
   rows = metrics.read_rows(os.path.join(workdir, 'train', 'metrics.jsonl'))
-  return [
+  return [dict(kl=0.0, proxy=0.5, gold=0.5)] + [
     {ours: row[theirs] for theirs, ours in KEYS.items()}
     for row in rows
     if 'win_rate/gold' in row
@@ -154,15 +155,21 @@ def draw(curves: dict[str, list[dict]], path: str) -> None:
         curves.items(), (*look['colours'][:3], look['ink']), strict=True
       ):
         style = 'o:' if label == 'Best-of-N' else 'o-'
-        points = [dict(kl=0, proxy=0.5, gold=0.5), *points]
         ax.plot(
-            [p['kl'] for p in points], [p[key] for p in points], style,
-            color=colour, ms=2.5, lw=1.3, label=label,
+            [max(p['kl'], 0) ** 0.5 for p in points], [p[key] for p in points],
+            style, color=colour, ms=2.5, lw=1.3, label=label,
         )  # fmt: skip
+        for p in points:
+          if p.get('n') in (2, 8, 64):
+            place = max(p['kl'], 0) ** 0.5, p[key]
+            ax.annotate(f'N = {p["n"]}', place, (-4, 3), fontsize=7, ha='right',
+                        textcoords='offset points')  # fmt: skip
       ax.axhline(0.5, color=look['faint'], lw=0.8)
+      # A root, as Gao et al. (2023) have it: what is far takes less of it.
+      ax.set_xticks(np.sqrt(TICKS), labels=[f'{kl:g}' for kl in TICKS])
       ax.set(xlabel='KL to the reference, nats per completion', title=title)
     axes[0].set_ylabel('win rate against the reference')
-    axes[0].legend(loc='lower right')
+    axes[1].legend(loc='upper left')
     figure.savefig(path, dpi=160)
 
 
@@ -197,7 +204,7 @@ def main():
   ends = {}
   for name, label in LABELS.items():
     summary = command.read_json(os.path.join(out, name, 'summary.json'))
-    keys = ('win_rate', 'gold_win_rate', 'kl')
+    keys = ('win_rate', 'gold_win_rate', 'kl', 'distinct_2', 'length')
     ends[label] = {k: v for k, v in summary.items() if k.startswith(keys)}
   draw(curves, os.path.join(out, 'figure.png'))
   command.write_json(
