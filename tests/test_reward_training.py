@@ -330,7 +330,7 @@ def test_scores_are_those_that_the_summary_reports(finished):
   completions = [[row['text'] for row in rows]]
   got = wide([''], completions, toy.context(completions))[0]
   rating = np.array([row['rating'] for row in rows])
-  pairs = preferences.pairs_of(rating, min_gap=0.8, partners=4, seed=0)
+  pairs = preferences.pairs_of(rating, min_gap=0.8, partners=100, seed=0)
   summary = toy.summary(finished, 'reward')
   accuracy = (got[pairs[:, 0]] > got[pairs[:, 1]]).mean()
   assert accuracy == pytest.approx(summary['accuracy'], abs=1e-9)
