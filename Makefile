@@ -32,7 +32,7 @@ $(foreach folder,.venv .venv-parity .venv-hf,$(if $(wildcard $(folder)/.done),\
   $(shell $(folder)/bin/python -c '$(healthy)' >&2 || rm $(folder)/.done)))
 
 .PHONY: help setup data demo test test-parity test-hf mutations figures \
-  notebooks lint venv
+  overoptimisation notebooks lint venv
 
 help:  ## list these commands
 	@sed -n 's/^\([a-z-]*\):.*## /\1: /p' Makefile | column -t -s:
@@ -90,6 +90,10 @@ figures: venv  ## the papers' figures at laptop scale, into runs/figures
 	  $(PYTHON) -m bond_jax.reproduce --config=configs/figures.py:$$figure \
 	    --workdir=runs/figures/$$figure; \
 	done
+
+overoptimisation: setup  ## learnt reward against gold as the KL grows, a figure
+	@PYTHONPATH=. $(PYTHON) benchmarks/overoptimisation.py \
+	  --out=runs/overoptimisation
 
 notebooks: .venv/.notebooks data  ## execute colab/*.ipynb
 	@mkdir -p colab/executed

@@ -41,13 +41,12 @@ for _core in sorted(os.sched_getaffinity(0)):
   CORES.put(_core)
 
 
-def stage(name: str, workdir: str, algorithm: str, seed: int, *flags: str):
+def stage(name: str, workdir: str, config: str, *flags: str) -> None:
   """Runs one stage as a user would, on a free core; it logs in the workdir."""
   os.makedirs(workdir, exist_ok=True)
   command = [
     sys.executable, '-m', f'bond_jax.{name}', f'--workdir={workdir}',
-    f'--config=configs/demo.py:algorithm={algorithm}',
-    f'--config.seed={seed}', *flags,
+    f'--config=configs/{config}', *flags,
   ]  # fmt: skip
   core = CORES.get()
   pin = functools.partial(os.sched_setaffinity, 0, {core})
@@ -64,7 +63,7 @@ def start(out: str, seed: int) -> str:
   """The start and the reward that a seed's algorithms share: their folder."""
   workdir = os.path.join(out, f'start_{seed}')
   for name in ('sft', 'reward_model'):
-    stage(name, workdir, 'jbond', seed)
+    stage(name, workdir, 'demo.py', f'--config.seed={seed}')
   return workdir
 
 
@@ -74,8 +73,9 @@ def run(out: str, seed: int, label: str) -> dict:
   workdir = os.path.join(out, f'{label.replace(" ", "_")}_{seed}')
   flags = [f'--config.algorithm.args.{k}={v}' for k, v in args.items()]
   flags.append(f'--config.reference={os.path.join(out, f"start_{seed}")}')
+  flags.append(f'--config.seed={seed}')
   for name in ('train', 'evaluate'):
-    stage(name, workdir, algorithm, seed, *flags)
+    stage(name, workdir, f'demo.py:algorithm={algorithm}', *flags)
   with open(os.path.join(workdir, 'summary.json')) as f:
     found = json.load(f)
   print(seed, label, *(f'{k} {found[k]}' for k in SHOWN), flush=True)

@@ -50,6 +50,11 @@ def sentences(
   """
 
   def pieces_of(row: Row) -> list[int]:
+    if 'text' not in row:
+      raise UserError(
+        "a row has no text, which sft.target 'text' needs; its fields are"
+        f' {", ".join(row)}.'
+      )
     return (tokenizer.encode(row['text']) + [tokenizer.eos_id])[:length]
 
   def collate(examples):
@@ -156,6 +161,11 @@ def encoder(
   def turn(row: Row) -> list[int] | None:
     messages = row.get('messages')
     if messages is None:
+      if 'text' not in row:
+        raise UserError(
+          'a row has neither messages nor a text: it may teach a reward model,'
+          ' but there is no prompt in it.'
+        )
       messages = [{'role': 'user', 'content': row['text']}]
     return fit(chat(tokenizer, messages, system=system))
 

@@ -215,7 +215,11 @@ def history(config, workdir: str) -> dict[str, Any]:
   if os.path.exists(os.path.join(start, 'reward', 'summary.json')):
     reward = read(start, 'reward')
     phases['reward/fit'] = reward['seconds']
-    row['reward_test_pearson'] = reward['test_pearson']
+    row |= {  # of preferences there is no correlation, of a ridge no share
+      f'reward_{key}': reward[key]
+      for key in ('test_pearson', 'accuracy')
+      if key in reward
+    }
   row['seconds'] = round(sum(phases.values()), 3)
   return {**row, 'phase_seconds': phases}
 

@@ -48,8 +48,11 @@ def encode(
 
 def texts(row: Row) -> list[str]:
   """Everything that people wrote in a row, for training a vocabulary on it."""
-  found = [row[key] for key in ('text', 'chosen', 'rejected') if key in row]
-  return found + [m['content'] for m in row.get('messages', ())]
+  found = []
+  for key in ('text', 'messages', 'chosen', 'rejected'):
+    said = row.get(key, ())
+    found += [said] if isinstance(said, str) else [m['content'] for m in said]
+  return found
 
 
 def asked(row: Row) -> Messages:
@@ -75,7 +78,9 @@ def read(
 
   Rows with 'chosen' and 'rejected' are a pair each: two texts that go on from
   the row's 'text', if it has one; or two answers to its 'messages' (else to its
-  'text', as the user's). A number 'margin' is the pair's gap, 1 without it.
+  'text', as the user's). Where they are messages themselves, the last ones are
+  the answers, and those before them, if any, what was asked. A number 'margin'
+  is the pair's gap, 1 without it.
   Rows with 'text' and 'rating' are paired by `pairs_of`, the gap being the
   difference of the ratings. Rows without either are a UserError.
 
@@ -88,7 +93,7 @@ def read(
     length: pieces of the longest text; rows with longer ones are left out.
     min_gap, partners, seed: see `pairs_of`.
   """
-  some = [rows[i] for i in range(len(rows))]
+  some = [_last_turns(rows[i], i, split) for i in range(len(rows))]
   keys = _columns(some[0], split)
   texts, pieces, rows_of = [], [], []
   for i, row in enumerate(some):
@@ -122,6 +127,47 @@ def read(
   gap = rating[pairs[:, 0]] - rating[pairs[:, 1]]
   unit = np.arange(len(texts))
   return Judged(texts, pieces, pairs, gap, rating, unit, left_out)
+
+
+def cut_anew(
+  judged: Judged,
+  tokenizer: Tokenizer,
+  *,
+  drop: float,
+  times: int,
+  length: int,
+  seed: int,
+) -> list[list[int]]:
+  """The pieces of all texts, cut `times` times by `Tokenizer.encode_anew`.
+
+  N of the first time, then N of the second, and so on. Prompts and what marks
+  the ends stay as they are; where there would be more than `length` pieces, the
+  whole text does.
+  """
+  many = tokenizer.encode_anew(judged.texts * times, drop=drop, seed=seed)
+  usual = [tokenizer.encode(text) for text in judged.texts]
+
+  def again(i: int, new: list[int]) -> list[int]:
+    ids = judged.pieces[i]
+    found = [*ids[: -1 - len(usual[i])], *new, ids[-1]]
+    return found if len(found) <= length else ids
+
+  return [again(i % len(usual), new) for i, new in enumerate(many)]
+
+
+def _last_turns(row: Row, i: int, split: str) -> Row:
+  """The row with its answers as texts, if it has them as messages."""
+  pair = [row.get(key) for key in ('chosen', 'rejected')]
+  if not all(isinstance(said, list) for said in pair):
+    return row
+  asked, other = (said[:-1] for said in pair)
+  if asked != other:
+    raise UserError(
+      f"row {i} of the {split} split: 'chosen' and 'rejected' answer different"
+      ' messages.'
+    )
+  answers = {k: row[k][-1]['content'] for k in ('chosen', 'rejected')}
+  return {**row, **({'messages': asked} if asked else {}), **answers}
 
 
 def _columns(row: Row, split: str) -> tuple[str, ...]:

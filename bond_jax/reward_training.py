@@ -39,6 +39,8 @@ from bond_jax.types import Policy, TrainState
 KINDS = ('ridge', 'gemma')
 LOSSES = ('bradley_terry', 'margin', 'regression')
 _BATCH = 128  # texts that are judged at a time
+_WAYS = 10  # in which a text is cut into pieces, beside the usual one
+_HELD_OUT_PARTNERS = 100  # more pairs of the same texts: less noise
 
 
 def check_kind(config: ml_collections.ConfigDict) -> None:
@@ -61,11 +63,12 @@ def check(config: ml_collections.ConfigDict, mesh) -> None:
         f'reward_model.{name} is {settings[name]!r}; known are'
         f' {", ".join(known)}.'
       )
-  if not 0 <= settings.dropout < 1:
-    raise UserError(
-      f'reward_model.dropout must be 0 or more and less than 1, got'
-      f' {settings.dropout}.'
-    )
+  for name in ('dropout', 'merge_dropout'):
+    if not 0 <= settings[name] < 1:
+      raise UserError(
+        f'reward_model.{name} must be 0 or more and less than 1, got'
+        f' {settings[name]}.'
+      )
   for name in ('steps', 'save_every', 'partners', 'length', 'members'):
     if settings[name] < 1:
       raise UserError(
@@ -212,7 +215,10 @@ def init_state(
 def read_splits(
   config, mine, sources, tokenizer
 ) -> dict[str, preferences.Judged]:
-  """What people said of the texts of each split; see `preferences.read`."""
+  """What people said of the texts of each split; see `preferences.read`.
+
+  Rated texts of the held-out splits meet more others than those of training.
+  """
   settings = config.reward_model
   return {
     split: preferences.read(
@@ -223,16 +229,16 @@ def read_splits(
       system=origin.has_system_turn(mine),
       length=settings.length,
       min_gap=settings.min_gap,
-      partners=settings.partners,
+      partners=settings.partners if split == 'train' else _HELD_OUT_PARTNERS,
       seed=config.seed,
     )
     for split in preferences.SPLITS
   }
 
 
-def make_batches(config, train: preferences.Judged, loss: str):
+def make_batches(config, train: preferences.Judged, loss: str, tokenizer):
   """Batches of pairs, or for regression of texts, with standardised targets."""
-  settings = config.reward_model
+  settings, pieces, ways = config.reward_model, train.pieces, 1
   spread = 1.0 if train.rating is None else train.rating.std()
   groups, target = train.pairs, train.gap / spread
   if loss == 'regression':
@@ -243,10 +249,21 @@ def make_batches(config, train: preferences.Judged, loss: str):
       )
     groups = np.arange(len(train.texts))[:, None]
     target = (train.rating - train.rating.mean()) / spread
+  if settings.merge_dropout:
+    ways += _WAYS
+    pieces = pieces + preferences.cut_anew(
+      train,
+      tokenizer,
+      drop=settings.merge_dropout,
+      times=_WAYS,
+      length=settings.length,
+      seed=config.seed,
+    )
+  starts = len(train.texts) * np.arange(ways)
   return preferences.batches(
-    train.pieces,
-    groups,
-    target,
+    pieces,
+    np.concatenate([groups + start for start in starts]),
+    np.tile(target, ways),
     length=settings.length,
     batch=settings.batch * settings.members,
     dropout=settings.dropout,
@@ -301,7 +318,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
   sources = {split: build.rows(mine, split) for split in preferences.SPLITS}
   tokenizer = _tokenizer(config, mine, sources, workdir)
   judged = read_splits(config, mine, sources, tokenizer)
-  batches = make_batches(config, judged['train'], settings.loss)
+  batches = make_batches(config, judged['train'], settings.loss, tokenizer)
   policy = origin.make_policy(mine.model, mine.tokenizer.vocab_size, full=True)
   optimizer = optimizer_lib.adam(steps=settings.steps, **settings.optimizer)
   state = init_state(config, mine, policy, optimizer, workdir, mesh)

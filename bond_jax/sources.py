@@ -4,7 +4,9 @@ A row is a dict. What it says to the program:
 
   text                 the prompt, or the text that prompts are openings of
   messages             a prompt of turns, each with a role and a content
-  chosen, rejected     two answers to it, texts or messages: a preference pair
+  prompt               either of these, in rows that have neither
+  chosen, rejected     two answers to it, texts or messages: a preference pair;
+                       with messages, or whole texts, no prompt need be there
 
 Whatever else it holds, rewards find it in `Context.rows`. Rows are read when
 they are asked for, by `readers.py`.
@@ -143,20 +145,23 @@ def source(
 
 def check_row(row: Any) -> str:
   """What a row lacks, by our names for its fields; '' if nothing."""
-  if isinstance(row, dict) and isinstance(row.get('text'), bytes):
+  known = f'; it has {", ".join(row)}' if isinstance(row, dict) else ''
+  row = row if isinstance(row, dict) else {}
+  if isinstance(row.get('text'), bytes):
     return 'the text is not UTF-8.'
-  if not isinstance(row, dict) or not (
-    _is_messages(row['messages'])
-    if 'messages' in row
-    else isinstance(row.get('text'), str)
-  ):
-    known = f'; it has {", ".join(row)}' if isinstance(row, dict) else ''
+  pair = [row.get(name) for name in ('chosen', 'rejected')]
+  if 'messages' in row:
+    asks = _is_messages(row['messages'])
+  elif 'text' in row:
+    asks = isinstance(row['text'], str)
+  else:
+    asks = None not in pair  # enough for a reward model
+  if not asks:
     return (
       'expected an object with a string "text", or with "messages", a list of'
-      f' objects with strings "role" and "content"{known}. data.fields gives'
-      ' fields these names.'
+      ' objects with strings "role" and "content", or with "chosen" and'
+      f' "rejected"{known}. data.fields gives fields these names.'
     )
-  pair = [row.get(name) for name in ('chosen', 'rejected')]
   if pair != [None, None] and not (
     all(isinstance(x, str) for x in pair) or all(map(_is_messages, pair))
   ):
@@ -191,6 +196,9 @@ def prepare(fields: Mapping[str, str], row: Any, place: str) -> Row:
     if not {'text', 'messages'}.isdisjoint(fields):
       gone |= {'text', 'messages'}
     row = {k: v for k, v in row.items() if k not in gone} | named
+  if isinstance(row, dict) and {'text', 'messages'}.isdisjoint(row):
+    ours = {str: 'text', list: 'messages'}.get(type(row.get('prompt')))
+    row = {ours if ours and k == 'prompt' else k: v for k, v in row.items()}
   if problem := check_row(row):
     raise UserError(f'{place}: {problem}')
   return row

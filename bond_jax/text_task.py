@@ -67,7 +67,10 @@ def make(config: ml_collections.ConfigDict, workdir: str, mesh) -> build.Task:
   encode = origin.make_encoder(config, tokenizer)
   policy = origin.make_policy(config.model, config.tokenizer.vocab_size)
   frozen = origin.load_frozen(config, policy, workdir, mesh)
-  reward = build.make_reward(config, config.reward, workdir)
+  reward, gold = (
+    build.make_reward(config, section, workdir)
+    for section in (config.reward, config.gold)
+  )
   rows = build.rows(config, 'train')
   whole = origin.make_encoder(config, tokenizer, longer='drop')
   facts = look_at(rows, whole, config.prompt)
@@ -88,7 +91,7 @@ def make(config: ml_collections.ConfigDict, workdir: str, mesh) -> build.Task:
     )
     draw = make_draw(config, policy, frozen, tokenizer, mesh)
     read = functools.partial(build.texts, config, tokenizer, held_out, prompts)
-    return probe_of(draw, reward, score, read, prompts, frozen.reference)
+    return probe_of(draw, reward, gold, score, read, prompts, frozen.reference)
 
   return build.Task(
     policy=policy,
@@ -162,22 +165,31 @@ def make_draw(config, policy, frozen: Frozen, tokenizer, mesh):
   return drawn_on_host
 
 
-def probe_of(draw, reward, score, read, prompts: Prompts, reference: Params):
+def probe_of(
+  draw, reward, gold, score, read, prompts: Prompts, reference: Params
+):
   """How the policy does against the reference on fixed validation prompts.
 
   The reference's completions are drawn once, with a key of their own, so that
   the curve moves with the policy alone. `read` makes of completions the texts
   that `score` calls the reward with; a judge compares them with the
-  reference's.
+  reference's. Where the reward rises and `gold`, which nothing is trained on,
+  falls, the policy has learnt the reward's mistakes.
   """
   theirs = read(draw(reference, prompts, 1)[0])
+  gold_before = scoring.call(gold, *theirs)[0]
+  if gold_before.ndim == 3:
+    raise UserError(
+      'gold compares pairs; it must be a reward, a number for each completion.'
+    )
   before = score(reward, *theirs)
   judge = before.value.ndim == 3
   asked = scoring.against(reward, *theirs[1:]) if judge else reward
 
   def probe(params) -> dict[str, Any]:
     drawn, log_ratio = draw(params, prompts, 2)
-    after = score(asked, *read(drawn))
+    texts = read(drawn)
+    after, gold_after = score(asked, *texts), scoring.call(gold, *texts)[0]
     kept = (before.weight > 0) & (after.weight > 0)
     mine = after.value[kept]
     return {
@@ -186,6 +198,8 @@ def probe_of(draw, reward, score, read, prompts: Prompts, reference: Params):
       else measures.win_rate(mine, before.value[kept]),
       'kl/reference': float(log_ratio.mean()),
       'reward/validation': float(mine.mean()),
+      'win_rate/gold': measures.win_rate(gold_after, gold_before),
+      'gold/validation': float(gold_after.mean()),
     }
 
   return probe

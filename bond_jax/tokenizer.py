@@ -9,6 +9,7 @@ between the families, and are looked up by their pieces.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from concurrent import futures
 import dataclasses
 import hashlib
 import io
@@ -55,6 +56,26 @@ class Tokenizer:
   def encode(self, text: str) -> list[int]:
     """Returns the pieces of `text`, without BOS or EOS."""
     return self.processor.encode(text)
+
+  def encode_anew(
+    self, texts: Sequence[str], *, drop: float, seed: int
+  ) -> list[list[int]]:
+    """Returns smaller pieces than `encode` does, other ones each time.
+
+    Of the merges that make a piece of a byte-pair vocabulary, the share `drop`
+    is left out at random (BPE-dropout, arXiv 1910.13267), so that rare words
+    are read by parts that others have too. The same for the same seed.
+    """
+    # SentencePiece seeds its generator once in the life of a thread.
+    sentencepiece.set_random_generator_seed(seed)
+    encode = lambda: [
+      self.processor.encode(
+        text, enable_sampling=True, alpha=drop, nbest_size=-1
+      )
+      for text in texts
+    ]
+    with futures.ThreadPoolExecutor(1) as thread:
+      return thread.submit(encode).result()
 
   def decode(self, ids: Sequence[int]) -> str:
     """Returns the text of `ids`, leaving out what only controls."""

@@ -306,6 +306,17 @@ assert not [m for m in sys.modules if m.split('.')[0] == 'tensorflow']
   subprocess.run([sys.executable, '-c', script], check=True)
 
 
+@pytest.mark.parametrize('kind', ['opening', 'text', 'turn'])
+def test_a_pair_alone_is_no_prompt(kind):
+  tok = test_tokenizer.with_turns()
+  encode = data.encoder(kind, tok, length=9, system=False)
+  row = {'chosen': 'a', 'rejected': 'b'}
+  with pytest.raises(UserError, match=r'a row has (no text|neither messages)'):
+    encode(row)
+  with pytest.raises(UserError, match='a row has no text, which sft.target'):
+    next(data.sentences([row], tok, length=9, batch=1, seed=0))
+
+
 def test_answers_come_after_their_prompts():
   """In turns, and ended as a drawn answer ends; longer ones are cut."""
   tok = test_tokenizer.with_turns()

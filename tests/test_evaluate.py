@@ -229,6 +229,19 @@ def test_a_reward_of_the_user_s_own_needs_no_reward_stage(config, workdir):
   assert found['seconds'] == pytest.approx(sum(found['phase_seconds'].values()))
 
 
+def test_a_reward_of_preferences_has_no_correlation(config, workdir):
+  os.makedirs(f'{workdir}/evaluate')
+  with open(f'{workdir}/evaluate/metrics.jsonl', 'w') as f:
+    f.write('{"step": 1, "seconds/sample": 2.0}\n')
+  path = f'{workdir}/reward/summary.json'
+  assert evaluate.history(config, workdir)['reward_test_pearson'] > 0
+  with open(path, 'w') as f:
+    json.dump({'accuracy': 0.75, 'seconds': 1.0}, f)
+  found = evaluate.history(config, workdir)
+  assert found['reward_accuracy'] == 0.75
+  assert 'reward_test_pearson' not in found
+
+
 def test_the_report_is_one_file():
   with open(os.path.join(toy.finished(), 'report.html')) as f:
     page = f.read()

@@ -6,6 +6,7 @@ import json
 import jax
 import numpy as np
 import pytest
+import test_tokenizer
 import toy
 
 from bond_jax import build, preferences, reward_training, tokenizer
@@ -108,6 +109,39 @@ def test_answers_are_read_in_the_template_of_turns(tmp_path):
     read([{'text': 'a', 'rating': 1}], turns, turns=True)
 
 
+def test_answers_that_are_messages_bring_their_prompt(tmp_path):
+  turn = lambda role, content: {'role': role, 'content': content}
+  hi = turn('user', 'hi')
+  yes, no = turn('assistant', 'yes'), turn('assistant', 'no')
+  tok = test_tokenizer.with_turns()
+  read_turns = lambda row: read([row], tok, turns=True)
+  plain = read_turns({'messages': [hi], 'chosen': 'yes', 'rejected': 'no'})
+  whole = {'chosen': [hi, yes], 'rejected': [hi, no]}
+  for row in (
+    whole,
+    {'text': 'hi', **whole},
+    {'text': 'hi', 'chosen': [yes], 'rejected': [no]},
+    {'messages': [hi], 'chosen': [yes], 'rejected': [no]},
+  ):
+    got = read_turns(row)
+    assert got.texts == ['yes', 'no'] and got.pieces == plain.pieces
+  assert preferences.texts(whole) == ['hi', 'yes', 'hi', 'no']
+  with pytest.raises(UserError, match='row 0 .* answer different messages'):
+    read_turns({'chosen': [hi, yes], 'rejected': [turn('user', 'ho'), no]})
+
+
+def test_held_out_texts_meet_more_others(tok):
+  rows = [{'text': 'a film', 'rating': i} for i in range(40)]
+  config = get_config(length=64)
+  sources = dict.fromkeys(preferences.SPLITS, rows)
+  mine = reward_training.own(config)
+  got = reward_training.read_splits(config, mine, sources, tok)
+  counts = {k: np.bincount(v.pairs.ravel()) for k, v in got.items()}
+  assert counts['train'].max() == config.reward_model.partners == 4
+  for split in ('validation', 'test'):
+    assert counts[split].min() > 30  # almost all of the 39
+
+
 def test_each_rating_is_paired_about_equally_often():
   rating = np.random.default_rng(0).normal(size=301).round(1)
   pairs = preferences.pairs_of(rating, min_gap=0.5, partners=6, seed=3)
@@ -164,6 +198,59 @@ def test_dropped_pieces_are_drawn_anew_and_never_the_ends():
     assert ids[1:-1] == sorted(ids[1:-1])
     found.append(tuple(ids))
   assert len(set(found)) > 1
+
+
+def with_merges(path):
+  """A byte-pair vocabulary that makes one piece of a common word."""
+  words = ['a film that is good', 'a film that was bad'] * 9
+  return tokenizer.train(words, str(path / 'merges.model'), 32)
+
+
+def test_texts_are_cut_anew_between_their_prompt_and_their_end(tmp_path):
+  tok = with_merges(tmp_path)
+  texts = ['a film that is good', 'bad']
+  prompt = [2, 9, 9]
+  pieces = [[*prompt, *tok.encode(t), 1] for t in texts]
+  judged = preferences.Judged(texts, pieces, None, None, None, None, 0)
+  again = lambda **changes: preferences.cut_anew(
+    judged, tok, **{**dict(drop=0.5, times=6, length=99, seed=0), **changes}
+  )
+  got = again()
+  assert got == again() != again(seed=1)
+  assert len(got) == 12
+  for i, ids in enumerate(got):
+    assert ids[:3] == prompt and ids[-1] == 1
+    assert tok.decode(ids[3:-1]) == texts[i % 2]
+  assert len({tuple(ids) for ids in got[::2]}) > 3
+  size = len(pieces[0])
+  assert max(map(len, got)) > size
+  # Where a text would be too long, it is read as usual.
+  short = again(length=size)
+  assert all(ids in (got[i], pieces[i % 2]) for i, ids in enumerate(short))
+  assert max(map(len, short)) <= size and pieces[0] in short
+
+
+@pytest.mark.parametrize('loss', ['regression', 'bradley_terry'])
+def test_texts_that_are_cut_anew_keep_what_people_said(loss, tmp_path):
+  tok = with_merges(tmp_path)
+  rows = [
+    {'text': text, 'rating': float(i)}
+    for i, text in enumerate(['bad', 'film', 'a film', 'good'])
+  ]
+  judged = read(rows, tok)
+  config = get_config(batch=8, members=1, dropout=0.0, merge_dropout=0.6)
+  it = reward_training.make_batches(config, judged, loss, tok)
+  spread, usual = judged.rating.std(), 0
+  for _ in range(12):
+    for tokens, mask, target in zip(*next(it)):
+      texts = [tok.decode(t[m]) for t, m in zip(tokens, mask)]
+      usual += tok.encode(texts[0]) == tokens[0][mask[0]][1:-1].tolist()
+      said = [judged.rating[judged.texts.index(t)] for t in texts]
+      if loss == 'regression':
+        assert target == pytest.approx((said[0] - 1.5) / spread, abs=1e-6)
+      else:
+        assert target == pytest.approx((said[0] - said[1]) / spread, abs=1e-6)
+  assert 0 < usual < 96
 
 
 def test_batches_go_on_where_they_were():
@@ -243,7 +330,7 @@ def test_scores_are_those_that_the_summary_reports(finished):
   completions = [[row['text'] for row in rows]]
   got = wide([''], completions, toy.context(completions))[0]
   rating = np.array([row['rating'] for row in rows])
-  pairs = preferences.pairs_of(rating, min_gap=0.8, partners=4, seed=0)
+  pairs = preferences.pairs_of(rating, min_gap=0.8, partners=100, seed=0)
   summary = toy.summary(finished, 'reward')
   accuracy = (got[pairs[:, 0]] > got[pairs[:, 1]]).mean()
   assert accuracy == pytest.approx(summary['accuracy'], abs=1e-9)
@@ -301,7 +388,7 @@ def test_it_starts_from_the_sft_stage_and_takes_pairs(tmp_path):
     with open(tmp_path / f'{split}.jsonl', 'w') as f:
       for a, b in zip(rows[::2], rows[1::2]):
         low, high = sorted((a, b), key=lambda r: r['rating'])
-        row = {'text': '', 'chosen': high['text'], 'rejected': low['text']}
+        row = {'chosen': high['text'], 'rejected': low['text']}
         f.write(json.dumps(row) + '\n')
   config = get_config(weights='sft', steps=2, batch=8, length=64)
   with config.unlocked():
@@ -343,7 +430,8 @@ def test_it_starts_from_the_sft_stage_and_takes_pairs(tmp_path):
     (dict(kind='tree'), "kind is 'tree'; known are ridge, gemma"),
     (dict(loss='hinge'), "loss is 'hinge'; known are bradley_terry, margin"),
     (dict(pool='max'), "pool is 'max'; known are last, mean"),
-    (dict(dropout=1.0), 'dropout must be 0 or more and less than 1'),
+    (dict(dropout=1.0), r'\.dropout must be 0 or more and less than 1'),
+    (dict(merge_dropout=1.0), 'merge_dropout must be 0 or more and less'),
     (dict(steps=0), 'steps must be 1 or more, got 0'),
     (dict(members=0), 'members must be 1 or more, got 0'),
     (dict(data=dict(name='x.jsonl')), 'needs "{split}" in the name'),
@@ -374,7 +462,7 @@ def test_regression_needs_ratings(tok):
   config = get_config(loss='regression')
   judged = read([{'chosen': 'good', 'rejected': 'bad'}], tok)
   with pytest.raises(UserError, match="'regression' needs rows"):
-    reward_training.make_batches(config, judged, 'regression')
+    reward_training.make_batches(config, judged, 'regression', tok)
 
 
 def test_a_broken_or_misused_reward_is_one_line(finished, tmp_path):

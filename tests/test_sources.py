@@ -254,6 +254,31 @@ def test_fields_are_renamed_and_unknown_ones_named(tmp_path):
   )
 
 
+def test_preferences_need_no_text(tmp_path):
+  """As they are published: with a prompt of either kind, or with none."""
+  turn = lambda role, content: {'role': role, 'content': content}
+  hi, yes, no = turn('user', 'hi'), turn('assistant', 'y'), turn('model', 'n')
+  pair, turns = (
+    dict(chosen='a', rejected='b'),
+    dict(chosen=[yes], rejected=[no]),
+  )
+  found = [
+    ({'prompt': 'hi'}, {'text': 'hi'}),
+    ({'prompt': [hi]}, {'messages': [hi]}),
+    ({'prompt': 'hi', 'text': 'all'}, {'prompt': 'hi', 'text': 'all'}),
+    ({}, {}),
+  ]
+  given = [{**theirs, **more} for theirs, _ in found for more in (pair, turns)]
+  rows = sources.source(write(tmp_path / 'a.jsonl', *given), '', '')
+  expected = [{**ours, **more} for _, ours in found for more in (pair, turns)]
+  assert list(rows) == expected
+  for wrong in ({'prompt': 3, **pair, 'chosen': None}, {'chosen': 'a'}):
+    path = write(tmp_path / 'b.jsonl', wrong)
+    says(
+      lambda path=path: sources.source(path, '', ''), f'{path}:1', '"chosen"'
+    )
+
+
 def test_parquet_in_one_file_or_many(tmp_path):
   table = pa.Table.from_pylist(PAIRS)
   for k, part in enumerate((table[:3], table[3:])):

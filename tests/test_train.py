@@ -199,12 +199,30 @@ def test_the_probe_draws_the_two_sides_apart():
   texts = [[''] * 8] * 4
   read = lambda drawn: ([''] * 4, texts, toy.context(texts, rows=drawn))
   reward = lambda prompts, completions, context: context.rows
+  gold = lambda prompts, completions, context: -2 * context.rows
   score = functools.partial(
     scoring.score, **build.reward_rules(demo.reward('none'))
   )
-  probe = text_task.probe_of(draw, reward, score, read, None, 0.0)
+  probe = text_task.probe_of(draw, reward, gold, score, read, None, 0.0)
   assert probe(0.0)['win_rate/reference'] != 0.5
-  assert probe(2.0)['win_rate/reference'] == 1
+  found = probe(2.0)
+  assert found['win_rate/reference'] == 1 and found['win_rate/gold'] == 0
+  mean = found['reward/validation']
+  assert found['gold/validation'] == pytest.approx(-2 * mean, rel=1e-6)
+
+
+def test_gold_that_compares_pairs_is_refused_before_a_step(config, workdir):
+  config.gold.function = 'test_train:compare'
+  toy.before('train', workdir, config)
+  with pytest.raises(UserError, match='gold compares pairs; it must be a'):
+    toy.run('train', config, workdir)
+  assert toy.steps(workdir, 'train') == []
+
+
+def compare():
+  return lambda prompts, completions, context: np.full(
+    (len(prompts), *2 * [len(completions[0])]), 0.5
+  )
 
 
 # -- a second run from the reference of the first -----------------------------
