@@ -47,7 +47,7 @@ class Setup(NamedTuple):
   rollouts: int  # batches drawn per iteration
   epochs: int  # updates on each of them
   micro_batches: int
-  chunk: int  # completion positions whose logits exist at one time
+  chunk: int  # tokens whose logits exist at one time, on each device
 
 
 class Batch(NamedTuple):

@@ -113,7 +113,7 @@ def get_config(argument: str = 'algorithm=jbond') -> ml_collections.ConfigDict:
   # BOS and the first four pieces of a sentence; see data.encoder.
   config.prompt = dict(kind='opening', length=5)
   config.length = 24  # new tokens at most
-  config.chunk = 24  # positions whose logits exist at one time
+  config.chunk = 8192  # tokens whose logits exist at one time, on each device
 
   config.sft = dict(
     steps=320,
