@@ -50,7 +50,7 @@ def get_config():
   config = config_file.get_config('algorithm=jbond')
   # Two tokens out of 54: 2,863 completions, none of them with much mass, as
   # the theory's continuum has none.
-  config.length = config.chunk = 2
+  config.length, config.chunk = 2, 1024
   config.enumerable.update(prompts=2, vocab=54)
   return config
 

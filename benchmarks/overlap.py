@@ -58,7 +58,7 @@ def make_setup() -> step_lib.Setup:
     rollouts=ROLLOUTS,
     epochs=1,
     micro_batches=1,
-    chunk=24,
+    chunk=8192,
   )
 
 

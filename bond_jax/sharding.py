@@ -17,6 +17,7 @@ from jax.sharding import PartitionSpec as P
 import numpy as np
 
 from bond_jax.errors import UserError
+from bond_jax.types import Array
 
 # The first pattern found in a parameter's path decides. Axes that lead those of
 # the rule (stacked layers, the 3 of qkv) are never split.
@@ -132,6 +133,28 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def by_row(mesh: Mesh) -> NamedSharding:
   """Splits the leading axis over `data`."""
   return NamedSharding(mesh, P('data'))
+
+
+def data_size(x: Array) -> int:
+  """The parts into which the mesh splits the rows of x, inside of `jit`.
+
+  The mesh is that of the arrays that the function was called with; 1 without
+  one, or where it does not divide the rows.
+  """
+  size = jax.typeof(x).sharding.mesh.shape.get('data', 1)
+  return 1 if len(x) % size else size
+
+
+def split_rows(x: Array) -> Array:
+  """x, its leading axis split over `data` and no other, inside of `jit`.
+
+  Where XLA has to choose, it may follow the parameters instead, which `data`
+  splits by features, and gather the rows of all devices on each.
+  """
+  mesh = jax.typeof(x).sharding.mesh
+  if data_size(x) == 1:
+    return x
+  return jax.lax.with_sharding_constraint(x, by_row(mesh))
 
 
 def check_batch(name: str, size: int, mesh: Mesh, micro_batches: int) -> None:

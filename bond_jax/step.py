@@ -48,7 +48,7 @@ class Setup(NamedTuple):
   rollouts: int  # batches drawn per iteration
   epochs: int  # updates on each of them
   micro_batches: int
-  chunk: int  # completion positions whose logits exist at one time
+  chunk: int  # tokens whose logits exist at one time, on each device
   slots: int = 0  # completions decoded side by side; 0 = all of them
   mesh: Mesh | None = None  # of the prompts, for sampling; None = one device
   # Lengths to which a micro-batch is padded: P and T, or j / buckets of both.

@@ -21,6 +21,7 @@ from bond_jax import (
   build,
   checkpoint,
   command,
+  costs,
   metrics,
   origin,
   scoring,
@@ -50,10 +51,13 @@ def make_programs(setup: step_lib.Setup, mesh, state) -> Programs:
     return step_lib.rollout(setup, state, frozen, prompts, key, index)
 
   def weigh(state, frozen, prompts, drawn, reward):
-    return step_lib.weigh(setup, state, frozen, prompts, drawn, reward)
+    batch, row = step_lib.weigh(setup, state, frozen, prompts, drawn, reward)
+    return batch, row | {'tokens/decoded': drawn.mask.sum()}
 
   def update(state, frozen, batch):
-    return step_lib.update(setup, state, frozen, batch)
+    state, row = step_lib.update(setup, state, frozen, batch)
+    # Of completions, as those decoded; `costs` counts their prompts too.
+    return state, row | {'tokens/trained': batch.mask.sum()}
 
   def move_anchor(state, frozen):
     return step_lib.move_anchor(setup, state, frozen)
@@ -157,6 +161,8 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
     buckets=settings.buckets,
     mesh=mesh,
   )
+  cost = costs.of_config(config, setup.algorithm, task.policy.vocab_size)
+  print(f'train: {costs.line(cost)}')
   frozen = task.frozen
   state = init_state(setup, frozen, mesh)
   checkpoints = checkpoint.manager(os.path.join(folder, 'checkpoints'))
@@ -198,7 +204,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
       compiled.append(metrics.compilations(*Programs._fields))
   rows = metrics.read_rows(os.path.join(folder, 'metrics.jsonl'))
   compilations = compiled[-1] - compiled[0] if compiled else 0
-  return summarise(rows, compilations) | dict(task.facts)
+  return summarise(rows, compilations) | dict(task.facts, cost=cost._asdict())
 
 
 def init_state(setup, frozen: Frozen, mesh) -> TrainState:

@@ -61,7 +61,7 @@ def get_config(argument: str = 'algorithm=jbond') -> ml_collections.ConfigDict:
     kl_weight=args['kl_weight'] if name in ('wind', 'ipo') else 0.0,
   )
   config.length = 3
-  config.chunk = 3
+  config.chunk = 4096
   config.slots = 0
   config.model = dict(
     name='gemma3_tiny',

@@ -27,7 +27,7 @@ def get_config(argument: str = 'backward_weight=0.5'):
     name='xsum', fields=dict(text='document', completion='summary')
   )
   config.prompt.length = 1024
-  config.length = config.chunk = 64
+  config.length = 64
   config.reward = demo.reward(
     'bond_jax.rewards.hf:entailment',
     path=gemma_jbond.unset(),

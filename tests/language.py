@@ -28,7 +28,7 @@ def get_config(name: str, **args) -> ml_collections.ConfigDict:
   """The same at the size of a test, for an algorithm; saves every 4 steps."""
   config = full_config('algorithm=jbond')
   config.enumerable.update(dict(prompts=PROMPTS, vocab=VOCAB))
-  config.length, config.chunk = LENGTH, LENGTH
+  config.length, config.chunk = LENGTH, 4096
   config.model.sizes.update(
       dict(features=16, layers=1, heads=2, kv_heads=1, head_size=8,
            feed_forward=32)

@@ -40,7 +40,7 @@ def gemma_config(folder='', rank=0):
   config.tokenizer.path = f'{folder}/tokenizer.model'
   config.data.name = f'{toy.folder()}/{{split}}.jsonl'
   config.reward.function = config.gold.function = 'bond_jax.rewards.text:vader'
-  config.prompt.length, config.length, config.chunk = 64, 4, 4
+  config.prompt.length, config.length, config.chunk = 64, 4, 32
   config.train.update(
       dict(steps=2, batch=8, micro_batches=1, save_every=1, probe_prompts=8,
            probe_completions=2)

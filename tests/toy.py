@@ -82,7 +82,7 @@ def get_config(folder: str) -> ml_collections.ConfigDict:
   config.data.name = os.path.join(folder, '{split}.jsonl')
   config.model.name = 'toy'
   config.tokenizer.vocab_size = 96
-  config.prompt.length, config.length, config.chunk = 3, 6, 3
+  config.prompt.length, config.length, config.chunk = 3, 6, 48
   config.sft.update(
     dict(steps=6, batch=8, length=8, save_every=3, validation_batches=1)
   )
