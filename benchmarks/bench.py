@@ -34,35 +34,38 @@ SECTIONS = ('sampling', 'step', 'head')
 PAUSE = 0.3
 
 
-def rounds_of(workers: dict, call: str, workload, rounds: int) -> dict:
-  """Measures a workload `rounds` times with every worker that has the call.
+def rounds_of(
+  workers: dict, calls: tuple[str, ...], workload, rounds: int
+) -> dict:
+  """Measures every call of every worker that has it, in turns, in each round.
 
   Returns:
-    worker -> seconds of a call in each round, tokens per second in each round,
-    lengths of all completions that were seen; or why there are none.
+    call -> worker -> seconds of a call in each round, tokens per second in each
+    round, lengths of all completions that were seen; or why there are none.
   """
-  found, repeats = {}, {}
-  for name, worker in workers.items():
+  found, repeats = {call: {} for call in calls}, {}
+  for call, name in itertools.product(calls, workers):
+    worker = workers[name]
     if call not in worker.hello['calls']:
       continue
     try:
       worker.measure(call, workload, 1, 0)  # compiles
       once = worker.measure(call, workload, 1, 1)['seconds']
     except peers.Unavailable as why:
-      found[name] = dict(skipped=str(why))
-      print(f'{peers.NAMES[name]} on {workload.name}: skipped: {why}')
+      found[call][name] = dict(skipped=str(why))
+      print(f'{peers.NAMES[name]}, {workload.name}: skipped: {why}')
       continue
-    repeats[name] = arithmetic.repeats(once)
-    found[name] = dict(seconds=[], rate=[], lengths=[])
+    repeats[call, name] = arithmetic.repeats(once)
+    found[call][name] = dict(seconds=[], rate=[], lengths=[])
   for i in range(rounds):
-    for name in arithmetic.order(list(repeats), i):
+    for call, name in arithmetic.order(list(repeats), i):
       time.sleep(PAUSE)
-      seed = 1_000 * (i + 1)
-      answer = workers[name].measure(call, workload, repeats[name], seed)
-      found[name]['seconds'].append(answer['seconds'] / repeats[name])
-      found[name]['rate'].append(answer['tokens'] / answer['seconds'])
-      found[name]['lengths'].append(answer['lengths'])
-  print(f'{call}, {workload.name}: {rounds} rounds', flush=True)
+      count, row = repeats[call, name], found[call][name]
+      answer = workers[name].measure(call, workload, count, 1_000 * (i + 1))
+      row['seconds'].append(answer['seconds'] / count)
+      row['rate'].append(answer['tokens'] / answer['seconds'])
+      row['lengths'].append(answer['lengths'])
+  print(f'{", ".join(calls)}, {workload.name}: {rounds} rounds', flush=True)
   return found
 
 
@@ -79,7 +82,9 @@ def make_weights(*arguments: str) -> None:
 def sampling(workers: dict, rounds: int) -> dict:
   """Workload -> what `rounds_of` found."""
   every = (*workloads.FIXED, *workloads.SHARED, workloads.MIX)
-  found = {x.name: rounds_of(workers, 'sample', x, rounds) for x in every}
+  found = {}
+  for x in every:
+    found[x.name] = rounds_of(workers, ('sample',), x, rounds)['sample']
   mix, longest = found[workloads.MIX.name], workloads.MIX.new_tokens
   for name, row in mix.items():
     if 'skipped' not in row:
@@ -95,7 +100,7 @@ def sampling(workers: dict, rounds: int) -> dict:
 def step(workers: dict, rounds: int) -> dict:
   """The step of each trainer, and the parts of ours, alone."""
   calls = ('step', 'rollout', 'weigh', 'update', 'move_anchor')
-  return {x: rounds_of(workers, x, workloads.STEP, rounds) for x in calls}
+  return rounds_of(workers, calls, workloads.STEP, rounds)
 
 
 def head() -> list[dict]:
@@ -121,8 +126,7 @@ def large(rounds: int, folder: str, args) -> dict:
                                 length)  # fmt: skip
   make_weights(folder, model)
   workers, skipped = peers.start(['ours', 'transformers'], folder, (model,))
-  calls = ('sample', 'train')
-  found = {x: rounds_of(workers, x, workload, rounds) for x in calls}
+  found = rounds_of(workers, ('sample', 'train'), workload, rounds)
   hellos = {k: v.hello for k, v in workers.items()}
   for worker in workers.values():
     worker.close()

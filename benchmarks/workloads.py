@@ -53,6 +53,11 @@ def batches(workload: Workload, rows: np.ndarray) -> list[np.ndarray]:
   return [rows[i : i + size] for i in range(0, len(rows), size)]
 
 
+def seeds(seed: int, parts: int) -> list[int]:
+  """One for each batch: of nearly uniform logits the same draw the same."""
+  return [100 * seed + i for i in range(parts)]
+
+
 def text(row: np.ndarray) -> str:
   """A prompt for samplers that want text: its ids, as `ids` reads them."""
   return ' '.join(map(str, row))

@@ -19,7 +19,7 @@ import tempfile
 import time
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-COPIED = ('bond_jax', 'configs', 'tests', 'pyproject.toml')
+COPIED = ('bond_jax', 'benchmarks', 'configs', 'tests', 'pyproject.toml')
 Mutation = collections.namedtuple('Mutation', 'path old new tests')
 
 

@@ -111,7 +111,7 @@ def test_our_worker_answers(tmp_path):
   assert min(answer['lengths']) < 40
   with pytest.raises(peers.Unavailable, match='KeyError'):
     worker.measure('nothing', TINY, 1, 0)
-  found = bench.rounds_of(workers, 'sample', TINY, 2)
+  found = bench.rounds_of(workers, ('sample',), TINY, 2)['sample']
   assert [len(found['ours'][x]) for x in ('seconds', 'rate')] == [2, 2]
   worker.close()
 

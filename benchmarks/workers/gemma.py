@@ -109,8 +109,10 @@ def sampler(model, params) -> serve.Call:
   def call(workload, seed):
     sampler, parts = prepared(workload)
     found = []
-    for texts in parts:
-      out = sampler.sample(texts, rng=seed, return_state=True)
+    for texts, seed_ in zip(
+      parts, workloads.seeds(seed, len(parts)), strict=True
+    ):
+      out = sampler.sample(texts, rng=seed_, return_state=True)
       tokens = np.asarray(out.state.predicted_tokens)
       found += workloads.lengths(tokens, workloads.stop_ids(workload))
     return found

@@ -56,3 +56,4 @@ def serve(open_: Callable[..., tuple[dict[str, Call], dict]]) -> None:
       said = (str(error).strip().splitlines() or [''])[0]
       answer = dict(error=f'{type(error).__name__}: {said}'[:300])
     out.write(json.dumps(answer) + '\n')
+  os._exit(0)  # threads of a library may wait for work for ever

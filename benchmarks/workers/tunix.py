@@ -94,7 +94,9 @@ def sampler(model) -> serve.Call:
   def call(workload, seed):
     sampler, parts = prepared(workload)
     found = []
-    for texts in parts:
+    for texts, seed_ in zip(
+      parts, workloads.seeds(seed, len(parts)), strict=True
+    ):
       out = sampler(
         texts,
         max_generation_steps=workload.new_tokens,
@@ -102,7 +104,7 @@ def sampler(model) -> serve.Call:
         temperature=1.0,
         top_p=1.0,
         eos_tokens=list(workloads.stop_ids(workload)) or None,
-        seed=seed,
+        seed=seed_,
       )
       # What it returns leaves the stop itself out.
       longest = workload.new_tokens
