@@ -32,7 +32,7 @@ $(foreach folder,.venv .venv-parity .venv-hf,$(if $(wildcard $(folder)/.done),\
   $(shell $(folder)/bin/python -c '$(healthy)' >&2 || rm $(folder)/.done)))
 
 .PHONY: help setup data demo test test-parity test-hf mutations figures \
-  overoptimisation notebooks lint venv
+  bench overoptimisation notebooks lint venv
 
 help:  ## list these commands
 	@sed -n 's/^\([a-z-]*\):.*## /\1: /p' Makefile | column -t -s:
@@ -94,6 +94,9 @@ figures: venv  ## the papers' figures at laptop scale, into runs/figures
 overoptimisation: setup  ## learnt reward against gold as the KL grows, a figure
 	@PYTHONPATH=. $(PYTHON) benchmarks/overoptimisation.py \
 	  --out=runs/overoptimisation
+
+bench: venv  ## speed beside other samplers and trainers, into runs/bench
+	@$(PYTHON) -m benchmarks.bench --out=runs/bench
 
 notebooks: .venv/.notebooks data  ## execute colab/*.ipynb
 	@mkdir -p colab/executed

@@ -57,6 +57,12 @@ def attention(sizes: gemma.Config, queries: int, keys: int) -> float:
   return 4.0 * sizes.layers * sizes.heads * sizes.head_size * queries * keys
 
 
+def columns(sizes: gemma.Config, n: int) -> int:
+  """Keys of n positions that are kept while decoding, over all layers."""
+  kinds = [sizes.pattern[j % len(sizes.pattern)] for j in range(sizes.layers)]
+  return sum(min(n, sizes.window) if k == 'local' else n for k in kinds)
+
+
 def num_trained(algorithm: Algorithm) -> int:
   """M: how many of the K completions of a prompt enter the loss."""
   k = algorithm.num_policy + algorithm.num_anchor
@@ -112,10 +118,10 @@ def cost(
   w = work(sizes)
   per_row = lambda n: n * w.layers + attention(sizes, n, n)
   # Layers: prompts, then tokens one by one, each of which sees the whole cache.
-  sample = models * (prompt * w.layers + attention(sizes, prompt, row))
-  sample += drawn * (
+  before, own = columns(sizes, prompt), columns(sizes, max(1, length - 1))
+  sample = models * per_row(prompt) + drawn * (
     (length - 1) * w.layers
-    + attention(sizes, length - 1, row)
+    + 4.0 * sizes.heads * sizes.head_size * (length - 1) * (before + own)
     + length * w.head
   )
   score = scored * (per_row(row) + length * w.head)
@@ -130,8 +136,11 @@ def cost(
   passes = models * length / epochs + micro_batches * (
     once / epochs + (1 + bool(quantile)) * (2 + remat)
   )
-  cached = 2 * sizes.layers * sizes.kv_heads * sizes.head_size * row
-  read = passes * w.weights / batch + drawn * (length - 1) * cached / epochs
+  # A prompt's keys are read once for all its completions, side by side.
+  cached = (
+    2 * sizes.kv_heads * sizes.head_size * (models * before + drawn * own)
+  )
+  read = passes * w.weights / batch + (length - 1) * cached / epochs
   return found._replace(
     flops=(sample + score) / epochs + train, gigabytes=read * itemsize / 1e9
   )

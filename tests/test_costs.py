@@ -19,7 +19,7 @@ from bond_jax.types import Frozen, Prompts
 from configs import demo
 
 P, T, BATCH, MICRO = 3, 5, 8, 2
-# Wide enough that products outweigh all else; the sampler sees whole caches.
+# Wide enough that products outweigh all else.
 SIZES = dataclasses.replace(
   TINY['gemma2'], vocab_size=2048, used_vocab=None, features=128,
   feed_forward=512, heads=4, kv_heads=2, head_size=32, window=64, layers=2,
@@ -82,15 +82,27 @@ LEARNED = dict(
 def test_tokens_are_those_that_the_programs_process(name):
   """Every call of the model is seen as the step is traced."""
   algorithm = JBOND if name == 'jbond' else bond.make(**LEARNED)
-  seen = []
+  seen, model = [], policy()
 
-  def hidden(params, tokens, mask, cache):
-    seen.append(tokens.shape)
-    return model.hidden(params, tokens, mask, cache)
+  def counted(name, f):
+    def call(*args):
+      tokens = args[1] if name == 'hidden' else args[0]
+      seen.append((name, tokens.size))
+      return f(*args)
 
-  model = policy()
+    return call
+
+  def decoder(params):
+    plain = model.decoder(params)
+    return plain._replace(
+      prefill=counted('prefill', plain.prefill),
+      step=counted('step', plain.step),
+    )
+
   setup = step_lib.Setup(
-      policy=model._replace(hidden=hidden), algorithm=algorithm,
+      policy=model._replace(
+          hidden=counted('hidden', model.hidden), decoder=decoder
+      ), algorithm=algorithm,
       optimizer=optax.sgd(0.1), length=T, stop_ids=(), rollouts=1, epochs=1,
       micro_batches=MICRO, chunk=1024,
   )  # fmt: skip
@@ -101,21 +113,20 @@ def test_tokens_are_those_that_the_programs_process(name):
   def traced(f, *args):
     seen.clear()
     out = jax.eval_shape(functools.partial(f, setup, state, frozen), *args)
-    return out, [r * s for r, s in seen], [s for _, s in seen]
+    return out, lambda kind: sum(n for name, n in seen if name == kind)
 
   found = cost(algorithm)
-  drawn, tokens, widths = traced(step_lib.rollout, prompts, key, 0)
-  # The loop that decodes is traced once, and makes T - 1 turns.
-  decoded = sum(n for n, s in zip(tokens, widths, strict=True) if s == 1)
-  assert sum(tokens) - decoded == found.prefilled * BATCH
-  assert decoded * T == found.decoded * BATCH
+  drawn, tokens = traced(step_lib.rollout, prompts, key, 0)
+  assert tokens('prefill') == found.prefilled * BATCH
+  # Of the T tokens drawn the first is the prompt's; a loop is traced once.
+  assert tokens('step') * T == found.decoded * BATCH
   assert drawn.mask.shape[1] == found.decodes
   reward = jnp.zeros(drawn.mask.shape[:2])
-  (batch, _), tokens, _ = traced(step_lib.weigh, prompts, drawn, reward)
-  assert sum(tokens) * MICRO == found.scored * BATCH
+  (batch, _), tokens = traced(step_lib.weigh, prompts, drawn, reward)
+  assert tokens('hidden') * MICRO == found.scored * BATCH
   assert batch.mask.shape[1] == found.trained_rows
-  _, tokens, _ = traced(step_lib.update, batch)
-  assert sum(tokens) * MICRO == found.trained * BATCH
+  _, tokens = traced(step_lib.update, batch)
+  assert tokens('hidden') * MICRO == found.trained * BATCH
 
 
 def flops(f, *args):
@@ -147,11 +158,18 @@ def test_operations_are_those_that_xla_counts(remat):
   assert both > closed['trained']
 
   def decode(params, token, cache):
-    hidden, _ = model.hidden(params, token, token > 0, cache)
-    return model.logits(params, hidden)
+    decoder = model.decoder(params)
+    hidden, _ = decoder.step(token, token > 0, cache)
+    return decoder.logits(hidden)
 
-  cache = jax.eval_shape(lambda: model.init_cache(BATCH, P + T - 1))
-  token = jax.ShapeDtypeStruct((BATCH, 1), jnp.int32)
+  def begin(params):
+    decoder = model.decoder(params)
+    _, prefix = decoder.prefill(prompts.tokens, prompts.mask)
+    return decoder.start(prefix, 1, T - 1)
+
+  params = jax.eval_shape(model.prepare, params)
+  cache = jax.eval_shape(begin, params)
+  token = jax.ShapeDtypeStruct((BATCH,), jnp.int32)
   one = flops(decode, params, token, cache) / BATCH
   assert one == pytest.approx(closed['decoded'], rel=0.07)
   assert one > closed['decoded']
@@ -188,8 +206,10 @@ def test_frozen_weights_have_no_gradient():
 
 def test_weights_are_read_by_all_rows_at_once():
   """Twice the prompts: half the weights for each, the same cache."""
-  cached = 3 * (T - 1) * 2 * SIZES.layers * SIZES.kv_heads * SIZES.head_size
-  cached *= (P + T - 1) * 4 / 1e9
+  # Two models read the prompt's keys, three completions their own.
+  keys = 2 * P + 3 * (T - 1)
+  cached = (T - 1) * keys * 2 * SIZES.layers * SIZES.kv_heads * SIZES.head_size
+  cached *= 4 / 1e9
   one, two = (cost(batch=n).gigabytes for n in (8, 16))
   assert one - cached == pytest.approx(2 * (two - cached))
   # Two models' T passes; one scoring pass and two of training by micro-batch.
@@ -237,3 +257,19 @@ def test_counters_are_the_closed_form_where_nothing_ends():
   assert row['tokens/decoded'] == BATCH * found.decoded
   prompts_read = found.trained_rows * (P - 1)
   assert other['tokens/trained'] == BATCH * (found.trained - prompts_read)
+
+
+def test_local_layers_keep_no_more_than_their_window():
+  """Of two layers one is local: its columns are bounded, and so is the rest."""
+  wide, narrow = (dataclasses.replace(SIZES, window=n) for n in (64, 2))
+  assert costs.columns(wide, 10) == 20
+  assert costs.columns(narrow, 10) == 12
+  settings = dict(
+      prompt=P, length=T, batch=BATCH, micro_batches=1, epochs=1, itemsize=4,
+      remat=False,
+  )  # fmt: skip
+  more, less = (costs.cost(JBOND, s, **settings) for s in (wide, narrow))
+  fewer = (P - 2) + (T - 1 - 2)
+  assert more.flops - less.flops == (
+    3 * 4 * SIZES.heads * SIZES.head_size * (T - 1) * fewer
+  )

@@ -1,0 +1,35 @@
+"""The same results, drawn."""
+
+import os
+
+import matplotlib
+
+from benchmarks import peers, tables
+
+matplotlib.use('Agg')
+import matplotlib.pyplot as plt
+
+
+def draw(found: dict, out: str) -> None:
+  """sampling.png: tokens per second, and ours against each peer."""
+  if 'sampling' not in found:
+    return
+  rows = found['sampling']
+  fig, (left, right) = plt.subplots(1, 2, figsize=(12, 4.2))
+  width, colours = 0.8 / len(peers.NAMES), plt.get_cmap('tab10').colors
+  for i, (name, label) in enumerate(peers.NAMES.items()):
+    places = [x + (i - 1.5) * width for x in range(len(rows))]
+    rate = [tables.rates(row)[name] or 0 for row in rows.values()]
+    left.bar(places, rate, width, label=label, color=colours[i])
+    ratio = [tables.ratios(row).get(name, 0) for row in rows.values()]
+    if name != 'ours':
+      right.bar(places, ratio, width, label=label, color=colours[i])
+  left.set(yscale='log', ylabel='tokens per second')
+  right.axhline(1, color='black', linewidth=0.8)
+  right.set(ylabel='bond_jax / peer')
+  for axis in (left, right):
+    axis.set_xticks(range(len(rows)), list(rows), rotation=30, ha='right')
+    axis.legend(fontsize=8)
+  fig.tight_layout()
+  fig.savefig(os.path.join(out, 'sampling.png'), dpi=120)
+  plt.close(fig)
