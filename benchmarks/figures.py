@@ -24,12 +24,15 @@ def draw(found: dict, out: str) -> None:
     ratio = [tables.ratios(row).get(name, 0) for row in rows.values()]
     if name != 'ours':
       right.bar(places, ratio, width, label=label, color=colours[i])
-  left.set(yscale='log', ylabel='tokens per second')
+  left.set(title='tokens per second')
+  left.yaxis.set_major_formatter('{x:,.0f}')
   right.axhline(1, color='black', linewidth=0.8)
-  right.set(ylabel='bond_jax / peer')
+  right.set(title='bond_jax / the other')
   for axis in (left, right):
     axis.set_xticks(range(len(rows)), list(rows), rotation=30, ha='right')
-    axis.legend(fontsize=8)
-  fig.tight_layout()
+    axis.spines[['top', 'right']].set_visible(False)
+  fig.legend(*left.get_legend_handles_labels(), loc='upper center', ncols=4,
+             frameon=False)  # fmt: skip
+  fig.tight_layout(rect=(0, 0, 1, 0.93))
   fig.savefig(os.path.join(out, 'sampling.png'), dpi=120)
   plt.close(fig)

@@ -12,7 +12,7 @@ from bond_jax import stacks
 from bond_jax.models import gemma
 
 PROMPTS_AT_ONCE = 16  # of a micro-batch, two rows each
-CHUNK = 32
+CHUNK = 1024  # tokens whose logits exist at one time
 ROWS = 2  # trained of each prompt by J-BOND
 
 # jax's device_kind -> bytes per second of memory, bfloat16 operations per
@@ -81,9 +81,7 @@ def open_(model: str):
   @functools.cache
   def opened(workload):
     micro = max(1, workload.prompts // PROMPTS_AT_ONCE)
-    setup = jbond_step.make_setup(
-      trained, workload.new_tokens, micro, min(CHUNK, workload.new_tokens)
-    )
+    setup = jbond_step.make_setup(trained, workload.new_tokens, micro, CHUNK)
     params = init(jax.random.key(0))
     return jbond_step.open_step(setup, params, workload)
 
