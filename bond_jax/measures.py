@@ -208,7 +208,7 @@ def effective_n(rate: float, curve: Curve) -> float | None:
 
 
 def frontier(
-  rate: float, interval: tuple[float, float], kl: float, curve: Curve
+  rate: float, interval: tuple, kl: float, kl_stderr: float, curve: Curve
 ) -> dict[str, Any]:
   """How the policy's KL compares with Best-of-N's at the same win rate.
 
@@ -233,8 +233,8 @@ def frontier(
       f' task ({curve.win_rate.max():.3f}), where the curve ends; more'
       ' reference completions per prompt would reach further'
     )
-  elif kl <= 0:
-    reason = f'the estimate of the KL, {kl:.3g} nats, is not positive'
+  elif kl <= 2 * kl_stderr:
+    reason = f'the KL, {kl:.3g} +- {kl_stderr:.2g} nats, does not lie above 0'
 
   def at_n(values):
     if reason:
@@ -364,7 +364,7 @@ def summarise(records: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     'win_rate_interval': list(interval),
     'kl': kl,
     'kl_stderr': kl_stderr,
-    **frontier(rate, interval, kl, curve),
+    **frontier(rate, interval, kl, kl_stderr, curve),
     'tie_rate': tie_rate(reference['reward']),
     'gold_win_rate': float(gold.mean()),
     'gold_win_rate_interval': list(bootstrap_interval(gold)),

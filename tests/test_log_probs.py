@@ -143,7 +143,7 @@ def head(dtype, params=None):
   policy = gemma.make(
     config, temperature=0.7, dtype=dtype, scan=False, remat=False
   )
-  return policy._replace(hidden=lambda params, *_: (params['hidden'], None))
+  return policy._replace(hidden=lambda params, *_: params['hidden'])
 
 
 def head_batch(dtype, rows=16, t=13):
@@ -243,7 +243,7 @@ def test_rows_stay_on_their_devices_in_a_whole_model():
 def test_the_head_in_double_precision(x64):
   """Its law alone: the softmax of Gemma's head is float32 by definition."""
   policy = oracle.table_policy(VOCAB)._replace(
-    hidden=lambda params, *_: (params['hidden'], None),
+    hidden=lambda params, *_: params['hidden'],
     logits=lambda params, x: (
       3 * jnp.tanh(x @ params['embedder']['input_embedding'].T)
     ),

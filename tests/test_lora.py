@@ -58,6 +58,7 @@ def test_adapters_are_the_merged_weights(name):
     outs = [whole(scanned, adapters), decoded(unrolled, adapters)]
     if name == 'gemma3':  # nothing in these differs between families
       outs += [whole(unrolled, adapters), whole(scanned, delta)]
+    outs.append(decoded(unrolled, delta))
     return merged, lora.merge(config, base, delta), outs
 
   merged, again, outs = forward(params, adapters)

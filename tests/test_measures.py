@@ -289,16 +289,17 @@ def test_equal_policies_get_null_and_the_reason():
 def test_frontier_reasons():
   curve = measures.best_of_n_curve(np.random.default_rng(0).random((9, 16)))
   cases = [
-    ((1.0, (1.0, 1.0), 3.0), 'every'),
-    ((0.97, (0.96, 0.98), 3.0), 'Best-of-16'),
-    ((0.4, (0.3, 0.45), 1.0), 'above 0.5'),
-    ((0.8, (0.7, 0.9), -0.1), 'not positive'),
+    ((1.0, (1.0, 1.0), 3.0, 0.1), 'every'),
+    ((0.97, (0.96, 0.98), 3.0, 0.1), 'Best-of-16'),
+    ((0.4, (0.3, 0.45), 1.0, 0.1), 'above 0.5'),
+    ((0.8, (0.7, 0.9), -0.1, 0.01), 'does not lie above 0'),
+    ((0.8, (0.7, 0.9), 0.1, 0.06), 'does not lie above 0'),
   ]
   for arguments, words in cases:
     row = measures.frontier(*arguments, curve)
     assert words in row['frontier_reason']
     assert row['effective_n'] is row['frontier_efficiency'] is None
-  row = measures.frontier(0.75, (0.7, 0.8), 1.0, curve)
+  row = measures.frontier(0.75, (0.7, 0.8), 1.0, 0.1, curve)
   assert row['effective_n'] == pytest.approx(3, abs=0.05)
   assert row['frontier_efficiency'] == pytest.approx(
     math.log(3) - 2 / 3, abs=0.02

@@ -274,7 +274,7 @@ def test_it_learns_what_people_prefer(finished):
   assert summary['bag_of_words']['accuracy'] > 0.9  # the words say it all
   difference = summary['accuracy'] - summary['bag_of_words']['accuracy']
   assert summary['lead'] == pytest.approx(difference)
-  assert summary['test_spearman'] > 0.7
+  assert summary['test_spearman'] > 0.6
   table = summary['calibration']
   assert sum(b['pairs'] for b in table) == summary['pairs']['test'] > 50
   assert summary['texts'] == {'train': 300, 'validation': 60, 'test': 60}

@@ -56,7 +56,7 @@ logits = jax.jit(scalar_head.logits, static_argnums=0)
 def test_the_head_reads_the_last_token_that_is_there(model):
   """Row by row, without any padding: the last hidden state, EOS's included."""
   policy, params = model
-  hidden_of = jax.jit(lambda *x: policy.hidden(params['model'], *x, None)[0])
+  hidden_of = jax.jit(lambda *x: policy.hidden(params['model'], *x))
   expected = np.zeros((3, 2))
   for i, (prompt, rows) in enumerate(zip(PROMPTS, COMPLETIONS, strict=True)):
     for j, row in enumerate(rows):
@@ -96,7 +96,7 @@ def test_a_text_is_scored_as_it_would_be_alone(model, pool):
   """Whatever the padding holds, and on whichever side of the text it is."""
   policy, params = model
   texts = [[2, 6, 7, 3, 1], [2, 9], [2, 4, 5, 1]]
-  hidden_of = jax.jit(lambda *x: policy.hidden(params['model'], *x, None)[0])
+  hidden_of = jax.jit(lambda *x: policy.hidden(params['model'], *x))
   head = params['scalar_head']
   expected = []
   for text in texts:

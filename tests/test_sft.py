@@ -42,7 +42,7 @@ def test_the_loss_is_nats_per_token_and_falls(config):
   @jax.jit
   def law(key):
     params = policy.init(key)
-    hidden, _ = policy.hidden(params, tokens, seen, None)
+    hidden = policy.hidden(params, tokens, seen)
     return jax.nn.log_softmax(policy.logits(params, hidden))
 
   table = jax.device_get(law(build.key(config.seed, 'sft')))

@@ -56,7 +56,7 @@ def prepare(config: Config, dtype: str, params: Params) -> Params:
   """
   cast = lambda tree: jax.tree.map(lambda x: x.astype(dtype), tree)
 
-  def matrix(p, name):
+  def turn(p, name):
     axes, inputs = gemma_layers.AXES[name]
     if name == 'mlp/gating_einsum' and config.gating_transposed:
       axes = 'CFD'
@@ -64,21 +64,27 @@ def prepare(config: Config, dtype: str, params: Params) -> Params:
     rest = [i for i, axis in enumerate(axes) if axis not in inputs]
     return cast(p).transpose(*into, *rest)
 
+  def projection(part, name):
+    """One of attention's: w, and a product of adapters beside it, turned."""
+    part = dict(part)
+    if 'w' in part:  # else a norm
+      part['turned'] = turn(part.pop('w'), name)
+    if 'lora_delta' in part:
+      part['lora_delta'] = turn(part['lora_delta'], name)
+    return part
+
+  def feed_forward(mlp):
+    mlp, name = dict(mlp), 'mlp/gating_einsum'
+    pair = turn(mlp.pop('gating_einsum'), name)
+    if 'gating_einsum_lora_delta' in mlp:
+      delta = turn(mlp['gating_einsum_lora_delta'], name)
+      mlp['gating_einsum_lora_delta'] = delta.swapaxes(0, 1)
+    return {**mlp, 'turned': (pair[:, 0], pair[:, 1]),
+            'linear': cast(mlp['linear'])}  # fmt: skip
+
   def layer(p):
-    attn = {
-      k: {
-        ('turned' if name == 'w' else name): (
-          matrix(x, f'attn/{k}/w') if name == 'w' else x
-        )
-        for name, x in part.items()
-      }
-      for k, part in p['attn'].items()
-    }
-    mlp = dict(p['mlp'])
-    gating = matrix(mlp.pop('gating_einsum'), 'mlp/gating_einsum')
-    mlp['turned'] = gating[:, 0], gating[:, 1]
-    mlp['linear'] = cast(mlp['linear'])
-    return {**p, 'attn': attn, 'mlp': mlp}
+    attn = {k: projection(x, f'attn/{k}/w') for k, x in p['attn'].items()}
+    return {**p, 'attn': attn, 'mlp': feed_forward(p['mlp'])}
 
   return {
     'embedder': cast(params['embedder']),
