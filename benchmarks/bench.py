@@ -81,7 +81,8 @@ def make_weights(*arguments: str) -> None:
 
 def sampling(workers: dict, rounds: int) -> dict:
   """Workload -> what `rounds_of` found."""
-  every = (*workloads.FIXED, *workloads.SHARED, workloads.MIX)
+  every = (*workloads.FIXED, *workloads.GROUPS, *workloads.SHARED,
+           workloads.MIX)  # fmt: skip
   found = {}
   for x in every:
     found[x.name] = rounds_of(workers, ('sample',), x, rounds)['sample']

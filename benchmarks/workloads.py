@@ -27,6 +27,9 @@ class Workload(NamedTuple):
 
 
 FIXED = tuple(Workload(f'batch {b}', b, 1, 32, 64) for b in (1, 8, 32, 128))
+GROUPS = tuple(
+  Workload(f'batch {b}, n = 8', b, 8, 32, 64) for b in (1, 8, 32, 128)
+)
 SHARED = (
   Workload('8 prompts x 16', 8, 16, 256, 32),
   Workload('8 prompts x 8', 8, 8, 256, 64),
