@@ -301,26 +301,29 @@ def draw_token(uniform: Array, logits: Array) -> tuple[Array, Array]:
   is no random number to make for each of its tokens.
   """
   r, v = logits.shape
+  parts, blocks, size = _blocks(v)
   top = logits.max(-1, keepdims=True)
   p = jnp.exp(logits - top)
-  blocks = p.reshape(r, _blocks(v), -1)
-  block, total = _invert(uniform[:, 0], blocks.sum(-1))
-  inside = jnp.take_along_axis(blocks, block[:, None, None], 1)[:, 0]
+  p = p.reshape(r, parts, -1)
+  pad = blocks * size - p.shape[-1]
+  p = jnp.pad(p, ((0, 0), (0, 0), (0, pad))).reshape(r, -1, size)
+  block, total = _invert(uniform[:, 0], p.sum(-1))
+  inside = jnp.take_along_axis(p, block[:, None, None], 1)[:, 0]
   token, _ = _invert(uniform[:, 1], inside)
-  token = block * blocks.shape[-1] + token
+  token += block * size - block // blocks * pad
   chosen = jnp.take_along_axis(logits, token[:, None], -1)[:, 0]
   return token, chosen - top[:, 0] - jnp.log(total)
 
 
-def _blocks(v: int) -> int:
-  """Into how many blocks v tokens are split: a divisor of v near its root.
+def _blocks(v: int) -> tuple[int, int, int]:
+  """v tokens as equal parts, blocks of each part, and tokens of each block.
 
-  With as many factors of two as v has, up to 16: where a mesh splits the
-  vocabulary, each block lies in one part.
+  About sqrt(v) blocks in all, the last of a part padded. A mesh that splits the
+  vocabulary splits it between parts, so that no token has to move.
   """
-  even = math.gcd(v, 16)
-  allowed = [n for n in range(even, v + 1, even) if v % n == 0]
-  return min(allowed, key=lambda n: abs(math.log(n * n / v)))
+  parts = math.gcd(v, 16)
+  size = min(v // parts, 2 ** round(math.log2(v) / 2))
+  return parts, -(-(v // parts) // size), size
 
 
 def _invert(u: Array, p: Array) -> tuple[Array, Array]:

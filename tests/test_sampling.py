@@ -9,7 +9,7 @@ import oracle
 import pytest
 import scipy.stats
 
-from bond_jax import sharding
+from bond_jax import sampling, sharding
 from bond_jax.errors import UserError
 from bond_jax.log_probs import log_probs
 from bond_jax.models import gemma
@@ -279,23 +279,47 @@ def test_a_slot_takes_the_next_completion_at_once(slots):
   np.testing.assert_allclose(drawn.slot_steps, max(free) * slots / len(tokens))
 
 
-def test_the_law_of_a_draw_is_the_softmax():
+@pytest.mark.parametrize('v', [21, 22])  # one part, and two, padded
+def test_the_law_of_a_draw_is_the_softmax(v):
   """The share of a fine grid of numbers that falls on each token."""
   rng = np.random.default_rng(0)
-  logits = 2 * rng.standard_normal(21).astype(np.float32)
+  logits = 2 * rng.standard_normal(v).astype(np.float32)
   logits[[0, 3, 8, 9, 10, 11, 12, 13, 14, 15, 20]] = -2.4e38
   grid = (np.arange(1024) + 0.5) / 1024
   uniform = np.stack(np.meshgrid(grid, grid), -1).reshape(-1, 2)
   token, log_prob = jax.jit(draw_token)(
-    uniform.astype(np.float32), np.broadcast_to(logits, (len(uniform), 21))
+    uniform.astype(np.float32), np.broadcast_to(logits, (len(uniform), v))
   )
   law = np.asarray(jax.nn.softmax(logits))
-  share = np.bincount(token, minlength=21) / len(token)
+  share = np.bincount(token, minlength=v) / len(token)
   # An interval holds as many points of the grid as it should, give or take 1.
   np.testing.assert_allclose(share, law, atol=2.1 / 1024)
   assert (share[law == 0] == 0).all()
   expected = np.asarray(jax.nn.log_softmax(logits))[token]
   np.testing.assert_allclose(log_prob, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+  'v', [1, 2, 11, 21, 22, 96, 1024, 8191, 32_003, 256_128, 262_144]
+)
+def test_blocks_hold_every_vocabulary_and_are_small(v):
+  """Primes too: the triangles of a draw are about v numbers."""
+  parts, blocks, size = sampling._blocks(v)
+  assert v % parts == 0
+  assert 0 <= parts * blocks * size - v < parts * size
+  assert max(parts * blocks, size) <= 3 * v**0.5 + 16
+
+
+def test_every_token_of_a_prime_vocabulary_is_drawn_as_its_law_says():
+  """Uniform: two numbers, in the middle of a token's share, name it."""
+  token, _ = jax.jit(draw_token)(
+    np.stack(np.meshgrid(*2 * [(np.arange(96) + 0.5) / 96]), -1)
+    .reshape(-1, 2)
+    .astype(np.float32),
+    np.zeros((96 * 96, 31), np.float32),
+  )
+  share = np.bincount(token, minlength=31) / 96**2
+  np.testing.assert_allclose(share, 1 / 31, atol=2.1 / 96 / 8)
 
 
 def test_a_token_without_mass_is_never_drawn():
