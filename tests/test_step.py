@@ -93,10 +93,16 @@ def update(setup):
 
 @pytest.fixture(scope='module')
 def drawn(setup, draw, frozen, prompts):
-  """A rollout of a policy that is its own anchor, on the host, rewarded."""
+  """A rollout of a policy that is its own anchor, on the host, rewarded.
+
+  The policy's is the worst of the first prompt's completions, the best of the
+  second's and between the anchor's of the third.
+  """
   state = step_lib.init_state(setup, frozen)
   drawn = jax.device_get(draw(state, frozen, prompts, jax.random.key(3)))
-  return drawn, reward_of(drawn)
+  reward = reward_of(drawn)
+  reward[0], reward[1], reward[2] = (-2, 0.5, 1), (2, -1, 0.3), (0.2, -1, 1)
+  return drawn, reward
 
 
 def reward_of(drawn):
