@@ -46,12 +46,14 @@ def make_draw(policy, config, tokenizer, mesh):
   summed log-probs f32[B, num] under `own` and under `other`, in nats.
   """
 
+  sampling_mesh = sharding.reshaped(mesh, **config.sampling_mesh)
+
   def evaluate(base, own, other, prompts, key, first, num):
     whole = lora.over(policy, base)
     drawn = sample(
         whole, own, prompts, key, num=num, length=config.length,
         stop_ids=tokenizer.stop_ids, first=first, slots=config.slots,
-        mesh=mesh,
+        mesh=sampling_mesh,
     )  # fmt: skip
     there = log_probs(
         whole, other, prompts, drawn.completion, drawn.mask,

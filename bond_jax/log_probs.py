@@ -47,7 +47,8 @@ def log_probs(
   # Rematerialised, so that the backward pass holds one tile's logits too.
   @jax.checkpoint
   def score(hidden, token):
-    logits = policy.logits(params, sharding.split_rows(hidden))
+    logits = policy.logits(params, sharding.whole(hidden))
+    logits = sharding.split_last(logits)
     chosen = jnp.take_along_axis(logits, token[..., None], -1)[..., 0]
     return chosen - jax.nn.logsumexp(logits, -1)
 

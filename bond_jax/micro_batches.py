@@ -5,6 +5,7 @@ Axes: B prompts, M completions of each, P prompt length, T completion length.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -35,23 +36,55 @@ def trim(size: tuple[int, int], prompts: Prompts, completion, mask):
   return prompts, completion[..., :t], mask[..., :t]
 
 
-def bucketed(buckets: int, prompt_mask: Array, mask: Array, f) -> Any:
-  """f(size) for the least size (P', T') that holds a micro-batch.
+def fold(buckets: int, f, carry: Any, parts: Any, prompt_mask, mask):
+  """Folds carry, out = f(carry, part, size) over micro-batches, in turn.
 
-  Sizes are j / buckets of (P, T), rounded up; each is compiled once, in one
-  program, and which one runs is decided on the device.
+  Args:
+    buckets: sizes are j / buckets of (P, T), rounded up; f is compiled for
+      each, in a loop of its own. A conditional would copy the carry.
+    f: looks at no more of a part than `size`, (P', T'), which holds it: the
+      least, if no part is shorter than the one before, see `by_length`.
+    carry: any.
+    parts: a pytree with leading axis n.
+    prompt_mask: bool[n, b, P].
+    mask: bool[n, b, M, T].
+
+  Returns:
+    The last carry, and what came out of each part, stacked.
   """
-  n = buckets
-  if n == 1:
-    return f((prompt_mask.shape[-1], mask.shape[-1]))
-  of = lambda length, j: -(-length * j // n)
-  sizes = [
-    (of(prompt_mask.shape[-1], j), of(mask.shape[-1], j))
-    for j in range(1, n + 1)
-  ]
-  p, t = prompt_mask.sum(-1).max(), mask.sum(-1).max()
-  place = sum(((p > a) | (t > b)).astype(jnp.int32) for a, b in sizes[:-1])
-  return jax.lax.switch(place, [lambda size=size: f(size) for size in sizes])
+  n = len(mask)
+  at = lambda i: jax.tree.map(lambda x: x[i], parts)
+  sizes = _sizes(buckets, prompt_mask.shape[-1], mask.shape[-1])
+  out = jax.eval_shape(lambda: f(carry, at(0), sizes[-1])[1])
+  outs = jax.tree.map(lambda x: jnp.zeros((n, *x.shape), x.dtype), out)
+
+  def body(size, i, so_far):
+    carry, outs = so_far
+    carry, out = f(carry, at(i), size)
+    return carry, jax.tree.map(lambda all_, x: all_.at[i].set(x), outs, out)
+
+  first = 0
+  place = jax.lax.cummax(_places(sizes, prompt_mask, mask))
+  for j, size in enumerate(sizes):
+    last = n if j == buckets - 1 else (place <= j).sum()
+    carry, outs = jax.lax.fori_loop(
+      first, last, functools.partial(body, size), (carry, outs)
+    )
+    first = last
+  return carry, outs
+
+
+def _sizes(buckets: int, p: int, t: int) -> list[tuple[int, int]]:
+  of = lambda length, j: -(-length * j // buckets)
+  return [(of(p, j), of(t, j)) for j in range(1, buckets + 1)]
+
+
+def _places(sizes, prompt_mask: Array, mask: Array) -> Array:
+  """The index of the least size that holds each micro-batch, i32[n]."""
+  p = prompt_mask.sum(-1).max(1)
+  t = mask.sum(-1).max((1, 2))
+  held = [(p > a) | (t > b) for a, b in sizes[:-1]]
+  return sum((x.astype(jnp.int32) for x in held), jnp.zeros(len(p), jnp.int32))
 
 
 def by_length(n: int, parts: int, prompts: Prompts, drawn: Rollout, judged):

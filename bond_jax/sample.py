@@ -58,6 +58,7 @@ def make_draw(config: ml_collections.ConfigDict, workdir: str, which: str):
     return sampling.sample(
         lora.over(policy, base), params, prompts, key, num=num,
         length=config.length, stop_ids=tokenizer.stop_ids,
+        mesh=sharding.reshaped(mesh, data=1, model=-1),
     )  # fmt: skip
 
   def draw(row: data.Row, pieces: list[int], n: int, seed: int):

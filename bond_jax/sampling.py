@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
+from bond_jax import sharding
 from bond_jax.errors import UserError
 from bond_jax.types import Array, Decoder, Params, Policy, Prompts, Rollout
 
@@ -98,7 +99,11 @@ def sample(
       axis_names={'data'},
       check_vma=False,
     )
-  return draw(policy.prepare(params), prompts, key)
+  params = policy.prepare(params)
+  if mesh:
+    params = sharding.for_sampler(params, mesh)
+    prompts = jax.lax.with_sharding_constraint(prompts, sharding.by_row(mesh))
+  return draw(params, prompts, key)
 
 
 def check(

@@ -7,6 +7,7 @@ inserts the collectives; the numbers do not depend on the mesh.
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Any
 
@@ -22,7 +23,9 @@ from bond_jax.types import Array
 # The first pattern found in a parameter's path decides. Axes that lead those of
 # the rule (stacked layers, the 3 of qkv) are never split.
 RULES = (
-  (r'embedder/input_embedding$', P('model', 'data')),  # [V, D]
+  # [V, D], by the vocabulary: the head then moves hidden states, not the table.
+  (r'embedder/input_embedding$', P(('model', 'data'), None)),
+  (r'embedder/input_embedding$', P('model', 'data')),
   (r'(q|qkv)_einsum/(w|lora_delta)$', P('model', 'data', None)),  # [N, D, H]
   (r'kv_einsum/(w|lora_delta)$', P(None, 'data', None)),  # [2, K, D, H]
   (r'attn_vec_einsum/(w|lora_delta)$', P('model', None, 'data')),  # [N, H, D]
@@ -54,6 +57,31 @@ RULES = (
 )
 
 
+def _within_part(rule: P) -> P:
+  """A rule without the axis `data`."""
+  return P(
+    *(
+      tuple(a for a in axes if a != 'data')
+      if isinstance(axes, tuple)
+      else None if axes == 'data' else axes
+      for axes in rule
+    )
+  )  # fmt: skip
+
+
+# The same for parameters as the sampler holds them, `Policy.prepare`: whole on
+# every part of `data`, since a sampler reads them for each token. Matrices are
+# turned, what is summed over first; names that are not here are as above.
+SAMPLER_RULES = (
+  (r'(q|qkv)_einsum/(turned|lora_delta)$', P('model', None)),  # [D, N, H]
+  (r'kv_einsum/(turned|lora_delta)$', P('model', None)),  # [D, 2, K, H]
+  (r'attn_vec_einsum/turned$', P('model', None, None)),  # [N, H, D]
+  (r'mlp/turned/\d$', P(None, 'model')),  # [D, F]
+  (r'gating_einsum_lora_delta$', P(None, 'model')),  # [2, D, F]
+  *((pattern, _within_part(rule)) for pattern, rule in RULES),
+)
+
+
 def make_mesh(data: int, model: int) -> Mesh:
   """A mesh of data x model devices; data = -1 takes all that are left."""
   if model < 1 or (data < 1 and data != -1):
@@ -78,6 +106,26 @@ def make_mesh(data: int, model: int) -> Mesh:
   )
 
 
+def reshaped(mesh: Mesh, data: int, model: int) -> Mesh:
+  """A mesh of another shape over the devices of `mesh`, in the same order.
+
+  Of data and model one may be -1, for all that the other leaves.
+  """
+  size = mesh.size
+  if -1 in (data, model):
+    known = max(1, data * model * -1)
+    data, model = (size // known if n == -1 else n for n in (data, model))
+  if data < 1 or model < 1 or data * model != size:
+    raise UserError(
+      f'sampling_mesh data={data} x model={model} has to use the {size} devices'
+      ' of the mesh, all of them; data=-1 or model=-1 takes what is left.'
+    )
+  return Mesh(
+    mesh.devices.reshape(data, model), mesh.axis_names,
+    axis_types=mesh.axis_types,
+  )  # fmt: skip
+
+
 def path_name(path) -> str:
   """A key path as 'a/b/0/c'."""
   names = [getattr(k, 'key', getattr(k, 'name', None)) for k in path]
@@ -87,25 +135,42 @@ def path_name(path) -> str:
   )
 
 
-def spec(name: str, shape: tuple[int, ...], mesh: Mesh) -> P:
+def spec(
+  name: str, shape: tuple[int, ...], mesh: Mesh, rules: Any = RULES
+) -> P:
   """The partition of one array; a UserError when no rule fits it.
 
-  An axis that the mesh does not divide stays whole: heads are few, and a
-  model axis larger than their number may still split the rest.
+  Of several rules for one name the first that divides the array decides. Of
+  the last, an axis that the mesh does not divide stays whole: heads are few,
+  and a model axis larger than their number may still split the rest.
   """
-  rule = next((r for pattern, r in RULES if re.search(pattern, name)), None)
-  if rule is None:
+  found = [rule for pattern, rule in rules if re.search(pattern, name)]
+  if not found:
     raise UserError(
       f'no sharding rule matches {name!r} of shape {shape}; add one to'
       ' bond_jax/sharding.py:RULES.'
     )
-  axes = (None,) * (len(shape) - len(rule)) + tuple(rule)
-  return P(
-    *(
-      axis if axis and size % mesh.shape[axis] == 0 else None
-      for axis, size in zip(axes, shape, strict=True)
-    )
-  )
+  for rule in found:
+    axes = (None,) * (len(shape) - len(rule)) + tuple(rule)
+    whole = [_divides(n, a, mesh) for n, a in zip(shape, axes, strict=True)]
+    if all(whole):
+      break
+  return P(*(a if ok else None for a, ok in zip(axes, whole, strict=True)))
+
+
+def _divides(size: int, axes: Any, mesh: Mesh) -> bool:
+  names = axes if isinstance(axes, tuple) else (axes,) if axes else ()
+  return size % math.prod(mesh.shape[name] for name in names) == 0
+
+
+def for_sampler(tree: Any, mesh: Mesh) -> Any:
+  """A tree as `Policy.prepare` gives it, in its shards, inside of `jit`."""
+
+  def put(path, x):
+    axes = spec(path_name(path), x.shape, mesh, rules=SAMPLER_RULES)
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, axes))
+
+  return jax.tree_util.tree_map_with_path(put, tree)
 
 
 def tree_shardings(tree: Any, mesh: Mesh) -> Any:
@@ -151,10 +216,27 @@ def split_rows(x: Array) -> Array:
   Where XLA has to choose, it may follow the parameters instead, which `data`
   splits by features, and gather the rows of all devices on each.
   """
+  return x if data_size(x) == 1 else _constrained(x, P('data'))
+
+
+def whole(x: Array) -> Array:
+  """x, all of it on each device, inside of `jit`."""
+  return _constrained(x, P())
+
+
+def split_last(x: Array) -> Array:
+  """x, its last axis split over all devices where they divide it."""
   mesh = jax.typeof(x).sharding.mesh
-  if data_size(x) == 1:
+  if x.shape[-1] % max(1, mesh.size):
     return x
-  return jax.lax.with_sharding_constraint(x, by_row(mesh))
+  return _constrained(x, P(*(None,) * (x.ndim - 1), ('model', 'data')))
+
+
+def _constrained(x: Array, axes: P) -> Array:
+  mesh = jax.typeof(x).sharding.mesh
+  if mesh.empty:
+    return x
+  return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, axes))
 
 
 def check_batch(name: str, size: int, mesh: Mesh, micro_batches: int) -> None:

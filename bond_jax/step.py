@@ -50,7 +50,9 @@ class Setup(NamedTuple):
   micro_batches: int
   chunk: int  # tokens whose logits exist at one time, on each device
   slots: int = 0  # completions decoded side by side; 0 = all of them
-  mesh: Mesh | None = None  # of the prompts, for sampling; None = one device
+  mesh: Mesh | None = None  # None = one device
+  # Its devices in the shape in which they sample.
+  sampling_mesh: Mesh | None = None
   # Lengths to which a micro-batch is padded: P and T, or j / buckets of both.
   buckets: int = 1
 
@@ -115,8 +117,16 @@ def rollout(
   setup, algorithm = _on_base(setup, frozen), setup.algorithm
   key = jax.random.fold_in(key, state.step + index)
   anchor = anchor_of(setup, state, frozen)
-  parts = [
-    sample(
+  parts = []
+  for params, num, first in (
+    (state.params, algorithm.num_policy, 0),
+    (anchor, algorithm.num_anchor, algorithm.num_policy),
+  ):
+    if not num:
+      continue
+    # One after the other: a device holds the weights and cache of one sampler.
+    params, parts = jax.lax.optimization_barrier((params, parts))
+    drawn = sample(
       setup.policy,
       params,
       prompts,
@@ -126,14 +136,9 @@ def rollout(
       stop_ids=setup.stop_ids,
       first=first,
       slots=setup.slots,
-      mesh=setup.mesh,
+      mesh=setup.sampling_mesh,
     )
-    for params, num, first in (
-      (state.params, algorithm.num_policy, 0),
-      (anchor, algorithm.num_anchor, algorithm.num_policy),
-    )
-    if num
-  ]
+    parts.append(drawn)
   return jax.tree.map(lambda *x: jnp.concatenate(x, 1), *parts)
 
 
@@ -169,10 +174,15 @@ def score(
     batches = micro_batches.split(
       (prompts, some.completion, some.mask), setup.micro_batches
     )
-    by_size = lambda x: micro_batches.bucketed(
-      setup.buckets, x[0].mask, x[2], lambda s: f(s, *x)
+    _, out = micro_batches.fold(
+      setup.buckets,
+      lambda _, part, size: ((), f(size, *part)),
+      (),
+      batches,
+      batches[0].mask,
+      batches[2],
     )
-    return micro_batches.join(jax.lax.map(by_size, batches))
+    return micro_batches.join(out)
 
   def log_of(params):
     return lambda size, *x: _log_probs(setup, params, size, *x)
@@ -287,10 +297,9 @@ def _descend(setup: Setup, loss, params: Params, opt_state, batch: Batch):
   """Descends the weighted mean over prompts of loss(params, part, size).
 
   `loss` returns f32[b] and an array with that leading axis; it needs no more
-  of the prompts and completions than `size`, see
-  `micro_batches.bucketed`. Every micro-batch
-  divides by the whole batch's weight: the accumulated gradient is exactly the
-  gradient of the batch.
+  of the prompts and completions than `size`, see `micro_batches.fold`. Every
+  micro-batch divides by the whole batch's weight: the accumulated gradient is
+  exactly the gradient of the batch.
 
   Returns:
     params, opt_state, the mean loss, the gradient's norm, and the arrays
@@ -303,19 +312,15 @@ def _descend(setup: Setup, loss, params: Params, opt_state, batch: Batch):
     weight = part.prompts.weight
     return jnp.where(weight > 0, weight * value, 0.0).sum() / total, array
 
-  def accumulate(gradient, part):
+  def accumulate(gradient, part, size):
     one = jax.value_and_grad(share, has_aux=True)
-    out, g = micro_batches.bucketed(
-      setup.buckets,
-      part.prompts.mask,
-      part.mask,
-      lambda size: one(params, part, size),
-    )
+    out, g = one(params, part, size)
     return jax.tree.map(jnp.add, gradient, g), out
 
   parts = micro_batches.split(batch, setup.micro_batches)
-  gradient, (value, arrays) = jax.lax.scan(
-    accumulate, jax.tree.map(jnp.zeros_like, params), parts
+  zeros = jax.tree.map(jnp.zeros_like, params)
+  gradient, (value, arrays) = micro_batches.fold(
+    setup.buckets, accumulate, zeros, parts, parts.prompts.mask, parts.mask
   )
   changes, opt_state = setup.optimizer.update(gradient, opt_state, params)
   norm = optax.tree.norm(gradient)

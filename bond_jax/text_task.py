@@ -52,7 +52,8 @@ def check(config: ml_collections.ConfigDict, mesh) -> None:
     config.prompt.kind, config.prompt.length, config.prompt.longer
   )
   policy = origin.make_policy(config.model, config.tokenizer.vocab_size)
-  sampling.check(policy, config.length, (), config.slots, mesh.shape['data'])
+  parts = sharding.reshaped(mesh, **config.sampling_mesh).shape['data']
+  sampling.check(policy, config.length, (), config.slots, parts)
   for section in (config.reward, config.gold):
     build.check_reward(section)
   if 'reward_model' in config:
@@ -140,12 +141,14 @@ def make_draw(config, policy, frozen: Frozen, tokenizer, mesh):
   to the reference, f32[B, probe_completions], in nats.
   """
 
+  sampling_mesh = sharding.reshaped(mesh, **config.sampling_mesh)
+
   def draw(params, frozen, prompts, key):
     whole = lora.over(policy, frozen.base)
     drawn = sample(
         whole, params, prompts, key, num=config.train.probe_completions,
         length=config.length, stop_ids=tokenizer.stop_ids, slots=config.slots,
-        mesh=mesh,
+        mesh=sampling_mesh,
     )  # fmt: skip
     log_reference = log_probs(
         whole, frozen.reference, prompts, drawn.completion, drawn.mask,

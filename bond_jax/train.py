@@ -160,6 +160,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
     slots=config.slots,
     buckets=settings.buckets,
     mesh=mesh,
+    sampling_mesh=sharding.reshaped(mesh, **config.sampling_mesh),
   )
   cost = costs.of_config(config, setup.algorithm, task.policy.vocab_size)
   print(f'train: {costs.line(cost)}')

@@ -79,6 +79,7 @@ def get_config(argument: str = 'algorithm=jbond') -> ml_collections.ConfigDict:
   config.task = 'bond_jax.text_task'  # the module that says what is trained on
   # Devices along each axis; data=-1 takes all.
   config.mesh = dict(data=-1, model=1)
+  config.sampling_mesh = dict(data=-1, model=1)  # the same devices
   # A TFDS builder, a path with {split} that ends in .jsonl or .parquet, or
   # hf:owner/name@commit; see docs/data.md for this and for the rest.
   config.data = dict(

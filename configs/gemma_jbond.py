@@ -42,6 +42,7 @@ def get_config(
   config.task = 'bond_jax.text_task'
   config.weights = unset()
   config.mesh = dict(data=-1, model=1)
+  config.sampling_mesh = dict(data=-1, model=1)  # the same devices
   config.data = dict(
     name=unset(), data_dir='data', fields=dict(), splits=dict(), mix=dict()
   )

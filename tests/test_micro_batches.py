@@ -55,17 +55,38 @@ def test_rows_of_like_lengths_come_together(batch, n, parts):
     np.testing.assert_array_equal(order, np.sort(order))
 
 
+def folded(buckets, lengths):
+  """The sizes at which micro-batches of lengths (p, t) were seen, in turn."""
+  p, t = np.array(lengths).T
+  mask = np.arange(P) >= P - np.stack([np.ones_like(p), p], 1)[..., None]
+  done = np.arange(T) < np.stack([t, np.ones_like(t)], 1)[..., None, None]
+
+  def f(carry, part, size):
+    return carry + part, (part, jnp.array(size))
+
+  fold = jax.jit(lambda *x: micro_batches.fold(buckets, f, 0, *x))
+  total, (parts, sizes) = fold(np.arange(len(p)), mask, done)
+  assert total == len(p) * (len(p) - 1) // 2
+  np.testing.assert_array_equal(parts, np.arange(len(p)))
+  return [tuple(size) for size in sizes.tolist()]
+
+
 @pytest.mark.parametrize(
   'p, t, size', [(1, 1, (2, 3)), (2, 3, (2, 3)), (3, 1, (4, 6)), (1, 4, (4, 6)),
                  (5, 1, (6, 9)), (1, 7, (6, 9)), (6, 9, (6, 9))],
 )  # fmt: skip
 def test_the_least_size_that_holds_the_batch(p, t, size):
-  mask = np.arange(P)[None] >= P - np.array([[1], [p]])
-  done = np.arange(T)[None, None] < np.array([[[t]], [[1]]])
-  found = jax.jit(
-    lambda mask, done: micro_batches.bucketed(3, mask, done, jnp.array)
-  )(mask, done)
-  np.testing.assert_array_equal(found, size)
+  assert folded(3, [(p, t)]) == [size]
+
+
+def test_every_micro_batch_is_folded_once_and_in_turn():
+  assert folded(1, [(1, 1), (6, 9)]) == [(6, 9), (6, 9)]
+  assert folded(3, [(1, 1), (2, 2), (3, 3), (6, 1)]) == [
+    (2, 3), (2, 3), (4, 6), (6, 9)
+  ]  # fmt: skip
+  assert folded(3, [(6, 9)] * 3) == [(6, 9)] * 3
+  # One that comes after a longer one is padded as that was.
+  assert folded(3, [(1, 1), (5, 1), (1, 1)]) == [(2, 3), (6, 9), (6, 9)]
 
 
 def test_trimming_cuts_padding_alone(batch):

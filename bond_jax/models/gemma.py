@@ -19,6 +19,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from bond_jax import sharding
 from bond_jax.models import gemma_decoder
 from bond_jax.models.gemma_configs import Config
 from bond_jax.models.gemma_configs import CONFIGS as CONFIGS
@@ -89,7 +90,7 @@ def hidden(
     [R, S, D] in `dtype`, after the final norm.
   """
   position = jnp.where(mask, jnp.cumsum(mask, -1) - 1, -1)
-  x = embed(config, params, tokens, dtype)
+  x = sharding.split_rows(embed(config, params, tokens, dtype))
 
   def block(kind, p, x):
     local = kind == 'local'
