@@ -13,5 +13,9 @@ from configs import gemma_jbond
 
 def get_config():
   return gemma_jbond.get_config(
-    'gemma_7b', vocab_size=256_000, learning_rate=3e-6, lora_rank=0
+    'gemma_7b',
+    vocab_size=256_000,
+    learning_rate=3e-6,
+    lora_rank=0,
+    sampling_model=16,
   )

@@ -26,7 +26,12 @@ def unset():
 
 
 def get_config(
-  name: str, *, vocab_size: int, learning_rate: float, lora_rank: int
+  name: str,
+  *,
+  vocab_size: int,
+  learning_rate: float,
+  lora_rank: int,
+  sampling_model: int = 1,
 ) -> ml_collections.ConfigDict:
   """The settings of the train and evaluate stages.
 
@@ -35,6 +40,8 @@ def get_config(
     vocab_size: pieces of its tokenizer.
     learning_rate: of Adam.
     lora_rank: 0 trains all parameters.
+    sampling_model: devices over which the weights are split while sampling:
+      as many as it takes to hold them in bfloat16, beside what is trained.
   """
   config = ml_collections.ConfigDict()
   config.seed = 0
@@ -42,7 +49,7 @@ def get_config(
   config.task = 'bond_jax.text_task'
   config.weights = unset()
   config.mesh = dict(data=-1, model=1)
-  config.sampling_mesh = dict(data=-1, model=1)  # the same devices
+  config.sampling_mesh = dict(data=-1, model=sampling_model)
   config.data = dict(
     name=unset(), data_dir='data', fields=dict(), splits=dict(), mix=dict()
   )

@@ -83,7 +83,7 @@ def hidden(
     mask: bool[R, S]; False = padding, anywhere: it takes no position.
     dtype: of the computation.
     scan: loop over the patterns instead of unrolling them: compiles in a time
-      that does not depend on the depth; slower on CPU.
+      that does not depend on the depth; slower on CPU. So does the decoder.
     remat: recompute each pattern (or layer) in the backward pass.
 
   Returns:
@@ -154,7 +154,7 @@ def make(
       hidden, config, dtype=dtype, scan=scan, remat=remat
     ),
     logits=head,
-    prepare=functools.partial(gemma_decoder.prepare, config, dtype),
+    prepare=functools.partial(gemma_decoder.prepare, config, dtype, scan),
     decoder=functools.partial(gemma_decoder.make, config, head, dtype),
     vocab_size=config.vocab_size,
   )

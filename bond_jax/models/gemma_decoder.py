@@ -7,6 +7,10 @@ has reached, so a row that is given another prompt moves nothing. Positions
 alone say what may be seen: a column that is another completion's has none.
 Local layers keep no more than their window of either part.
 
+Layers are one after the other in the program, which is fast, or a loop over
+the G groups of an attention pattern, which compiles in a time that does not
+depend on the depth; then their arrays have an axis G after the first.
+
 Axes: B prompts, W rows of each, R = B W rows, P prompt length, L columns of a
 ring; the others as in gemma_layers.py.
 """
@@ -14,7 +18,7 @@ ring; the others as in gemma_layers.py.
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,14 +28,21 @@ from bond_jax.models.gemma_configs import Config
 from bond_jax.types import Array, Decoder, Params
 
 
+class Layers(NamedTuple):
+  """One entry per layer, or per place in the pattern where they are a loop."""
+
+  grouped: tuple[Any, ...]  # G layers each, in a loop; or ()
+  single: tuple[Any, ...]  # those after the loop; or all
+
+
 class Prefix(NamedTuple):
-  kv: tuple[tuple[Array, Array], ...]  # of each layer, [B, K, P or less, H]
+  kv: Layers  # of keys and values, [B, K, P or less, H]
   position: Array  # i32[B, P]; -1 = padding
 
 
 class Cache(NamedTuple):
   prefix: Prefix
-  kv: tuple[tuple[Array, Array], ...]  # of each layer, [R, K, L, H]
+  kv: Layers  # of keys and values, [R, K, L, H]
   position: dict[str, Array]  # of each kind of layer, i32[R, L]; -1 = nothing
   next: Array  # i32[R], the position of each row's next token
   steps: Array  # i32[], steps so far
@@ -48,8 +59,8 @@ def make(config: Config, logits, dtype: str, params: Params) -> Decoder:
   )
 
 
-def prepare(config: Config, dtype: str, params: Params) -> Params:
-  """The layers apart, and matrices as the loop uses them.
+def prepare(config: Config, dtype: str, scan: bool, params: Params) -> Params:
+  """The layers apart, or by groups, and matrices as the loop uses them.
 
   In its dtype, with the axis that is summed first, those of a pair apart: a
   loop would slice, cast and transpose its weights again for every token.
@@ -86,16 +97,34 @@ def prepare(config: Config, dtype: str, params: Params) -> Params:
     attn = {k: projection(x, f'attn/{k}/w') for k, x in p['attn'].items()}
     return {**p, 'attn': attn, 'mlp': feed_forward(p['mlp'])}
 
+  if scan and 'stacked_layers' in params:
+    stacked = params['stacked_layers']
+    grouped = [stacked[f'attention_type_{i}'] for i in range(len(stacked))]
+    found = Layers(
+      tuple(jax.vmap(layer)(p) for p in grouped),
+      tuple(layer(p) for _, p in _rest(config, params)),
+    )
+  else:
+    every = gemma_layers.layers(config, params)
+    found = Layers((), tuple(layer(p) for _, p in every))
   return {
     'embedder': cast(params['embedder']),
     'final_norm': params['final_norm'],
-    'layers': [layer(p) for _, p in gemma_layers.layers(config, params)],
+    'layers': found._asdict(),
   }
 
 
-def _kinds(config: Config) -> list[str]:
-  """'local' or 'global' of every layer, bottom up."""
-  return [config.pattern[j % len(config.pattern)] for j in range(config.layers)]
+def _rest(config: Config, params: Params):
+  """Yields (kind, parameters) of the layers after the last whole pattern."""
+  every = list(gemma_layers.layers(config, params))
+  return every[config.layers - config.layers % len(config.pattern) :]
+
+
+def _single(config: Config, layers: Layers) -> list[str]:
+  """'local' or 'global' of the layers that are in no loop, bottom up."""
+  size = len(config.pattern)
+  kinds = [config.pattern[j % size] for j in range(config.layers)]
+  return kinds[config.layers - len(layers.single) :]
 
 
 def _kept(config: Config, kind: str, columns: int) -> int:
@@ -109,17 +138,33 @@ def prefill(
   all that decoding has to know of them."""
   position = jnp.where(mask, jnp.cumsum(mask, -1) - 1, -1).astype(jnp.int32)
   x = gemma_layers.embed(config, params, tokens, dtype)
-  kv = []
-  for kind, p in zip(_kinds(config), params['layers'], strict=True):
+  layers = Layers(**params['layers'])
+
+  def block(kind, p, x):
     local = kind == 'local'
     attend = functools.partial(gemma_layers.within, config, local, position)
     x, new = gemma_layers.Block(config, local).apply(
       {'params': p}, x, position, attend
     )
     first = tokens.shape[1] - _kept(config, kind, tokens.shape[1])
-    kv.append(tuple(a[:, first:].swapaxes(1, 2) for a in new))
+    return x, tuple(a[:, first:].swapaxes(1, 2) for a in new)
+
+  def group(x, ps):
+    kv = []
+    for kind, p in zip(config.pattern, ps, strict=True):
+      x, new = block(kind, p, x)
+      kv.append(new)
+    return x, tuple(kv)
+
+  grouped, single = (), []
+  if layers.grouped:
+    x, grouped = jax.lax.scan(group, x, layers.grouped)
+    grouped = jax.tree.map(lambda a: jnp.moveaxis(a, 0, 1), grouped)
+  for kind, p in zip(_single(config, layers), layers.single, strict=True):
+    x, new = block(kind, p, x)
+    single.append(new)
   x = gemma_layers.RMSNorm().apply({'params': params['final_norm']}, x[:, -1])
-  return x, Prefix(tuple(kv), position)
+  return x, Prefix(Layers(grouped, tuple(single)), position)
 
 
 def start(config: Config, prefix: Prefix, width: int, length: int) -> Cache:
@@ -128,14 +173,21 @@ def start(config: Config, prefix: Prefix, width: int, length: int) -> Cache:
   columns = {k: _kept(config, k, length) for k in set(config.pattern)}
 
   def ring(kind, like):
-    shape = (rows, config.kv_heads, columns[kind], config.head_size)
-    return jnp.zeros(shape, like.dtype)
+    *middle, _, size = like.shape[1:]
+    return jnp.zeros((rows, *middle, columns[kind], size), like.dtype)
 
+  def rings(kinds, kv):
+    return tuple(
+      tuple(ring(kind, a) for a in pair)
+      for kind, pair in zip(kinds, kv, strict=True)
+    )
+
+  grouped, single = prefix.kv
   return Cache(
     prefix=prefix,
-    kv=tuple(
-      tuple(ring(kind, a) for a in kv)
-      for kind, kv in zip(_kinds(config), prefix.kv, strict=True)
+    kv=Layers(
+      rings(config.pattern[: len(grouped)], grouped),
+      rings(_single(config, prefix.kv), single),
     ),
     position={k: jnp.full((rows, n), -1) for k, n in columns.items()},
     next=jnp.repeat(prefix.position.max(-1) + 1, width),
@@ -160,33 +212,73 @@ def step(
   slot = {k: cache.steps % p.shape[1] for k, p in cache.position.items()}
   position = {k: put(p, mine, slot[k], 1) for k, p in cache.position.items()}
   x = gemma_layers.embed(config, params, token[:, None], dtype)
-  kv = []
-  for i, (kind, p) in enumerate(
-    zip(_kinds(config), params['layers'], strict=True)
-  ):
+  layers = Layers(**params['layers'])
+
+  def block(kind, p, x, before, kv, g=None):
+    """Layer g of those whose arrays have an axis G; None, they have none."""
     local = kind == 'local'
-    before = cache.prefix.position[:, -cache.prefix.kv[i][0].shape[2] :]
-    width = len(mine) // len(before)
+    before = tuple(_layer(a, g) for a in before)
+    known = cache.prefix.position[:, -before[0].shape[2] :]
+    width = len(mine) // len(known)
     sees = functools.partial(gemma_layers.sees, config, local, mine)
     seen = jnp.concatenate(
-      [sees(jnp.repeat(before, width, 0)), sees(position[kind])], -1
+      [sees(jnp.repeat(known, width, 0)), sees(position[kind])], -1
     )
 
-    def attend(q, k, v, i=i, kind=kind, seen=seen):
+    def attend(q, k, v):
       new = tuple(
-        put(old, a.swapaxes(1, 2), slot[kind], 2)
-        for old, a in zip(cache.kv[i], (k, v), strict=True)
+        _put_column(old, a.swapaxes(1, 2), slot[kind], g)
+        for old, a in zip(kv, (k, v), strict=True)
       )
-      return _attend(config, q[:, 0], cache.prefix.kv[i], new, seen), new
+      suffix = tuple(_layer(a, g) for a in new)
+      return _attend(config, q[:, 0], before, suffix, seen), new
 
-    x, new = gemma_layers.Block(config, local).apply(
+    return gemma_layers.Block(config, local).apply(
       {'params': p}, x, mine, attend
     )
-    kv.append(new)
+
+  def group(g, carry):
+    x, kv = carry
+    new = []
+    for i, kind in enumerate(config.pattern):
+      p = jax.tree.map(lambda w: w[g], layers.grouped[i])
+      x, pair = block(kind, p, x, cache.prefix.kv.grouped[i], kv[i], g)
+      new.append(pair)
+    return x, tuple(new)
+
+  grouped, single = cache.kv.grouped, []
+  if grouped:
+    groups = grouped[0][0].shape[1]
+    x, grouped = jax.lax.fori_loop(0, groups, group, (x, grouped))
+  for kind, *of_layer in zip(
+    _single(config, layers),
+    layers.single,
+    cache.prefix.kv.single,
+    cache.kv.single,
+    strict=True,
+  ):
+    p, before, kv = of_layer
+    x, pair = block(kind, p, x, before, kv)
+    single.append(pair)
   x = gemma_layers.RMSNorm().apply({'params': params['final_norm']}, x[:, 0])
-  return x, Cache(
-    cache.prefix, tuple(kv), position, cache.next + alive, cache.steps + 1
-  )
+  kv = Layers(grouped, tuple(single))
+  return x, Cache(cache.prefix, kv, position, cache.next + alive,
+                  cache.steps + 1)  # fmt: skip
+
+
+def _layer(x: Array, g) -> Array:
+  """Of layer g: x [R, G, ...] -> [R, ...]; x itself where g is None."""
+  if g is None:
+    return x
+  return jax.lax.dynamic_index_in_dim(x, g, 1, keepdims=False)
+
+
+def _put_column(ring: Array, column: Array, slot, g) -> Array:
+  """A ring [R, K, L, H], or layer g of [R, G, K, L, H], with a new column."""
+  if g is None:
+    return jax.lax.dynamic_update_slice_in_dim(ring, column, slot, 2)
+  at = (0, g, 0, slot, 0)
+  return jax.lax.dynamic_update_slice(ring, column[:, None], at)
 
 
 def _attend(config: Config, q, prefix, suffix, seen) -> Array:

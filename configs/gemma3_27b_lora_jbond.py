@@ -1,0 +1,21 @@
+"""J-BOND of Gemma 3 27B with LoRA; see gemma_jbond.py.
+
+    launch/tpu_vm.sh train --config=configs/gemma3_27b_lora_jbond.py \
+      --workdir=... --config.weights=... --config.tokenizer.path=... \
+      --config.data.name=... --config.reward.function=... \
+      --config.gold.function=... --config.train.steps=...
+
+Hardware, estimated and not yet tried: a host with 8 TPU v5e chips.
+"""
+
+from configs import gemma_jbond
+
+
+def get_config():
+  return gemma_jbond.get_config(
+    'gemma3_27b',
+    vocab_size=262_144,
+    learning_rate=3e-5,
+    lora_rank=32,
+    sampling_model=16,
+  )
