@@ -146,12 +146,15 @@ def test_slots_do_not_matter(draw, prompts, drawn, slots):
   same(draw(prompts, slots=slots), drawn)
 
 
-@pytest.mark.parametrize('name', ['gemma3', 'gemma1_multi_head'])
-def test_slots_do_not_matter_to_other_models(tiny, prompts, name):
+@pytest.mark.parametrize(
+  'name, scan',
+  [('gemma3', False), ('gemma3', True), ('gemma1_multi_head', True)],
+)
+def test_slots_do_not_matter_to_other_models(tiny, prompts, name, scan):
   """Windows that the prompt fills and that completions leave behind."""
   config, params = tiny(name)
   policy = gemma.make(
-    config, temperature=1.0, dtype='float32', scan=False, remat=False
+    config, temperature=1.0, dtype='float32', scan=scan, remat=False
   )
   prompts = prompts._replace(tokens=prompts.tokens % config.vocab_size)
   args = params, prompts, jax.random.key(1)
@@ -168,12 +171,25 @@ def test_slots_do_not_matter_to_other_models(tiny, prompts, name):
 
 
 @pytest.mark.parametrize(
-  'shape, slots', [((8, 1), 0), ((8, 1), 8), ((4, 2), 8)]
+  'shape, sampling, slots, scan',
+  [
+    ((8, 1), (8, 1), 0, False),
+    ((8, 1), (2, 4), 8, True),
+    ((4, 2), (4, 2), 8, False),
+    ((8, 1), (1, 8), 0, True),
+    ((2, 4), (8, 1), 0, True),
+  ],
 )
-def test_the_mesh_does_not_matter(model, prompts, drawn, shape, slots):
-  """Parameters in their shards, prompts on the axis `data`."""
-  policy, params = model
-  mesh = sharding.make_mesh(*shape)
+def test_the_mesh_does_not_matter(
+  tiny, prompts, drawn, shape, sampling, slots, scan
+):
+  """Parameters in their shards, prompts on the axis `data` of either mesh."""
+  config, params = tiny('gemma2')
+  policy = gemma.make(
+    config, temperature=0.8, dtype='float32', scan=scan, remat=False
+  )
+  whole = sharding.make_mesh(*shape)
+  mesh = sharding.reshaped(whole, *sampling)
   program = jax.jit(
     lambda params, prompts: sample(
         policy, params, prompts, jax.random.key(7), num=3, length=6,
@@ -181,8 +197,8 @@ def test_the_mesh_does_not_matter(model, prompts, drawn, shape, slots):
     )
   )  # fmt: skip
   on_mesh = program(
-    jax.device_put(params, sharding.tree_shardings(params, mesh)),
-    sharding.put_batch(prompts, mesh),
+    jax.device_put(params, sharding.tree_shardings(params, whole)),
+    sharding.put_batch(prompts, whole),
   )
   assert len(on_mesh.completion.sharding.device_set) == 8
   same(jax.device_get(on_mesh), jax.device_get(drawn))
