@@ -306,7 +306,7 @@ def _take_aborts(timeout: int) -> None:
     if _watcher:
       _leave(
         'this host was ended because another one died, or did not answer for'
-        f' {HEARTBEAT} s: {_AGAIN}', 1
+        f' {HEARTBEAT} s (jax names it above): {_AGAIN}', 1
       )  # fmt: skip
     who = 'not all hosts came' if state.process_id == 0 else 'nobody answers'
     _leave(
