@@ -39,6 +39,11 @@ def get_config(folder: str, data=4, model=1) -> ml_collections.ConfigDict:
   return config
 
 
+def run(*args: str) -> tuple[str, ...]:
+  """The command that runs this file."""
+  return sys.executable, os.path.join(toy.TESTS, 'several.py'), *args
+
+
 class Ended(NamedTuple):
   """What the processes of a launch left behind."""
 
@@ -48,11 +53,10 @@ class Ended(NamedTuple):
 
 
 def launch(count: int, *args: str, devices: int = 1, **env: str) -> Ended:
-  """Runs a command of Python's on several hosts, to its end."""
+  """Runs a command on several hosts, to its end."""
   begin = time.monotonic()
   done = subprocess.run(
-    [LAUNCHER, str(count), '--devices', str(devices), '--', sys.executable,
-     *args],
+    [LAUNCHER, str(count), '--devices', str(devices), '--', *args],
     cwd=toy.ROOT,
     env={
       **toy.environment(),
@@ -65,7 +69,7 @@ def launch(count: int, *args: str, devices: int = 1, **env: str) -> Ended:
     text=True,
     timeout=300,
     check=False,
-  )  # fmt: skip
+  )
   said = [
     '\n'.join(re.findall(rf'^\[{i}\] (.*)$', done.stdout, re.M))
     for i in range(count)

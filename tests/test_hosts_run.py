@@ -58,13 +58,11 @@ def same_completions(workdir, other):
 def test_killed_on_two_and_on_four_hosts_it_ends_as_on_one(one, tmp_path):
   """kill -9, of either kind of host, and other numbers of hosts after it."""
   workdir, config = str(tmp_path / 'run'), several.get_config(toy.folder())
-  script = os.path.join(toy.TESTS, 'several.py')
   stage = lambda name: f'{name}={workdir}'
   os.makedirs(workdir)
   toy.light(workdir, CALL_OF_STEP_5, 'kill', host=1)
-  ended = several.launch(
-    2, script, toy.folder(), '4,1', *map(stage, toy.STAGES[:3]), devices=2
-  )  # fmt: skip
+  command = several.run(toy.folder(), '4,1', *map(stage, toy.STAGES[:3]))
+  ended = several.launch(2, *command, devices=2)
   assert ended.status == 137
   ((survivor,), none) = several.errors(ended)
   assert 'another one died' in survivor and 'last checkpoint' in survivor
@@ -73,7 +71,8 @@ def test_killed_on_two_and_on_four_hosts_it_ends_as_on_one(one, tmp_path):
 
   # The probe's reference, steps 4 to 8, and a probe after step 6.
   toy.light(workdir, 7, 'kill', host=0)
-  ended = several.launch(4, script, toy.folder(), '4,1', stage('train'))
+  command = several.run(toy.folder(), '4,1', stage('train'))
+  ended = several.launch(4, *command)
   assert ended.status in (1, 137)
   assert 'goes on after step 3' in ended.said[0]
   for line in several.errors(ended)[1:]:
@@ -99,10 +98,10 @@ def test_hosts_that_hold_the_same_rows_share_them_out(one, tmp_path):
   judged = begun(one, str(tmp_path / 'judged'), config, 'train')
   failing = begun(one, str(tmp_path / 'failing'), config)
   toy.light(failing, CALL_OF_STEP_5, 'raise', host=1)
-  ended = several.launch(
-      2, os.path.join(toy.TESTS, 'several.py'), toy.folder(), '1,2',
-      f'evaluate={judged}', f'train={failing}',
-  )  # fmt: skip
+  command = several.run(
+    toy.folder(), '1,2', f'evaluate={judged}', f'train={failing}'
+  )
+  ended = several.launch(2, *command)
   assert ended.status == 2
   first, second = several.errors(ended)
   assert first == second and len(first) == 1
