@@ -177,20 +177,19 @@ def once(f: Callable[[], Any]) -> Any:
   return gather(value)[0]
 
 
-def check_shared(folder: str, patience: float = 10.0) -> None:
+def check_shared(folder: str, patience: float = 5.0) -> None:
   """A UserError unless all hosts see what host 0 writes in `folder`."""
   if count() == 1:
     return
-  path = os.path.join(folder, '.hosts')
 
   def write() -> str:
-    token = os.urandom(16).hex()
-    with open(path, 'w', encoding='utf-8') as f:
-      f.write(token)
-    return token
+    # A new name each time, of which no file system remembers its absence.
+    name = f'.hosts-{os.urandom(8).hex()}'
+    with open(os.path.join(folder, name), 'w', encoding='utf-8'):
+      return name
 
-  token, until = once(write), time.monotonic() + patience
-  while not (seen := _holds(path, token)) and time.monotonic() < until:
+  path, until = os.path.join(folder, once(write)), time.monotonic() + patience
+  while not (seen := os.path.exists(path)) and time.monotonic() < until:
     time.sleep(0.2)  # what others wrote may take a while to be seen
   blind = [i for i, sees in enumerate(gather(seen)) if not sees]
   once(lambda: os.remove(path))
@@ -318,14 +317,6 @@ def _take_aborts(timeout: int) -> None:
 
   _take_aborts.handler = aborted  # C holds no reference
   ctypes.CDLL(None).signal(signal.SIGABRT, aborted)
-
-
-def _holds(path: str, token: str) -> bool:
-  try:
-    with open(path, encoding='utf-8') as f:
-      return f.read() == token
-  except OSError:
-    return False
 
 
 def _brief(error: BaseException) -> str:

@@ -31,6 +31,7 @@ from bond_jax.errors import UserError
 
 
 def main(config: ml_collections.ConfigDict, workdir: str) -> None:
+  hosts.start()
   build.check_stage('reward_model', config, workdir)
   reward_training.check_kind(config)
   check_splits(config)

@@ -52,8 +52,8 @@ end() {  # SIGNAL: to those that still run
     kill -"$1" "$pid" 2> /dev/null || true
   done
 }
-trap 'end TERM' TERM
-trap 'end INT' INT
+# Processes in the background of a script take no notice of SIGINT.
+trap 'end TERM' INT TERM
 trap 'end KILL' EXIT
 
 for ((i = 0; i < count; i++)); do

@@ -17,7 +17,6 @@ import sys
 import time
 from typing import NamedTuple
 
-import jax
 import ml_collections
 import toy
 
@@ -61,7 +60,6 @@ def launch(count: int, *args: str, devices: int = 1, **env: str) -> Ended:
     env={
       **toy.environment(),
       'PYTHONPATH': os.pathsep.join((toy.ROOT, toy.TESTS)),
-      'JAX_NUMPY_RANK_PROMOTION': 'raise',
       **env,
     },
     stdout=subprocess.PIPE,
@@ -97,5 +95,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-  jax.config.update('jax_threefry_partitionable', True)
   main()
