@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 import importlib
 import importlib.metadata
 import inspect
+import json
 import os
 import types
 from typing import Any, NamedTuple
@@ -16,7 +17,15 @@ from jax.sharding import Mesh
 import ml_collections
 import numpy as np
 
-from bond_jax import command, data, metrics, scoring, sharding, sources
+from bond_jax import (
+  command,
+  data,
+  hosts,
+  metrics,
+  scoring,
+  sharding,
+  sources,
+)
 from bond_jax import tokenizer as tokenizer_lib
 from bond_jax.errors import UserError
 from bond_jax.types import (
@@ -261,6 +270,58 @@ def check_stage(
     )
 
 
+def begin(
+  name: str,
+  config: ml_collections.ConfigDict,
+  path: str,
+  workdir: str,
+  asked: Mapping[str, str],
+) -> bool:
+  """Joins the other hosts of a stage; whether there is work to do for it.
+
+  A UserError if they are not about to do the same, or if the workdir is
+  another config's. `path` is the summary that marks the stage as done.
+  """
+  hosts.start()
+  configure_jax()
+  command.agree(
+    {
+      'stage': name,
+      'config': json.loads(config.to_json_best_effort()),
+      'flags': dict(asked),
+      'versions': versions(),
+      'code': command.fingerprints(os.path.dirname(__file__)),
+    }
+  )
+
+  def finished() -> bool:
+    command.check_workdir(workdir, config)
+    if not os.path.exists(path):
+      return False
+    done = {k: v for k, v in command.read_json(path).items() if k in asked}
+    if changed := command.differences(done, asked):
+      raise UserError(
+        f'{path} is there, with {"; ".join(changed)} asked for now. Nothing was'
+        f' changed; move away what the {name} stage wrote to run it again.'
+      )
+    return True
+
+  if done := hosts.once(finished):
+    hosts.say(f'{name}: finished already, see {path}')
+  return not done
+
+
+def claim(config: ml_collections.ConfigDict, workdir: str, folder: str) -> None:
+  """Makes the workdir this config's, and `folder` in it, on all hosts."""
+
+  def make() -> None:
+    command.claim_workdir(workdir, config)
+    os.makedirs(folder, exist_ok=True)
+
+  hosts.once(make)
+  hosts.check_shared(folder)
+
+
 def scalars(summary: dict[str, Any]) -> list[tuple]:
   """A table of the numbers and names in a summary."""
   plain = [(k, v) for k, v in summary.items() if not isinstance(v, dict)]
@@ -288,26 +349,21 @@ def stage(
     table: what of the summary is shown at the end.
     **asked: flags beside the config; the summary repeats them.
   """
-  configure_jax()
-  command.check_workdir(workdir, config)
   path = os.path.normpath(os.path.join(workdir, folder, 'summary.json'))
-  if os.path.exists(path):
-    done = {k: v for k, v in command.read_json(path).items() if k in asked}
-    if changed := command.differences(done, asked):
-      raise UserError(
-        f'{path} is there, with {"; ".join(changed)} asked for now. Nothing was'
-        f' changed; move away what the {name} stage wrote to run it again.'
-      )
-    print(f'{name}: finished already, see {path}')
+  if not begin(name, config, path, workdir, asked):
     return
   check_stage(name, config, workdir)
-  devices = f'{check(config).size} {jax.default_backend()} device(s)'
-  command.claim_workdir(workdir, config)
-  os.makedirs(os.path.dirname(path), exist_ok=True)
-  print(f'{name}: {config.model.name} on {devices}, into {workdir}', flush=True)
+  mesh = check(config)
+  hosts.check_mesh(mesh)
+  claim(config, workdir, os.path.dirname(path))
+  devices = f'{mesh.size} {jax.default_backend()} device(s)'
+  if hosts.count() > 1:
+    devices += f' of {hosts.count()} hosts'
+  hosts.say(f'{name}: {config.model.name} on {devices}, into {workdir}')
   summary = {**work(config, workdir, **asked), **asked, 'versions': versions()}
-  command.write_json(path, summary)
-  metrics.table(table(summary), f'{name}: done, see {path}')
+  if hosts.first():
+    command.write_json(path, summary)
+    metrics.table(table(summary), f'{name}: done, see {path}')
 
 
 def versions() -> dict[str, str]:

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
+from bond_jax import hosts
 from bond_jax.errors import UserError
 from bond_jax.types import Params, TrainState
 
@@ -59,6 +60,11 @@ def save(
   )
 
 
+def last_step(checkpoints: ocp.CheckpointManager) -> int | None:
+  """The last step that was saved, the same one on all hosts."""
+  return hosts.once(checkpoints.latest_step)
+
+
 def restore(
   checkpoints: ocp.CheckpointManager, like: TrainState
 ) -> tuple[TrainState, dict[str, Any]]:
@@ -66,9 +72,10 @@ def restore(
 
   Returns the state, and the JSON dict that was saved with it.
   """
+  step = last_step(checkpoints)
   rest = abstract(like._replace(params={})._asdict())
   out = checkpoints.restore(
-    checkpoints.latest_step(),
+    step,
     args=ocp.args.Composite(
       params=ocp.args.StandardRestore(abstract(like.params)),
       rest=ocp.args.StandardRestore(rest),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+import hashlib
 import importlib
 import json
 import os
@@ -14,6 +15,7 @@ from absl import app, flags, logging
 import ml_collections
 from ml_collections import config_flags
 
+from bond_jax import hosts
 from bond_jax.errors import UserError
 
 
@@ -61,6 +63,33 @@ def differences(a: dict[str, Any], b: dict[str, Any], prefix='') -> list[str]:
     elif old != new:
       rows.append(f'{prefix}{key}: {old!r} -> {new!r}')
   return rows
+
+
+def fingerprints(folder: str) -> dict[str, str]:
+  """Of every .py file below a folder: what it is called, and its hash."""
+  found = {}
+  for where, _, names in os.walk(folder):
+    for name in sorted(n for n in names if n.endswith('.py')):
+      path = os.path.join(where, name)
+      with open(path, 'rb') as f:
+        found[os.path.relpath(path, folder)] = hashlib.sha256(
+          f.read()
+        ).hexdigest()[:12]
+  return found
+
+
+def agree(facts: dict[str, Any]) -> None:
+  """A UserError, on all hosts, unless nested `facts` are the same on all."""
+  told = hosts.gather(facts)
+  others = [i for i, theirs in enumerate(told) if theirs != told[0]]
+  if others:
+    rows = differences(told[0], told[others[0]])
+    more = f' and {len(rows) - 3} more' if len(rows) > 3 else ''
+    raise hosts.Disagreement(
+      f'{hosts.names(others)} and host 0 do not run the same'
+      f' ({"; ".join(rows[:3])}{more}). Start the same command, from the same'
+      ' code, on all hosts.'
+    )
 
 
 def check_workdir(workdir: str, config: ml_collections.ConfigDict) -> bool:
@@ -127,7 +156,7 @@ def execute(main: Callable[[], None], doc: str) -> None:
   """Parses the flags and runs `main()`; exits 0 only when it worked.
 
   A UserError ends with one line on stderr and status 2; `--debug` shows the
-  traceback instead.
+  traceback instead. Where `main` joins other hosts, all of them end so.
   """
   debug = flags.DEFINE_bool('debug', False, 'Show tracebacks of user errors.')
 
@@ -137,7 +166,8 @@ def execute(main: Callable[[], None], doc: str) -> None:
       print(f'error: unexpected argument {argv[1]!r}', file=sys.stderr)
       return 2
     try:
-      main()
+      with hosts.together(debug.value):
+        main()
     except UserError as e:
       if debug.value:
         raise

@@ -7,10 +7,9 @@ has epochs of its own. Iterators are Grain's: `get_state()` is a JSON value, and
 an iterator that gets it by `set_state()`, in this process or another, goes on
 from there.
 
-Of several hosts, `shard` = (index, count), each yields its B / count rows of
-every batch, host 0 the first ones. All read the whole batch, since which rows
-are too long is not known before; so the state is the same on all, and does not
-depend on how many there are.
+Every host yields the whole batch, of which `sharding.put_batch` takes what its
+devices hold: which rows are too long is not known before they are read. So the
+batch and the state are the same on all hosts, however many there are.
 """
 
 from __future__ import annotations
@@ -41,7 +40,6 @@ def sentences(
   length: int,
   batch: int,
   seed: int,
-  shard: tuple[int, int] = (0, 1),
 ) -> grain.DatasetIterator:
   """Yields (Prompts, completion i32[B, 1, T], mask bool[B, 1, T]) for ever.
 
@@ -62,7 +60,7 @@ def sentences(
     prompts = _prompts(ids, [[tokenizer.bos_id]] * len(ids), 1)
     return prompts, *_completions(pieces, length, tokenizer)
 
-  return _iterate(rows, pieces_of, collate, batch, seed, shard)
+  return _iterate(rows, pieces_of, collate, batch, seed)
 
 
 def answers(
@@ -74,7 +72,6 @@ def answers(
   length: int,
   batch: int,
   seed: int,
-  shard: tuple[int, int] = (0, 1),
 ) -> grain.DatasetIterator:
   """Yields what `sentences` yields, of prompts and their 'completion's.
 
@@ -102,7 +99,7 @@ def answers(
     prompts = _prompts(ids, said, prompt_length)
     return prompts, *_completions(pieces, length, tokenizer)
 
-  return _iterate(rows, pieces_of, collate, batch, seed, shard)
+  return _iterate(rows, pieces_of, collate, batch, seed)
 
 
 def _completions(
@@ -196,7 +193,6 @@ def prompts(
   length: int,
   batch: int,
   seed: int,
-  shard: tuple[int, int] = (0, 1),
 ) -> grain.DatasetIterator:
   """Yields Prompts of P = `length`, padded on the left, for ever.
 
@@ -209,7 +205,7 @@ def prompts(
   def collate(examples):
     return _prompts(*zip(*examples, strict=True), length)
 
-  return _iterate(rows, encode, collate, batch, seed, shard)
+  return _iterate(rows, encode, collate, batch, seed)
 
 
 def fixed_prompts(
@@ -320,15 +316,8 @@ def _iterate(
   collate: Callable[[list[tuple[int, Any]]], Any],
   batch: int,
   seed: int,
-  shard: tuple[int, int],
 ) -> grain.DatasetIterator:
   """Shuffles, repeats, makes examples (None: left out) and batches them."""
-  index, count = shard
-  if not 0 <= index < count or batch % count:
-    raise UserError(
-      f'host {index} of {count} has no equal share of a batch of {batch}; the'
-      ' batch must be a multiple of the number of hosts.'
-    )
   parts = sources.parts(rows)
   streams = [_stream(part, make, seed) for part in parts]
   # Mixed after the filter: a weight is a share of what is left.
@@ -337,9 +326,7 @@ def _iterate(
     if len(parts) > 1
     else streams[0]
   )
-  mine = slice(index * batch // count, (index + 1) * batch // count)
-  ours = lambda examples: collate(examples[mine])
-  return iter(mixed.batch(batch, drop_remainder=True, batch_fn=ours))
+  return iter(mixed.batch(batch, drop_remainder=True, batch_fn=collate))
 
 
 def _stream(

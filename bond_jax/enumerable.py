@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from bond_jax import build, exact, origin, scoring, sharding
+from bond_jax import build, exact, origin, scoring, sharding, shares
 from bond_jax.errors import UserError
 from bond_jax.types import Frozen, Params, Policy, Prompts, Rollout
 
@@ -212,7 +212,7 @@ def log_law(config: ml_collections.ConfigDict, policy: Policy):
   law = jax.jit(exact_law(config, policy))
 
   def on_host(params):
-    log_p = np.asarray(law(params), np.float64).sum(-1)
+    log_p = np.asarray(shares.fetch(law(params)), np.float64).sum(-1)
     # The model's float32 sums to 1 but for a rounding.
     return log_p - np.logaddexp.reduce(log_p, -1, keepdims=True)
 

@@ -22,12 +22,14 @@ from bond_jax import (
   build,
   command,
   data,
+  hosts,
   measures,
   metrics,
   origin,
   report,
   scoring,
   sharding,
+  shares,
 )
 from bond_jax.errors import UserError
 from bond_jax.log_probs import log_probs
@@ -67,24 +69,32 @@ def make_draw(policy, config, tokenizer, mesh):
 
   def draw(base, own, other, prompts: Prompts, key, first: int, num: int):
     on_mesh = sharding.put_batch(prompts, mesh)
-    return jax.device_get(
-      program(base, own, other, on_mesh, key, first, num=num)
-    )
+    return shares.fetch(program(base, own, other, on_mesh, key, first, num=num))
 
   return draw
 
 
+def ask(judges, texts) -> dict[str, np.ndarray]:
+  return {name: judge(*texts) for name, judge in judges.items()}
+
+
 def records(
-  draw, read, judges, prompts, *, who, count, at_once, stop_ids, writer, done
-):
-  """Yields the rows of completions.jsonl of one side, `count` per prompt."""
+  draw, read, judges, prompts, *, who, count, at_once, stop_ids, writer, done,
+  rows
+):  # fmt: skip
+  """Yields the rows of completions.jsonl of one side, `count` per prompt.
+
+  The judges of this host are asked about the prompts in `rows`.
+  """
   for first in range(0, count, at_once):
     num = min(at_once, count - first)
     with writer.phase('sample'):
       drawn, here, there = draw(first, num)
     with writer.phase('judge'):
       texts = read(prompts, drawn)
-      scores = {k: judge(*texts) for k, judge in judges.items()}
+      scores = shares.over(
+        rows, functools.partial(ask, judges, scoring.some(rows, *texts))
+      )
       check_scores(scores)
     log_policy, log_reference = (
       (here, there) if who == 'policy' else (there, here)
@@ -131,6 +141,7 @@ def evaluate(
   )
   folder = os.path.join(workdir, 'evaluate')
   total = sum(count for _, count, _, _ in sides)
+  mine = shares.own(mesh, settings.prompts)
   rows, done = [], 0
   with metrics.Writer(folder, 'evaluate', total) as writer:
     draw = make_draw(policy, config, tokenizer, mesh)
@@ -144,7 +155,7 @@ def evaluate(
           base, reference, trained, prompts, key_of_theirs, 0,
           config.reward.opponents,
       )  # fmt: skip
-      _, *theirs = read(prompts, drawn)
+      _, *theirs = scoring.some(mine, *read(prompts, drawn))
       judges['reward'] = scoring.against(judges['reward'], *theirs)
     # What is trained on, penalties and all; here no prompt may be missing.
     rules = {**build.reward_rules(config.reward), 'failure': 'stop'}
@@ -160,15 +171,16 @@ def evaluate(
       rows += records(
           side, read, judges, prompts, who=who, count=count,
           at_once=settings.at_once, stop_ids=tokenizer.stop_ids,
-          writer=writer, done=done,
+          writer=writer, done=done, rows=mine,
       )  # fmt: skip
       done += count
     with writer.phase('report'):
-      write_records(os.path.join(workdir, 'completions.jsonl'), rows)
-      summary = measures.summarise(rows)
+      if hosts.first():
+        write_records(os.path.join(workdir, 'completions.jsonl'), rows)
+      summary = hosts.once(lambda: measures.summarise(rows))
     writer.write(total, {})
-  summary |= history(config, workdir)
-  draw_report(config, workdir, rows, summary)
+  summary |= hosts.once(lambda: history(config, workdir))
+  hosts.once(lambda: draw_report(config, workdir, rows, summary))
   return summary
 
 

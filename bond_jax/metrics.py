@@ -1,7 +1,7 @@
 """Writers of one stage: progress line, JSONL, TensorBoard; counts compilations.
 
-Only process 0 writes. The progress line comes from a thread of its own, so it
-also moves while XLA compiles or a long phase runs.
+Of several hosts only the first writes. The progress line comes from a thread of
+its own, so it also moves while XLA compiles or a long phase runs.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from typing import Any, Self
 import jax
 import numpy as np
 import tensorboardX
+
+from bond_jax import hosts
 
 # jax reports a scalar of this name when a compilation starts, and a duration
 # when it has ended; a hit in the persistent cache counts as a short one.
@@ -93,7 +95,7 @@ class Writer:
     self._seconds: collections.defaultdict[str, float] = (
       collections.defaultdict(float)
     )
-    self._main = jax.process_index() == 0
+    self._main = hosts.first()
     if not self._main:
       return
     os.makedirs(folder, exist_ok=True)

@@ -19,11 +19,19 @@ import time
 
 import ml_collections
 
-from bond_jax import build, command, metrics, reward_report, reward_training
+from bond_jax import (
+  build,
+  command,
+  hosts,
+  metrics,
+  reward_report,
+  reward_training,
+)
 from bond_jax.errors import UserError
 
 
 def main(config: ml_collections.ConfigDict, workdir: str) -> None:
+  hosts.start()
   build.check_stage('reward_model', config, workdir)
   reward_training.check_kind(config)
   check_splits(config)
@@ -51,15 +59,19 @@ def check_splits(config: ml_collections.ConfigDict) -> None:
 
 def ridge(config: ml_collections.ConfigDict, workdir: str) -> None:
   """Fits the ridge regression, once."""
+  path = os.path.join(workdir, 'reward', 'summary.json')
+  if not build.begin('reward_model', config, path, workdir, {}):
+    return
+  build.claim(config, workdir, os.path.dirname(path))
+  hosts.once(lambda: fit(config, workdir, path))
+
+
+def fit(config: ml_collections.ConfigDict, workdir: str, path: str) -> None:
+  """Fits, writes what comes out, and shows it; on one host alone."""
   # Here, because it imports scikit-learn, which takes a second.
   from bond_jax import ridge_fit
 
   start = time.perf_counter()
-  command.claim_workdir(workdir, config)
-  path = os.path.join(workdir, 'reward', 'summary.json')
-  if os.path.exists(path):
-    print(f'reward_model: finished already, see {path}')
-    return
   settings = {k: v for k, v in config.reward_model.items() if k != 'kind'}
   splits = ('train', 'validation', 'test')
   report = ridge_fit.build(

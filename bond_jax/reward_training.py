@@ -20,6 +20,7 @@ from bond_jax import (
   build,
   checkpoint,
   command,
+  hosts,
   metrics,
   origin,
   preference_losses,
@@ -278,11 +279,11 @@ def _fit(settings, folder, batches, held_out, state, update, score, mesh):
   model that is too sure of itself is mended by a temperature.
   """
   checkpoints = checkpoint.manager(os.path.join(folder, 'checkpoints'))
-  start = checkpoints.latest_step()
+  start = checkpoint.last_step(checkpoints)
   if start is not None:
     state, position = checkpoint.restore(checkpoints, state)
     batches.set_state(position)
-    print(f'reward_model: goes on after step {start}')
+    hosts.say(f'reward_model: goes on after step {start}')
   show = ('loss', 'validation_accuracy')
   writer = metrics.Writer(folder, 'reward', settings.steps, start, show)
   with writer, checkpoints:
@@ -328,33 +329,32 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
   best, params = _fit(
     settings, folder, batches, judged['validation'], state, update, score, mesh
   )
-  found = reward_report.report(
-    {
-      split: score(params, part.pieces)
-      for split, part in judged.items()
-      if split != 'train'
-    },
-    judged,
-  )
-  _keep_tokenizer(tokenizer, folder)
+  scores = {
+    split: score(params, part.pieces)
+    for split, part in judged.items()
+    if split != 'train'
+  }
+  found = hosts.once(lambda: reward_report.report(scores, judged))
   sizes = None
   if not origin.is_library(mine.model):
     sizes = origin.make_sizes(mine.model, mine.tokenizer.vocab_size)
-  command.write_json(
-    os.path.join(folder, 'model.json'),
-    reward_lib.describe(
-      sizes,
-      mine.model.to_dict(),
-      pool=settings.pool,
-      members=settings.members,
-      step=best,
-      temperature=found['temperature'],
-      turns=mine.prompt.kind == 'turn',
-      system=origin.has_system_turn(mine),
-      tokenizer_sha256=tokenizer.sha256,
-    ),
+  described = reward_lib.describe(
+    sizes,
+    mine.model.to_dict(),
+    pool=settings.pool,
+    members=settings.members,
+    step=best,
+    temperature=found['temperature'],
+    turns=mine.prompt.kind == 'turn',
+    system=origin.has_system_turn(mine),
+    tokenizer_sha256=tokenizer.sha256,
   )
-  rows = metrics.read_rows(os.path.join(folder, 'metrics.jsonl'))
+  path = os.path.join(folder, 'model.json')
+  if hosts.first():
+    _keep_tokenizer(tokenizer, folder)
+    command.write_json(path, described)
+  path = os.path.join(folder, 'metrics.jsonl')
+  rows = hosts.once(lambda: metrics.read_rows(path))
   phases = metrics.phase_seconds(rows)
   return {
     'loss': settings.loss,

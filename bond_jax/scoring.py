@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from bond_jax import shares
 from bond_jax.errors import UserError
 from bond_jax.types import Context, PreferenceFn, RewardFn
 
@@ -52,7 +53,8 @@ def score(
     missing_eos_penalty: taken off completions that were cut.
     length_penalty: taken off per token.
     failure: 'stop', a UserError; 'skip', the prompts on which the reward fails
-      alone too have weight 0. A UserError all the same if these are all.
+      alone too have weight 0. A UserError all the same if these are all, of
+      several hosts all those of one.
     retries: further attempts before that, after 1, 2, 4 ... 30 seconds.
     timeout: of a call, in seconds; 0 = none.
   """
@@ -88,6 +90,27 @@ def score(
     for name, part in parts.items()
   }
   if failure == 'skip':
+    metrics['reward/skipped'] = float((weight == 0).sum())
+  return Scored(value, weight, metrics)
+
+
+def join(parts: Sequence[tuple[np.ndarray, Scored | None]]) -> Scored:
+  """What all hosts found, of what each found of its rows of the batch.
+
+  The metrics are those of one host that has all rows: means over the prompts
+  that were rewarded, and a count. They differ by rounding alone.
+  """
+  value, weight = shares.join(
+    [(rows, part and (part.value, part.weight)) for rows, part in parts]
+  )
+  found = [part for _, part in parts if part]
+  share = np.array([part.weight.sum() for part in found])
+  share = share / max(share.sum(), 1)
+  metrics = {
+    name: sum(s * part.metrics[name] for s, part in zip(share, found))
+    for name in found[0].metrics
+  }
+  if 'reward/skipped' in metrics:
     metrics['reward/skipped'] = float((weight == 0).sum())
   return Scored(value, weight, metrics)
 
@@ -188,9 +211,9 @@ def against(
     opponents: [B][m] completions of the very prompts that will be asked about.
     context: theirs.
   """
-  m = len(opponents[0])
 
   def wins(prompts, completions, given):
+    m = len(opponents[0])
     both = [[*a, *b] for a, b in zip(completions, opponents, strict=True)]
     tokens = [[*a, *b] for a, b in zip(given.tokens, context.tokens)]
     finished = np.concatenate([given.finished, context.finished], 1)
@@ -231,7 +254,7 @@ def _one_by_one(attempt, prompts, completions, context: Context):
   found, error = [], None
   for i in range(len(prompts)):
     try:
-      found.append(attempt(*_alone(i, prompts, completions, context)))
+      found.append(attempt(*some([i], prompts, completions, context)))
     except UserError as e:
       found.append(None)
       error = e
@@ -274,18 +297,18 @@ def _first_that_raises(reward, prompts, completions, context: Context) -> str:
   """Asks for one prompt at a time, to find the one that is to blame."""
   for i in range(len(prompts)):
     try:
-      reward(*_alone(i, prompts, completions, context))
+      reward(*some([i], prompts, completions, context))
     except Exception:  # pylint: disable=broad-except
       return quote(i, prompts)
   return 'on the batch only, on no prompt alone'
 
 
-def _alone(i: int, prompts, completions, context: Context):
-  """What a reward gets when it is asked about one prompt."""
+def some(index: Sequence[int], prompts, completions, context: Context):
+  """What a reward gets when it is asked about some of the prompts."""
   rows, tokens, finished, turns = context
-  one = slice(i, i + 1)
-  part = Context(rows[one], tokens[one], finished[one], turns)
-  return prompts[one], completions[one], part
+  pick = lambda xs: [xs[i] for i in index]
+  part = Context(pick(rows), pick(tokens), finished[np.array(index)], turns)
+  return pick(prompts), pick(completions), part
 
 
 def quote(i: int, prompts: Sequence[str]) -> str:

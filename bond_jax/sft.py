@@ -17,7 +17,16 @@ import ml_collections
 import numpy as np
 import optax
 
-from bond_jax import build, checkpoint, command, data, metrics, origin, sharding
+from bond_jax import (
+  build,
+  checkpoint,
+  command,
+  data,
+  hosts,
+  metrics,
+  origin,
+  sharding,
+)
 from bond_jax import optimizer as optimizer_lib
 from bond_jax import tokenizer as tokenizer_lib
 from bond_jax.errors import UserError
@@ -94,7 +103,6 @@ def batches_of(
     length=settings.length,
     batch=settings.batch,
     seed=config.seed,
-    shard=(jax.process_index(), jax.process_count()),
   )
   if settings.target == 'text':
     return data.sentences(rows, tokenizer, **kwargs)
@@ -136,11 +144,11 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
   held_out = [next(held_out) for _ in range(settings.validation_batches)]
   batches = batches('train')
   checkpoints = checkpoint.manager(os.path.join(folder, 'checkpoints'))
-  start = checkpoints.latest_step()
+  start = checkpoint.last_step(checkpoints)
   if start is not None:
     state, position = checkpoint.restore(checkpoints, state)
     batches.set_state(position)
-    print(f'sft: goes on after step {start}')
+    hosts.say(f'sft: goes on after step {start}')
   show = ('loss', 'validation_loss')
   writer = metrics.Writer(folder, 'sft', settings.steps, start, show)
   with writer, checkpoints:
@@ -162,7 +170,8 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
       if save:
         score = -row['validation_loss']
         checkpoint.save(checkpoints, step, state, batches.get_state(), score)
-  rows = metrics.read_rows(os.path.join(folder, 'metrics.jsonl'))
+  path = os.path.join(folder, 'metrics.jsonl')
+  rows = hosts.once(lambda: metrics.read_rows(path))
   phases = metrics.phase_seconds(rows)
   return {
     'steps': settings.steps,

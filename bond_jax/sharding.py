@@ -257,10 +257,13 @@ def check_batch(name: str, size: int, mesh: Mesh, micro_batches: int) -> None:
 
 
 def put_batch(tree: Any, mesh: Mesh) -> Any:
-  """Host arrays with a leading batch axis, onto the mesh by rows."""
-  return jax.tree.map(
-    lambda x: jax.make_array_from_process_local_data(
-      by_row(mesh), np.asarray(x)
-    ),
-    tree,
-  )
+  """Host arrays with a leading batch axis, onto the mesh by rows.
+
+  They are the whole batch on every host, which takes of it what it holds.
+  """
+
+  def put(x):
+    x = np.asarray(x)
+    return jax.make_array_from_callback(x.shape, by_row(mesh), lambda i: x[i])
+
+  return jax.tree.map(put, tree)

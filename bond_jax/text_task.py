@@ -10,16 +10,19 @@ from typing import Any
 
 import jax
 import ml_collections
+import numpy as np
 
 from bond_jax import (
   build,
   data,
+  hosts,
   measures,
   origin,
   reward_training,
   sampling,
   scoring,
   sharding,
+  shares,
   sources,
 )
 from bond_jax.errors import UserError
@@ -92,7 +95,10 @@ def make(config: ml_collections.ConfigDict, workdir: str, mesh) -> build.Task:
     )
     draw = make_draw(config, policy, frozen, tokenizer, mesh)
     read = functools.partial(build.texts, config, tokenizer, held_out, prompts)
-    return probe_of(draw, reward, gold, score, read, prompts, frozen.reference)
+    own = shares.own(mesh, config.train.probe_prompts)
+    return probe_of(
+      draw, reward, gold, score, read, prompts, frozen.reference, own
+    )
 
   return build.Task(
     policy=policy,
@@ -104,7 +110,6 @@ def make(config: ml_collections.ConfigDict, workdir: str, mesh) -> build.Task:
       length=config.prompt.length,
       batch=config.train.batch,
       seed=config.seed,
-      shard=(jax.process_index(), jax.process_count()),
     ),
     reward=scored,
     make_probe=make_probe,
@@ -119,11 +124,10 @@ def look_at(rows: data.Source, encode: data.Encode, prompt) -> dict[str, int]:
   """
   counts = data.count_left_out(rows, encode)
   empty = sources.empty_lines(rows)
-  if jax.process_index() == 0:
-    lines = data.describe(counts, prompt.kind, prompt.length, prompt.longer)
-    if empty:
-      lines.append(f'data: {empty:,} empty lines are skipped')
-    print('\n'.join(lines), flush=True)
+  lines = data.describe(counts, prompt.kind, prompt.length, prompt.longer)
+  if empty:
+    lines.append(f'data: {empty:,} empty lines are skipped')
+  hosts.say('\n'.join(lines))
   kept = prompt.kind != 'opening' and prompt.longer == 'cut'
   return {
     'prompts_looked_at': sum(count.looked_at for count in counts),
@@ -161,7 +165,7 @@ def make_draw(config, policy, frozen: Frozen, tokenizer, mesh):
 
   def drawn_on_host(params, prompts: Prompts, stream: int):
     on_mesh = sharding.put_batch(prompts, mesh)
-    return jax.device_get(
+    return shares.fetch(
       program(params, frozen, on_mesh, jax.random.fold_in(key, stream))
     )
 
@@ -169,7 +173,7 @@ def make_draw(config, policy, frozen: Frozen, tokenizer, mesh):
 
 
 def probe_of(
-  draw, reward, gold, score, read, prompts: Prompts, reference: Params
+  draw, reward, gold, score, read, prompts: Prompts, reference: Params, own
 ):
   """How the policy does against the reference on fixed validation prompts.
 
@@ -177,28 +181,42 @@ def probe_of(
   the curve moves with the policy alone. `read` makes of completions the texts
   that `score` calls the reward with; a judge compares them with the
   reference's. Where the reward rises and `gold`, which nothing is trained on,
-  falls, the policy has learnt the reward's mistakes.
+  falls, the policy has learnt the reward's mistakes. Both are asked about the
+  rows that this host owns.
   """
+
+  def judge_own(asked, texts) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The reward, whether it was given, and gold, of the texts of all hosts."""
+
+    def judged():
+      mine = scoring.some(own, *texts)
+      value, weight, _ = score(asked(), *mine)
+      return value, weight, scoring.call(gold, *mine)[0]
+
+    return shares.over(own, judged)
+
   theirs = read(draw(reference, prompts, 1)[0])
-  gold_before = scoring.call(gold, *theirs)[0]
+  before, weight_before, gold_before = judge_own(lambda: reward, theirs)
   if gold_before.ndim == 3:
     raise UserError(
       'gold compares pairs; it must be a reward, a number for each completion.'
     )
-  before = score(reward, *theirs)
-  judge = before.value.ndim == 3
-  asked = scoring.against(reward, *theirs[1:]) if judge else reward
+  judge = before.ndim == 3
+
+  def asked():
+    if not judge:
+      return reward
+    return scoring.against(reward, *scoring.some(own, *theirs)[1:])
 
   def probe(params) -> dict[str, Any]:
     drawn, log_ratio = draw(params, prompts, 2)
-    texts = read(drawn)
-    after, gold_after = score(asked, *texts), scoring.call(gold, *texts)[0]
-    kept = (before.weight > 0) & (after.weight > 0)
-    mine = after.value[kept]
+    after, weight, gold_after = judge_own(asked, read(drawn))
+    kept = (weight_before > 0) & (weight > 0)
+    mine = after[kept]
     return {
       'win_rate/reference': float(mine.mean())
       if judge
-      else measures.win_rate(mine, before.value[kept]),
+      else measures.win_rate(mine, before[kept]),
       'kl/reference': float(log_ratio.mean()),
       'reward/validation': float(mine.mean()),
       'win_rate/gold': measures.win_rate(gold_after, gold_before),

@@ -17,6 +17,7 @@ import os
 
 import sentencepiece
 
+from bond_jax import hosts
 from bond_jax.errors import UserError
 
 # What begins and ends a turn, up to Gemma 3 and from Gemma 4 on.
@@ -223,10 +224,15 @@ def train(sentences: Iterable[str], path: str, vocab_size: int) -> Tokenizer:
 def ensure(path: str, sentences: Iterable[str], vocab_size: int) -> Tokenizer:
   """Loads the tokenizer at `path`, after training it unless it is there.
 
-  `sentences` is read only if it must be: pass a generator.
+  `sentences` is read only if it must be: pass a generator. Of several hosts
+  one trains it.
   """
-  if not os.path.exists(path):
-    return train(sentences, path, vocab_size)
+
+  def make() -> None:
+    if not os.path.exists(path):
+      train(sentences, path, vocab_size)
+
+  hosts.once(make)
   tokenizer = load(path)
   if tokenizer.vocab_size != vocab_size:
     raise UserError(

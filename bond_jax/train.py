@@ -22,10 +22,12 @@ from bond_jax import (
   checkpoint,
   command,
   costs,
+  hosts,
   metrics,
   origin,
   scoring,
   sharding,
+  shares,
 )
 from bond_jax import optimizer as optimizer_lib
 from bond_jax import step as step_lib
@@ -87,21 +89,25 @@ def run_iteration(
   Draws and weighs `rollouts` batches, updates on each of them once in each of
   `epochs`, in an order that the key `order` draws, then moves the anchor. While
   one batch is drawn, those before it are rewarded, by the thread that `submit`
-  hands them to. Waits for the device, so that phases are true.
+  hands them to. Waits for the device, so that phases are true. Of several hosts
+  each rewards rows of its own, and all learn of all rewards.
   """
-  order = jax.random.fold_in(order, state.step)
+  order = jax.random.fold_in(order, int(state.step))
   drawn, batches, weighed = [], [], []
   for index in range(setup.rollouts):
     with phase('sample'):
       prompts = next(task.batches)
       on_mesh = sharding.put_batch(prompts, mesh)
       rollout = programs.rollout(state, frozen, on_mesh, key, index)
-      scored = submit(task.reward, prompts, jax.device_get(rollout))
-      drawn.append((on_mesh, rollout, scored))
+      own = shares.own(mesh, len(prompts.id))
+      part = shares.take((prompts, rollout), own)
+      scored = submit(task.reward, *part) if len(own) else None
+      drawn.append((on_mesh, rollout, own, scored))
   while drawn:
-    on_mesh, rollout, scored = drawn.pop(0)
+    on_mesh, rollout, own, scored = drawn.pop(0)
     with phase('reward'):
-      scored = scored.result()
+      scored = scored and scored.result()
+      scored = scoring.join(hosts.gather((own, scored)))
     with phase('update'):
       # A prompt on which the reward failed is a filler row from here on.
       on_mesh = on_mesh._replace(
@@ -163,15 +169,15 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
     sampling_mesh=sharding.reshaped(mesh, **config.sampling_mesh),
   )
   cost = costs.of_config(config, setup.algorithm, task.policy.vocab_size)
-  print(f'train: {costs.line(cost)}')
+  hosts.say(f'train: {costs.line(cost)}')
   frozen = task.frozen
   state = init_state(setup, frozen, mesh)
   checkpoints = checkpoint.manager(os.path.join(folder, 'checkpoints'))
-  start = checkpoints.latest_step()
+  start = checkpoint.last_step(checkpoints)
   if start is not None:
     state, position = checkpoint.restore(checkpoints, state)
     task.batches.set_state(position)
-    print(f'train: goes on after step {start}')
+    hosts.say(f'train: goes on after step {start}')
   programs = make_programs(setup, mesh, state)
   key = build.key(config.seed, 'train')
   order = build.key(config.seed, 'order')
@@ -203,7 +209,8 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
                 row['win_rate/reference'],
             )  # fmt: skip
       compiled.append(metrics.compilations(*Programs._fields))
-  rows = metrics.read_rows(os.path.join(folder, 'metrics.jsonl'))
+  path = os.path.join(folder, 'metrics.jsonl')
+  rows = hosts.once(lambda: metrics.read_rows(path))
   compilations = compiled[-1] - compiled[0] if compiled else 0
   return summarise(rows, compilations) | dict(task.facts, cost=cost._asdict())
 

@@ -146,6 +146,7 @@ def test_records_of_a_side(config, tmp_path, who, own, other):
       evaluate.records(
         draw, read, {'reward': judge}, prompts, who=who, count=3,
         at_once=2, stop_ids=tokenizer.stop_ids, writer=writer, done=0,
+        rows=np.arange(2),
       )
     )  # fmt: skip
   assert asked == [(0, 2), (2, 1)]

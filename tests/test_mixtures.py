@@ -49,10 +49,8 @@ def plain():
 MAKERS = {'plain': plain, 'mixture': mixture}
 
 
-def stream(rows, batch=8, seed=0, shard=(0, 1)):
-  return data.prompts(
-    rows, encode, length=LENGTH, batch=batch, seed=seed, shard=shard
-  )
+def stream(rows, batch=8, seed=0):
+  return data.prompts(rows, encode, length=LENGTH, batch=batch, seed=seed)
 
 
 def ids(it, count):
@@ -123,64 +121,22 @@ def test_another_source_changes_no_order_but_the_turns():
 
 
 @pytest.mark.parametrize('make', MAKERS.values(), ids=MAKERS.keys())
-@pytest.mark.parametrize('hosts', [2, 4])
-def test_shards_are_the_rows_of_the_global_batch(make, hosts):
-  rows = make()
-  whole = stream(rows, seed=3)
-  shards = [stream(rows, seed=3, shard=(i, hosts)) for i in range(hosts)]
-  for _ in range(10):  # more than an epoch
-    expected = next(whole)
-    pieces = [next(shard) for shard in shards]
-    for i, prompts in enumerate(pieces):
-      assert len(prompts.id) == 8 // hosts, i
-    for name in expected._fields:
-      got = np.concatenate([getattr(prompts, name) for prompts in pieces])
-      np.testing.assert_array_equal(got, getattr(expected, name))
-    assert all(s.get_state() == whole.get_state() for s in shards)
-
-
-def test_sentences_have_shards_too():
-  tok = test_tokenizer.with_turns()
-  make = lambda *shard: data.sentences(
-    mixture(), tok, length=9, batch=6, seed=0, shard=shard
-  )
-  whole, shards = make(0, 1), [make(i, 3) for i in range(3)]
-  for _ in range(9):
-    (prompts, *arrays), pieces = next(whole), [next(s) for s in shards]
-    np.testing.assert_array_equal(
-      prompts.id, np.concatenate([p.id for p, *_ in pieces])
-    )
-    for k, array in enumerate(arrays, 1):
-      np.testing.assert_array_equal(
-        array, np.concatenate([piece[k] for piece in pieces])
-      )
-
-
-@pytest.mark.parametrize('shard', [(0, 3), (2, 2), (-1, 2)])
-def test_an_unequal_share_is_refused(shard):
-  with pytest.raises(UserError, match=f'host {shard[0]} of {shard[1]} '):
-    stream(plain(), shard=shard)
-
-
-@pytest.mark.parametrize('make', MAKERS.values(), ids=MAKERS.keys())
 def test_stopped_anywhere_it_goes_on_without_a_gap(make):
-  """Stops at random places, in the middle of epochs, and changes hosts."""
+  """Stops at random places, in the middle of epochs."""
   rng = np.random.default_rng(0)
   rows = make()
   for seed in range(2):
     expected = ids(stream(rows, 4, seed), 30).reshape(30, 4)
     state, done, got = None, 0, []
     while done < 30:
-      hosts = int(rng.choice([1, 2, 4]))
-      shards = [stream(rows, 4, seed, (i, hosts)) for i in range(hosts)]
-      for shard in shards:
-        if state is not None:
-          ids(shard, int(rng.integers(1, 3)))  # used before it is set
-          shard.set_state(json.loads(state))
+      batches = stream(rows, 4, seed)
+      if state is not None:
+        ids(batches, int(rng.integers(1, 3)))  # used before it is set
+        batches.set_state(json.loads(state))
       for _ in range(min(30 - done, int(rng.integers(1, 12)))):
-        got.append(np.concatenate([next(shard).id for shard in shards]))
+        got.append(next(batches).id)
         done += 1
-      state = json.dumps(shards[-1].get_state())
+      state = json.dumps(batches.get_state())
     np.testing.assert_array_equal(got, expected)
 
 

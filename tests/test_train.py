@@ -199,11 +199,12 @@ def test_the_probe_draws_the_two_sides_apart():
   texts = [[''] * 8] * 4
   read = lambda drawn: ([''] * 4, texts, toy.context(texts, rows=drawn))
   reward = lambda prompts, completions, context: context.rows
-  gold = lambda prompts, completions, context: -2 * context.rows
+  gold = lambda prompts, completions, context: -2 * np.array(context.rows)
   score = functools.partial(
     scoring.score, **build.reward_rules(demo.reward('none'))
   )
-  probe = text_task.probe_of(draw, reward, gold, score, read, None, 0.0)
+  own = np.arange(4)
+  probe = text_task.probe_of(draw, reward, gold, score, read, None, 0.0, own)
   assert probe(0.0)['win_rate/reference'] != 0.5
   found = probe(2.0)
   assert found['win_rate/reference'] == 1 and found['win_rate/gold'] == 0

@@ -26,6 +26,7 @@ import ml_collections
 import numpy as np
 import orbax.checkpoint as ocp
 
+from bond_jax import hosts
 from bond_jax.models import gemma
 from bond_jax.rewards.ridge import ridge
 from bond_jax.types import Context
@@ -105,12 +106,12 @@ def get_config(folder: str) -> ml_collections.ConfigDict:
 
 
 def reward(path: str, fuse: str):
-  """The ridge reward, and a fuse; see `light`."""
+  """The ridge reward, and a fuse for each host; see `light`."""
   rating = ridge(path)
 
   def toy_reward(prompts, completions, context):
-    if os.path.exists(fuse):
-      _burn(fuse)
+    if os.path.exists(f'{fuse}{hosts.index()}'):
+      _burn(f'{fuse}{hosts.index()}')
     return rating(prompts, completions, context)
 
   return toy_reward
@@ -126,13 +127,13 @@ def context(completions, rows=None, turns=False) -> Context:
   )
 
 
-def light(workdir: str, calls: int, how: str) -> None:
-  """Lets something happen at a reward's call number `calls`.
+def light(workdir: str, calls: int, how: str, host: int = 0) -> None:
+  """Lets something happen at a reward's call number `calls` on one host.
 
   'raise', 'kill' (-9), or 'forget' all compiled programs. The first call is
   of the probe's reference; each step calls once, and each save once more.
   """
-  with open(os.path.join(workdir, 'fuse'), 'w') as f:
+  with open(os.path.join(workdir, f'fuse{host}'), 'w') as f:
     f.write(f'{calls} {how}')
 
 
@@ -140,7 +141,8 @@ def _burn(fuse: str) -> None:
   with open(fuse) as f:
     calls, how = f.read().split()
   if int(calls) > 1:
-    light(os.path.dirname(fuse), int(calls) - 1, how)
+    with open(fuse, 'w') as f:
+      f.write(f'{int(calls) - 1} {how}')
     return
   os.remove(fuse)
   if how == 'raise':
