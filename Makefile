@@ -31,7 +31,7 @@ healthy = import pip, importlib.util as u; \
 $(foreach folder,.venv .venv-parity .venv-hf,$(if $(wildcard $(folder)/.done),\
   $(shell $(folder)/bin/python -c '$(healthy)' >&2 || rm $(folder)/.done)))
 
-.PHONY: help setup data demo test test-parity test-hf mutations figures \
+.PHONY: help setup data demo test test-meshes test-parity test-hf mutations figures \
   bench overoptimisation notebooks lint venv
 
 help:  ## list these commands
@@ -68,6 +68,9 @@ demo: setup  ## sft, reward model, J-BOND and evaluation, into runs/demo
 
 test: venv  ## the core test suite; needs no network and no data
 	@$(PYTHON) -m pytest -n 2 --dist loadfile
+
+test-meshes: venv  ## every mesh, with all numbers of micro-batches (minutes)
+	@$(PYTHON) -m pytest -m slow tests/test_meshes.py
 
 HF_TESTS := $(addprefix tests/parity/test_,transformers.py rewards_hf.py \
   datasets.py)

@@ -79,7 +79,7 @@ def table_growth(backward_weight: float) -> np.ndarray:
   """The same of free logits, the anchor mixed in logit space."""
   config = get_config()
   task = enumerable.make(config, '', sharding.make_mesh(data=1, model=1))
-  known = enumerable.know(config, task)
+  known = enumerable.know(config, task.policy, task.frozen)
 
   def loss(logits, log_anchor, terms):
     return objectives.bond(

@@ -20,7 +20,7 @@ def descend(config, *, backward_weight, rate, moves, first, inner, optimizer):
     optimizer: of optax.
   """
   task = enumerable.make(config, '', sharding.make_mesh(data=1, model=1))
-  known = enumerable.know(config, task)
+  known = enumerable.know(config, task.policy, task.frozen)
   log_law = enumerable.log_law(config, task.policy)
   law = enumerable.exact_law(config, task.policy)
   objective = functools.partial(

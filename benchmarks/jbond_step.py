@@ -65,8 +65,8 @@ def open_step(setup: step_lib.Setup, params, workload: workloads.Workload):
 
   def whole(seed):
     steps = train.run_iteration(
-        programs, setup, task, held[0], frozen, jax.random.fold_in(key, seed),
-        key, mesh, quiet, submit,
+        programs, setup, task, held[0], frozen, lambda: frozen,
+        jax.random.fold_in(key, seed), key, mesh, quiet, submit,
     )  # fmt: skip
     for state, _ in steps:
       held[0] = jax.block_until_ready(state)

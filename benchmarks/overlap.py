@@ -100,7 +100,7 @@ def main():
     state = train.init_state(setup, frozen, mesh)
     start = time.perf_counter()
     steps = train.run_iteration(
-        programs, setup, task, state, frozen, key, key, mesh,
+        programs, setup, task, state, frozen, lambda: frozen, key, key, mesh,
         lambda name: contextlib.nullcontext(), submit,
     )  # fmt: skip
     rows = [row for _, row in steps]

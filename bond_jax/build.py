@@ -58,9 +58,9 @@ class Task(NamedTuple):
   stop_ids: tuple[int, ...]
   batches: Any  # iterator of Prompts, with get_state() and set_state(state)
   reward: Callable[[Prompts, Rollout], scoring.Scored]  # on the host
-  # () -> probe, a function from params to validation numbers, among them
-  # win_rate/reference and kl/reference
-  make_probe: Callable[[], Callable[[Params], dict[str, float]]]
+  # frozen -> probe, a function from params and frozen to validation numbers,
+  # among them win_rate/reference and kl/reference
+  make_probe: Callable[[Frozen], Callable[[Params, Frozen], dict[str, float]]]
   facts: Mapping[str, Any] = types.MappingProxyType({})  # for the summary
 
 

@@ -135,19 +135,32 @@ def read_json(path: str) -> Any:
 
 
 def run(
-  main: Callable[[ml_collections.ConfigDict, str], None], doc: str
+  main: Callable[[ml_collections.ConfigDict, str], None],
+  doc: str,
+  *,
+  folder: str = 'workdir',
+  partial: bool = False,
 ) -> None:
-  """Runs `main(config, workdir)` as a command; see `execute`."""
+  """Runs `main(config, folder)` as a command; see `execute`.
+
+  Args:
+    main: the work.
+    doc: of the command.
+    folder: the flag that names it.
+    partial: fields of the config without a default may be left unset.
+  """
   config_file = config_flags.DEFINE_config_file(
     'config',
     None,
     'A configs/*.py file, with an optional ":argument".',
     lock_config=True,
   )
-  workdir = flags.DEFINE_string('workdir', None, 'The folder of this run.')
-  flags.mark_flags_as_required(['config', 'workdir'])
+  path = flags.DEFINE_string(folder, None, 'The folder of what is written.')
+  flags.mark_flags_as_required(['config', folder])
   execute(
-    lambda: main(_loaded(config_file.value), os.path.normpath(workdir.value)),
+    lambda: main(
+      _loaded(config_file.value, partial), os.path.normpath(path.value)
+    ),
     doc,
   )
 
@@ -181,11 +194,12 @@ def execute(main: Callable[[], None], doc: str) -> None:
   app.run(body, flags_parser=lambda args: _parse(args, doc))
 
 
-def _loaded(config: Any) -> ml_collections.ConfigDict:
+def _loaded(config: Any, partial: bool) -> ml_collections.ConfigDict:
   """The config; a UserError if its file could not be read."""
   path = config_flags.get_config_filename(flags.FLAGS['config'])
   if isinstance(config, ml_collections.ConfigDict):
-    if unset := _unset(config, '--config'):
+    unset = [] if partial else _unset(config, '--config')
+    if unset:
       raise UserError(
         f'{", ".join(unset)}: not set. They have no default; {path} says what'
         ' they are.'

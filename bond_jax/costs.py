@@ -35,6 +35,14 @@ class Cost(NamedTuple):
   gigabytes: float | None = None  # weights and caches read, in its dtype
 
 
+class Phase(NamedTuple):
+  """What one phase of a step does, for one prompt in one update."""
+
+  flops: float
+  passes: float  # readings of all weights, by an update or a micro-batch of it
+  cached: float  # numbers of the cache that are read
+
+
 class Work(NamedTuple):
   """Operations of one token in the layers, of one in the head; weights."""
 
@@ -115,6 +123,35 @@ def cost(
   )
   if sizes is None:
     return found
+  parts = phases(
+    a, sizes, prompt=prompt, length=length, epochs=epochs, remat=remat
+  )
+  per_batch = parts['rollout'].passes
+  per_batch += micro_batches * (parts['weigh'].passes + parts['update'].passes)
+  read = per_batch * work(sizes).weights / batch
+  read += sum(part.cached for part in parts.values())
+  return found._replace(
+    flops=sum(part.flops for part in parts.values()),
+    gigabytes=read * itemsize / 1e9,
+  )
+
+
+def phases(
+  algorithm: Algorithm,
+  sizes: gemma.Config,
+  *,
+  prompt: int,
+  length: int,
+  epochs: int,
+  remat: bool,
+) -> dict[str, Phase]:
+  """The rollout, the weighing and the update; arguments as those of `cost`."""
+  a, m = algorithm, num_trained(algorithm)
+  drawn = a.num_policy + a.num_anchor
+  models = bool(a.num_policy) + bool(a.num_anchor)
+  scored = len(a.anchor_rows) + len(a.reference_rows)
+  quantile = len(a.quantile_rows)
+  row = prompt + length - 1
   w = work(sizes)
   per_row = lambda n: n * w.layers + attention(sizes, n, n)
   # Layers: prompts, then tokens one by one, each of which sees the whole cache.
@@ -133,17 +170,16 @@ def cost(
   train += quantile * layers * per_row(row + 1)
   # Weights: once per token for all rows, once per pass and micro-batch else.
   once = bool(a.anchor_rows) + bool(a.reference_rows) + bool(quantile)
-  passes = models * length / epochs + micro_batches * (
-    once / epochs + (1 + bool(quantile)) * (2 + remat)
-  )
   # A prompt's keys are read once for all its completions, side by side.
-  cached = (
-    2 * sizes.kv_heads * sizes.head_size * (models * before + drawn * own)
-  )
-  read = passes * w.weights / batch + (length - 1) * cached / epochs
-  return found._replace(
-    flops=(sample + score) / epochs + train, gigabytes=read * itemsize / 1e9
-  )
+  cached = 2 * sizes.kv_heads * sizes.head_size
+  cached *= (length - 1) * (models * before + drawn * own)
+  return {
+    'rollout': Phase(
+      sample / epochs, models * length / epochs, cached / epochs
+    ),
+    'weigh': Phase(score / epochs, once / epochs, 0.0),
+    'update': Phase(train, (1 + bool(quantile)) * (2 + remat), 0.0),
+  }
 
 
 def of_config(

@@ -11,6 +11,7 @@ completions is 0 ... V - 1, of which EOS ends one; prompt x is token V + x.
 
 from __future__ import annotations
 
+import functools
 import itertools
 
 import jax
@@ -175,21 +176,22 @@ def make(config: ml_collections.ConfigDict, workdir: str, mesh) -> build.Task:
   init = lambda: policy.init(build.key(settings.seed, 'reference'))
   shards = sharding.tree_shardings(jax.eval_shape(init), mesh)
   reference = jax.jit(init, out_shardings=shards)()
-  task = build.Task(
+  return build.Task(
     policy=policy,
     frozen=Frozen(reference, {}),
     stop_ids=(EOS,),
     batches=Cycle(settings.prompts, settings.vocab, config.train.batch),
     reward=lookup(*language(config), settings.vocab),
-    make_probe=lambda: make_probe(config, task),
+    make_probe=functools.partial(make_probe, config, policy),
   )
-  return task
 
 
-def make_probe(config: ml_collections.ConfigDict, task: build.Task):
-  """The exact measures of a policy: params -> name -> number."""
-  known, law = know(config, task), log_law(config, task.policy)
-  return lambda params: exact.measure(law(params), known)
+def make_probe(
+  config: ml_collections.ConfigDict, policy: Policy, frozen: Frozen
+):
+  """The exact measures of a policy: params, frozen -> name -> number."""
+  known, law = know(config, policy, frozen), log_law(config, policy)
+  return lambda params, _: exact.measure(law(params), known)
 
 
 def lookup(table, tokens, mask, vocab: int):
@@ -219,10 +221,12 @@ def log_law(config: ml_collections.ConfigDict, policy: Policy):
   return on_host
 
 
-def know(config: ml_collections.ConfigDict, task: build.Task) -> exact.Known:
+def know(
+  config: ml_collections.ConfigDict, policy: Policy, frozen: Frozen
+) -> exact.Known:
   """What is known of the language once and for all."""
   settings = config.enumerable
-  log_reference = log_law(config, task.policy)(task.frozen.reference)
+  log_reference = log_law(config, policy)(frozen.reference)
   return exact.know(
     log_reference, language(config)[0], settings.best_of, settings.kl_weight
   )

@@ -52,10 +52,12 @@ def fold(buckets: int, f, carry: Any, parts: Any, prompt_mask, mask):
   Returns:
     The last carry, and what came out of each part, stacked.
   """
-  n = len(mask)
+  n, whole = len(mask), (prompt_mask.shape[-1], mask.shape[-1])
+  if buckets == 1:
+    return jax.lax.scan(lambda carry, x: f(carry, x, whole), carry, parts)
   at = lambda i: jax.tree.map(lambda x: x[i], parts)
-  sizes = _sizes(buckets, prompt_mask.shape[-1], mask.shape[-1])
-  out = jax.eval_shape(lambda: f(carry, at(0), sizes[-1])[1])
+  sizes = _sizes(buckets, *whole)
+  out = jax.eval_shape(lambda: f(carry, at(0), whole)[1])
   outs = jax.tree.map(lambda x: jnp.zeros((n, *x.shape), x.dtype), out)
 
   def body(size, i, so_far):

@@ -99,7 +99,7 @@ def series(rows: list[dict[str, Any]], run) -> Series:
 def best_of_n(run: ml_collections.ConfigDict, ns) -> Series:
   """The same measures of exact Best-of-N, for each N."""
   task = enumerable.make(run, '', sharding.make_mesh(data=1, model=1))
-  known = enumerable.know(run, task)
+  known = enumerable.know(run, task.policy, task.frozen)
   rows = [
     exact.measure(bandit.best_of_n(known.log_reference, known.reward, n), known)
     for n in ns

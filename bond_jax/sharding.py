@@ -82,14 +82,17 @@ SAMPLER_RULES = (
 )
 
 
-def make_mesh(data: int, model: int) -> Mesh:
-  """A mesh of data x model devices; data = -1 takes all that are left."""
+def make_mesh(data: int, model: int, devices: Any = None) -> Mesh:
+  """A mesh of data x model devices; data = -1 takes all that are left.
+
+  `devices` are those that are here, or others that a program is compiled for.
+  """
   if model < 1 or (data < 1 and data != -1):
     raise UserError(
       f'mesh data={data} x model={model}: both must be 1 or more, data=-1'
       ' apart.'
     )
-  devices = jax.devices()
+  devices = jax.devices() if devices is None else devices
   if data == -1:
     data = max(1, len(devices) // model)
   if data * model > len(devices) or len(devices) % (data * model):
@@ -189,6 +192,21 @@ def tree_structs(tree: Any, mesh: Mesh, dtype: Any = None) -> Any:
     return jax.ShapeDtypeStruct(x.shape, wanted, sharding=shards)
 
   return jax.tree.map(struct, tree, tree_shardings(tree, mesh))
+
+
+def to_host(tree: Any) -> Any:
+  """The same arrays in the memory of the hosts, each shard with its device."""
+  return _moved(tree, 'pinned_host')
+
+
+def to_device(tree: Any) -> Any:
+  """Arrays that `to_host` moved, on their devices."""
+  return _moved(tree, 'device')
+
+
+def _moved(tree: Any, kind: str) -> Any:
+  shards = jax.tree.map(lambda x: x.sharding.with_memory_kind(kind), tree)
+  return jax.jit(lambda tree: tree, out_shardings=shards)(tree)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

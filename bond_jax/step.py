@@ -96,6 +96,11 @@ def anchor_of(setup: Setup, state: TrainState, frozen: Frozen) -> Params:
   return state.anchor if setup.algorithm.anchor.moves else frozen.reference
 
 
+def reads_reference(algorithm: Algorithm) -> bool:
+  """Whether a rollout, a weighing or an update looks at the reference."""
+  return not algorithm.anchor.moves or bool(algorithm.reference_rows)
+
+
 def _on_base(setup: Setup, frozen: Frozen) -> Setup:
   """The setup whose policy is called with what is trained alone."""
   return setup._replace(policy=lora.over(setup.policy, frozen.base))

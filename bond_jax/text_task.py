@@ -29,7 +29,7 @@ from bond_jax.errors import UserError
 from bond_jax.log_probs import log_probs
 from bond_jax.models import lora
 from bond_jax.sampling import sample
-from bond_jax.types import Frozen, Params, Prompts
+from bond_jax.types import Frozen, Prompts
 
 
 def check(config: ml_collections.ConfigDict, mesh) -> None:
@@ -85,7 +85,7 @@ def make(config: ml_collections.ConfigDict, workdir: str, mesh) -> build.Task:
     texts = build.texts(config, tokenizer, rows, prompts, drawn)
     return score(reward, *texts)
 
-  def make_probe():
+  def make_probe(frozen):
     held_out = build.rows(config, 'validation')
     prompts = data.fixed_prompts(
       held_out,
@@ -93,12 +93,10 @@ def make(config: ml_collections.ConfigDict, workdir: str, mesh) -> build.Task:
       length=config.prompt.length,
       count=config.train.probe_prompts,
     )
-    draw = make_draw(config, policy, frozen, tokenizer, mesh)
+    draw = make_draw(config, policy, tokenizer.stop_ids, mesh)
     read = functools.partial(build.texts, config, tokenizer, held_out, prompts)
     own = shares.own(mesh, config.train.probe_prompts)
-    return probe_of(
-      draw, reward, gold, score, read, prompts, frozen.reference, own
-    )
+    return probe_of(draw, reward, gold, score, read, prompts, frozen, own)
 
   return build.Task(
     policy=policy,
@@ -138,20 +136,15 @@ def look_at(rows: data.Source, encode: data.Encode, prompt) -> dict[str, int]:
   }
 
 
-def make_draw(config, policy, frozen: Frozen, tokenizer, mesh):
-  """A function from (params, prompts, stream) to completions and log-ratios.
-
-  The rollout, on the host, and the summed log-ratio of each of its completions
-  to the reference, f32[B, probe_completions], in nats.
-  """
-
+def probe_program(config, policy, stop_ids, mesh):
+  """The jitted probe: params, frozen, prompts, key -> rollout, log-ratios."""
   sampling_mesh = sharding.reshaped(mesh, **config.sampling_mesh)
 
   def draw(params, frozen, prompts, key):
     whole = lora.over(policy, frozen.base)
     drawn = sample(
         whole, params, prompts, key, num=config.train.probe_completions,
-        length=config.length, stop_ids=tokenizer.stop_ids, slots=config.slots,
+        length=config.length, stop_ids=stop_ids, slots=config.slots,
         mesh=sampling_mesh,
     )  # fmt: skip
     log_reference = log_probs(
@@ -160,10 +153,19 @@ def make_draw(config, policy, frozen: Frozen, tokenizer, mesh):
     )  # fmt: skip
     return drawn, (drawn.log_prob - log_reference).sum(-1)
 
-  program = jax.jit(draw, out_shardings=sharding.by_row(mesh))
+  return jax.jit(draw, out_shardings=sharding.by_row(mesh))
+
+
+def make_draw(config, policy, stop_ids, mesh):
+  """A function from (params, frozen, prompts, stream) to what is drawn.
+
+  The rollout, on the host, and the summed log-ratio of each of its completions
+  to the reference, f32[B, probe_completions], in nats.
+  """
+  program = probe_program(config, policy, stop_ids, mesh)
   key = build.key(config.seed, 'probe')
 
-  def drawn_on_host(params, prompts: Prompts, stream: int):
+  def drawn_on_host(params, frozen: Frozen, prompts: Prompts, stream: int):
     on_mesh = sharding.put_batch(prompts, mesh)
     return shares.fetch(
       program(params, frozen, on_mesh, jax.random.fold_in(key, stream))
@@ -173,7 +175,7 @@ def make_draw(config, policy, frozen: Frozen, tokenizer, mesh):
 
 
 def probe_of(
-  draw, reward, gold, score, read, prompts: Prompts, reference: Params, own
+  draw, reward, gold, score, read, prompts: Prompts, frozen: Frozen, own
 ):
   """How the policy does against the reference on fixed validation prompts.
 
@@ -195,7 +197,7 @@ def probe_of(
 
     return shares.over(own, judged)
 
-  theirs = read(draw(reference, prompts, 1)[0])
+  theirs = read(draw(frozen.reference, frozen, prompts, 1)[0])
   before, weight_before, gold_before = judge_own(lambda: reward, theirs)
   if gold_before.ndim == 3:
     raise UserError(
@@ -208,8 +210,8 @@ def probe_of(
       return reward
     return scoring.against(reward, *scoring.some(own, *theirs)[1:])
 
-  def probe(params) -> dict[str, Any]:
-    drawn, log_ratio = draw(params, prompts, 2)
+  def probe(params, frozen) -> dict[str, Any]:
+    drawn, log_ratio = draw(params, frozen, prompts, 2)
     after, weight, gold_after = judge_own(asked, read(drawn))
     kept = (weight_before > 0) & (weight > 0)
     mine = after[kept]

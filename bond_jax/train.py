@@ -32,7 +32,7 @@ from bond_jax import (
 from bond_jax import optimizer as optimizer_lib
 from bond_jax import step as step_lib
 from bond_jax.errors import UserError
-from bond_jax.types import Frozen, TrainState
+from bond_jax.types import Frozen, Policy, TrainState
 
 
 class Programs(NamedTuple):
@@ -42,6 +42,28 @@ class Programs(NamedTuple):
   weigh: Callable[..., Any]
   update: Callable[..., Any]
   move_anchor: Callable[..., Any]
+
+
+def make_setup(
+  config: ml_collections.ConfigDict, policy: Policy, stop_ids, mesh
+) -> step_lib.Setup:
+  """The setup that a config describes, of a policy on a mesh."""
+  settings = config.train
+  return step_lib.Setup(
+    policy=policy,
+    algorithm=origin.with_anchor(build.make_algorithm(config), config.model),
+    optimizer=optimizer_lib.adam(steps=settings.steps, **settings.optimizer),
+    length=config.length,
+    stop_ids=stop_ids,
+    rollouts=settings.rollouts,
+    epochs=settings.epochs,
+    micro_batches=settings.micro_batches,
+    chunk=config.chunk,
+    slots=config.slots,
+    buckets=settings.buckets,
+    mesh=mesh,
+    sampling_mesh=sharding.reshaped(mesh, **config.sampling_mesh),
+  )
 
 
 def make_programs(setup: step_lib.Setup, mesh, state) -> Programs:
@@ -78,6 +100,7 @@ def run_iteration(
   task: build.Task,
   state: TrainState,
   frozen: Frozen,
+  whole: Callable[[], Frozen],
   key,
   order,
   mesh,
@@ -89,7 +112,8 @@ def run_iteration(
   Draws and weighs `rollouts` batches, updates on each of them once in each of
   `epochs`, in an order that the key `order` draws, then moves the anchor. While
   one batch is drawn, those before it are rewarded, by the thread that `submit`
-  hands them to. Waits for the device, so that phases are true. Of several hosts
+  hands them to. `frozen` has what these look at, `whole()` all of it, which the
+  last needs. Waits for the device, so that phases are true. Of several hosts
   each rewards rows of its own, and all learn of all rewards.
   """
   order = jax.random.fold_in(order, int(state.step))
@@ -127,10 +151,25 @@ def run_iteration(
       with phase('update'):
         state, row = programs.update(state, frozen, batches[int(place)])
         if last:
-          state, moved = programs.move_anchor(state, frozen)
+          state, moved = programs.move_anchor(state, whole())
           row |= moved
         rows, row = jax.device_get((weighed, row))
       yield state, {k: np.mean([r[k] for r in rows]) for k in rows[0]} | row
+
+
+def rest_reference(
+  setup: step_lib.Setup, frozen: Frozen
+) -> tuple[Frozen, Callable[[], Frozen]]:
+  """Moves the reference to the hosts, where the step does not look at it.
+
+  Returns what is left on the devices, and a function that gives all of it
+  again: the caller lets go of that, and of `frozen`, when it is done.
+  """
+  if step_lib.reads_reference(setup.algorithm):
+    return frozen, lambda: frozen
+  there = sharding.to_host(frozen.reference)
+  left = frozen._replace(reference={})
+  return left, lambda: left._replace(reference=sharding.to_device(there))
 
 
 def check_finite(row: dict[str, Any], step: int, folder: str) -> None:
@@ -153,25 +192,12 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
   settings, folder = config.train, os.path.join(workdir, 'train')
   mesh = sharding.make_mesh(**config.mesh)
   task = build.task(config).make(config, workdir, mesh)
-  setup = step_lib.Setup(
-    policy=task.policy,
-    algorithm=origin.with_anchor(build.make_algorithm(config), config.model),
-    optimizer=optimizer_lib.adam(steps=settings.steps, **settings.optimizer),
-    length=config.length,
-    stop_ids=task.stop_ids,
-    rollouts=settings.rollouts,
-    epochs=settings.epochs,
-    micro_batches=settings.micro_batches,
-    chunk=config.chunk,
-    slots=config.slots,
-    buckets=settings.buckets,
-    mesh=mesh,
-    sampling_mesh=sharding.reshaped(mesh, **config.sampling_mesh),
-  )
+  setup = make_setup(config, task.policy, task.stop_ids, mesh)
   cost = costs.of_config(config, setup.algorithm, task.policy.vocab_size)
   hosts.say(f'train: {costs.line(cost)}')
-  frozen = task.frozen
-  state = init_state(setup, frozen, mesh)
+  state = init_state(setup, task.frozen, mesh)
+  frozen, whole = rest_reference(setup, task.frozen)
+  task = task._replace(frozen=None)  # all of it is nowhere else
   checkpoints = checkpoint.manager(os.path.join(folder, 'checkpoints'))
   start = checkpoint.last_step(checkpoints)
   if start is not None:
@@ -188,18 +214,18 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
   submit = scoring.worker()
   with writer, checkpoints:
     with writer.phase('evaluate'):
-      probe = task.make_probe()
+      probe = task.make_probe(whole())
     while step < settings.steps:
       steps = run_iteration(
-        programs, setup, task, state, frozen, key, order, mesh, writer.phase,
-        submit,
+        programs, setup, task, state, frozen, whole, key, order, mesh,
+        writer.phase, submit,
       )  # fmt: skip
       for state, row in steps:
         step += 1
         save = step % settings.save_every == 0 or step == settings.steps
         if save:
           with writer.phase('evaluate'):
-            row |= probe(state.params)
+            row |= probe(state.params, whole())
         check_finite(row, step, checkpoints.directory)
         writer.write(step, row)
         if save:

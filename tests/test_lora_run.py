@@ -103,7 +103,7 @@ def run(mesh, steps=3):
   key = jax.random.key(7)
   for _ in range(steps):
     ((state, row),) = train.run_iteration(
-        programs, setup, task, state, frozen, key, key, mesh,
+        programs, setup, task, state, frozen, lambda: frozen, key, key, mesh,
         lambda name: contextlib.nullcontext(), submit,
     )  # fmt: skip
     rows.append(row)
