@@ -106,7 +106,14 @@ def abstract(tree: Any) -> Any:
 
 
 def choose(checkpoints: ocp.CheckpointManager, which: str) -> int:
-  """The step that 'last', 'best' or a number means; a UserError if absent."""
+  """The step that 'last', 'best' or a number means, the same on all hosts.
+
+  A UserError if it is absent.
+  """
+  return hosts.once(lambda: _choose(checkpoints, which))
+
+
+def _choose(checkpoints: ocp.CheckpointManager, which: str) -> int:
   steps = sorted(checkpoints.all_steps())
   if not steps:
     raise UserError(

@@ -8,6 +8,7 @@ bag of words fitted to the same pairs.
 
 from __future__ import annotations
 
+import functools
 import os
 from typing import Any
 
@@ -252,7 +253,8 @@ def make_batches(config, train: preferences.Judged, loss: str, tokenizer):
     target = (train.rating - train.rating.mean()) / spread
   if settings.merge_dropout:
     ways += _WAYS
-    pieces = pieces + preferences.cut_anew(
+    cut = functools.partial(
+      preferences.cut_anew,
       train,
       tokenizer,
       drop=settings.merge_dropout,
@@ -260,6 +262,8 @@ def make_batches(config, train: preferences.Judged, loss: str, tokenizer):
       length=settings.length,
       seed=config.seed,
     )
+    # The seed fixes what SentencePiece draws within a process alone.
+    pieces = pieces + hosts.once(cut)
   starts = len(train.texts) * np.arange(ways)
   return preferences.batches(
     pieces,
