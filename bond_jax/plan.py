@@ -10,33 +10,26 @@ it computes, reads and sends; and the least time that these take.
 
 from __future__ import annotations
 
-import math
 import os
-import re
-import time
-from typing import Any, NamedTuple
+from typing import Any
 
 from absl import flags
 import jax
-import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 import ml_collections
 
 from bond_jax import (
   build,
   chips,
   command,
-  costs,
   hlo,
   metrics,
   origin,
+  programs,
   sharding,
-  text_task,
-  train,
 )
 from bond_jax import step as step_lib
 from bond_jax.errors import UserError
-from bond_jax.types import Frozen, Params, Prompts, Rollout
 
 _TOPOLOGY = flags.DEFINE_string(
   'topology', None, f'The devices: {chips.EXAMPLES}.', required=True
@@ -45,260 +38,43 @@ _SEARCH = flags.DEFINE_bool(
   'search', False, 'Find the largest batch that fits.'
 )
 
-# What is on the chip all the time, and the names under which it is shown.
-KEPT = ('parameters', 'optimizer', 'anchor', 'quantile', 'base')
 GIB = chips.GIB
 
 
-class Program(NamedTuple):
-  """A jitted function of the run, and what it is called with."""
-
-  function: Any
-  args: tuple[Any, ...]  # shapes, with their shardings
-  beside: int  # bytes on each chip that are not among its arguments
-  loops: int  # how often a loop of it runs that ends when all is drawn
-
-
-class Compiled(NamedTuple):
-  """What the compiler says of a program, per chip, in bytes and seconds."""
-
-  peak: float  # with all that lives beside it
-  arguments: float
-  beside: float
-  temporaries: float
-  code: float
-  collectives: list[hlo.Collective]
-  seconds: float  # of compilation
-
-
-def bytes_of(tree: Any) -> int:
-  """Bytes of one chip's shards."""
-  return sum(
-    math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
-    for x in jax.tree.leaves(tree)
-  )
-
-
-def resident(state, frozen: Frozen) -> dict[str, Any]:
-  """What a run keeps, by the names that people use."""
-  return {
-    'parameters': state.params,
-    'optimizer': state.opt_state,
-    'anchor': state.anchor,
-    'quantile': state.aux,
-    'base': frozen.base,
-    'reference': frozen.reference,
-  }
-
-
-def shapes(config, policy, setup: step_lib.Setup, mesh: Mesh):
-  """The state and the frozen trees of a run, as shapes in their shards."""
-  base: Params = {}
-  if config.model.lora.rank:
-    full = origin.make_policy(
-      config.model, config.tokenizer.vocab_size, full=True
-    )
-    base = sharding.tree_structs(
-      jax.eval_shape(full.init, jax.random.key(0)), mesh, config.model.dtype
-    )
-  reference = jax.eval_shape(policy.init, jax.random.key(0))
-  frozen = Frozen(sharding.tree_structs(reference, mesh), base)
-  state = jax.eval_shape(lambda x: step_lib.init_state(setup, x), frozen)
-  return sharding.tree_structs(state, mesh), frozen
-
-
-def programs(config: ml_collections.ConfigDict, mesh: Mesh):
-  """The programs of a run on a mesh by their names, and what it keeps."""
-  policy = origin.make_policy(config.model, config.tokenizer.vocab_size)
-  stop_ids = (1,)  # which they are changes no shape
-  setup = train.make_setup(config, policy, stop_ids, mesh)
-  state, frozen = shapes(config, policy, setup, mesh)
-  of_run = train.make_programs(setup, mesh, state)
-  rows = sharding.by_row(mesh)
-  whole = NamedSharding(mesh, PartitionSpec())
-
-  def row(dtype, *shape):
-    return jax.ShapeDtypeStruct(shape, dtype, sharding=rows)
-
-  def prompts(b):
-    length = config.prompt.length
-    return Prompts(
-      row(jnp.int32, b, length),
-      row(bool, b, length),
-      row(jnp.int32, b),
-      row(jnp.float32, b),
-    )
-
-  a, b, t = setup.algorithm, config.train.batch, config.length
-  k = a.num_policy + a.num_anchor
-  drawn = Rollout(
-    row(jnp.int32, b, k, t),
-    row(bool, b, k, t),
-    row(jnp.float32, b, k, t),
-    row(jnp.float32, b, k),
-  )
-  key = jax.eval_shape(lambda: jax.random.key(0))
-  key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=whole)
-  index = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
-  batch, _ = jax.eval_shape(
-    lambda *x: step_lib.weigh(setup, *x),
-    state, frozen, prompts(b), drawn, row(jnp.float32, b, k),
-  )  # fmt: skip
-  batch = jax.tree.map(lambda x: row(x.dtype, *x.shape), batch)
-  probe = text_task.probe_program(config, policy, stop_ids, mesh)
-  shown = config.train.probe_prompts, config.train.probe_completions
-  calls = {
-    'rollout': (of_run.rollout, prompts(b), key, index),
-    'weigh': (of_run.weigh, prompts(b), drawn, row(jnp.float32, b, k)),
-    'update': (of_run.update, batch),
-    'move_anchor': (of_run.move_anchor,),
-    'probe': (probe, prompts(shown[0]), key),
-  }
-  kept = resident(state, frozen)
-  rests = not step_lib.reads_reference(a)
-  found = {}
-  for name, (function, *more) in calls.items():
-    first = state.params if name == 'probe' else state
-    args = (first, frozen, *more)
-    here = {k: v for k, v in kept.items() if v != {}}
-    if rests and name in ('rollout', 'weigh', 'update'):
-      args = (first, frozen._replace(reference={}), *more)
-      here.pop('reference')
-    completions = max(a.num_policy, a.num_anchor) * b
-    if name == 'probe':
-      completions = shown[0] * shown[1]
-    slots = min(config.slots, completions) or completions
-    # Those that are no arguments of this program are there all the same.
-    found[name] = Program(
-      function, args, bytes_of(here), -(-completions // slots) * t
-    )
-  return found, kept
-
-
-def compile_program(program: Program) -> Compiled | str:
-  """Compiles a program for its mesh; what it needs in words, if too much."""
-  start = time.monotonic()
-  try:
-    compiled = program.function.lower(*program.args).compile()
-  except jax.errors.JaxRuntimeError as e:
-    if 'RESOURCE_EXHAUSTED' not in str(e):
-      raise
-    needed = re.search(r'HLO temporaries \(([\d.]+)G\)', str(e))
-    return needed[1] if needed else 'more'
-  memory = compiled.memory_analysis()
-  collectives = hlo.collectives(compiled.as_text(), program.loops)
-  kept = _kept_bytes(compiled, program.args)
-  arguments = memory.argument_size_in_bytes
-  beside = max(0, program.beside - kept)  # rounding of tiny arrays
-  return Compiled(
-    peak=memory.peak_memory_in_bytes + beside,
-    arguments=arguments,
-    beside=beside,
-    temporaries=memory.peak_memory_in_bytes - arguments,
-    code=memory.generated_code_size_in_bytes,
-    collectives=collectives,
-    seconds=time.monotonic() - start,
-  )
-
-
-def _kept_bytes(compiled, args) -> int:
-  """Bytes of state and frozen trees that the program has as arguments.
-
-  jit leaves out what a function does not look at.
-  """
-  state, frozen, *_ = args
-  used = compiled._executable._kept_var_idx  # no public name says it
-  leaves = jax.tree.leaves((state, frozen))
-  return bytes_of([x for i, x in enumerate(leaves) if i in used])
-
-
-def least_seconds(name, compiled, config, algorithm, kept, mesh, chip):
-  """Of computing, reading memory and sending: the phases of a step alone."""
-  sizes = origin.make_sizes(config.model, config.tokenizer.vocab_size)
-  phases = costs.phases(
-    algorithm, sizes, prompt=config.prompt.length, length=config.length,
-    epochs=config.train.epochs, remat=config.model.remat,
-  )  # fmt: skip
-  batch, n = config.train.batch, mesh.size
-  itemsize = jnp.dtype(config.model.dtype).itemsize
-  weights = costs.work(sizes).weights * itemsize
-  sent = sum(size for _, size in hlo.totals(compiled.collectives).values())
-  if name == 'move_anchor':
-    moved = bytes_of((kept['parameters'], kept['anchor']))
-    return 0.0, (moved + bytes_of(kept['anchor'])) / chip.bandwidth, 0.0
-  part = phases[name]
-  if name == 'rollout':
-    over = sharding.reshaped(mesh, **config.sampling_mesh).shape['model']
-    read = part.passes * weights / over
-  else:
-    read = part.passes * weights * config.train.micro_batches
-    read /= mesh.shape['model']
-  if name == 'update':  # the optimizer reads and writes all that it keeps
-    read += 2 * bytes_of((kept['parameters'], kept['optimizer']))
-  read += part.cached * itemsize * batch / n
-  return (
-    part.flops * batch / n / chip.flops,
-    read / chip.bandwidth,
-    sent / chip.interconnect,
-  )
-
-
-def plan(
-  config: ml_collections.ConfigDict, topology: str, say=print
-) -> dict[str, Any]:
+def plan(config: ml_collections.ConfigDict, topology: str) -> dict[str, Any]:
   """Compiles a run for a topology; the summary."""
   devices, chip = chips.devices(topology)
   mesh = sharding.make_mesh(**config.mesh, devices=devices)
   check(config, mesh)
-  wanted, kept = programs(config, mesh)
+  wanted, kept = programs.of_config(config, mesh)
   algorithm = build.make_algorithm(config)
   rows, too_much = {}, {}
   for name, program in wanted.items():
-    say(f'compiling {name} for {topology} ...')
-    compiled = compile_program(program)
+    print(f'compiling {name} for {topology} ...', flush=True)
+    compiled = programs.compile_program(program)
     if isinstance(compiled, str):
       too_much[name] = compiled
       continue
-    totals = hlo.totals(compiled.collectives)
-    largest = max(compiled.collectives, key=lambda c: c.bytes, default=None)
-    row = {
-      'peak_bytes': compiled.peak,
-      'argument_bytes': compiled.arguments,
-      'beside_bytes': compiled.beside,
-      'temporary_bytes': compiled.temporaries,
-      'code_bytes': compiled.code,
-      'compile_seconds': round(compiled.seconds, 1),
-      'collectives': {
-        kind: {'times': times, 'bytes': size}
-        for kind, (times, size) in totals.items()
-      },
-      'largest_collective': largest and largest._asdict(),
-    }
+    rows[name] = describe(compiled)
     if chip.flops and name != 'probe':
-      names = 'compute', 'memory', 'interconnect'
-      seconds = least_seconds(
+      rows[name]['least_seconds'] = programs.least_seconds(
         name, compiled, config, algorithm, kept, mesh, chip
       )
-      row['least_seconds'] = dict(zip(names, seconds, strict=True))
-    rows[name] = row
   code = sum(row['code_bytes'] for row in rows.values())
   for row in rows.values():  # all programs stay loaded
     row['peak_bytes'] += code - row['code_bytes']
-  peak = max((row['peak_bytes'] for row in rows.values()), default=None)
-  fits = not too_much and peak <= chip.memory
+  peak = max((row['peak_bytes'] for row in rows.values()), default=0)
+  sampling_mesh = sharding.reshaped(mesh, **config.sampling_mesh)
+  rank = config.model.lora.rank
   return {
-    'fits': fits,
+    'fits': not too_much and peak <= chip.memory,
     'topology': topology,
     'chips': mesh.size,
     'mesh': dict(mesh.shape),
-    'sampling_mesh': dict(
-      sharding.reshaped(mesh, **config.sampling_mesh).shape
-    ),
+    'sampling_mesh': dict(sampling_mesh.shape),
     'model': config.model.name,
     'algorithm': config.algorithm.name,
-    'trainable': f'LoRA, rank {config.model.lora.rank}'
-    if config.model.lora.rank
-    else 'all parameters',
+    'trainable': f'LoRA, rank {rank}' if rank else 'all parameters',
     'param_dtype': str(jax.tree.leaves(kept['parameters'])[0].dtype),
     'batch': config.train.batch,
     'micro_batches': config.train.micro_batches,
@@ -307,10 +83,31 @@ def plan(
     'slots': config.slots,
     'hbm_bytes': chip.memory,
     'peak_bytes': None if too_much else peak,
-    'resident_bytes': {k: bytes_of(v) for k, v in kept.items() if v != {}},
+    'resident_bytes': {
+      k: programs.bytes_of(v) for k, v in kept.items() if v != {}
+    },
     'reference_on_chip': step_lib.reads_reference(algorithm),
     'programs': rows,
     'too_much': too_much,
+  }
+
+
+def describe(compiled: programs.Compiled) -> dict[str, Any]:
+  """A compiled program as JSON."""
+  sent = compiled.collectives
+  largest = max(sent, key=lambda c: c.bytes, default=None)
+  return {
+    'peak_bytes': compiled.peak,
+    'argument_bytes': compiled.arguments,
+    'beside_bytes': compiled.beside,
+    'temporary_bytes': compiled.temporaries,
+    'code_bytes': compiled.code,
+    'compile_seconds': round(compiled.seconds, 1),
+    'collectives': {
+      kind: {'times': times, 'bytes': size}
+      for kind, (times, size) in hlo.totals(sent).items()
+    },
+    'largest_collective': largest and largest._asdict(),
   }
 
 
@@ -384,8 +181,9 @@ def verdict(found: dict[str, Any]) -> str:
 
 def tables(found: dict[str, Any]) -> None:
   """Prints what a person wants to know of a plan."""
-  unit, size = ('GiB', GIB) if found['hbm_bytes'] > GIB else ('MiB', 2**20)
-  gib = lambda x: f'{x / size:.2f}'
+  large = sum(found['resident_bytes'].values()) > 0.1 * GIB
+  unit, size = ('GiB', GIB) if large else ('MiB', 2**20)
+  shown = lambda x: f'{x / size:.2f}'
   where = lambda name: (
     'hosts, but in move_anchor and probe'
     if name == 'reference' and not found['reference_on_chip']
@@ -393,29 +191,29 @@ def tables(found: dict[str, Any]) -> None:
   )
   metrics.table(
     [
-      ('kept all the time', 'GiB per chip', 'on'),
-      *((k, gib(v), where(k)) for k, v in found['resident_bytes'].items()),
+      ('kept all the time', f'{unit} per chip', 'on'),
+      *((k, shown(v), where(k)) for k, v in found['resident_bytes'].items()),
     ],
     f'{found["model"]}, {found["trainable"]}, {found["algorithm"]}: batch'
     f' {found["batch"]}, {found["prompt_length"]} + {found["max_new_tokens"]}'
     f' tokens, on {found["topology"]}',
   )
-  head = ('GiB per chip', 'arguments', 'beside them', 'temporaries', 'peak',
+  head = (f'{unit} per chip', 'arguments', 'beside them', 'temporaries', 'peak',
           'of', 'compiled in s')  # fmt: skip
   rows = [
     (
       name,
-      gib(row['argument_bytes']),
-      gib(row['beside_bytes']),
-      gib(row['temporary_bytes']),
-      gib(row['peak_bytes']),
-      gib(found['hbm_bytes']),
+      shown(row['argument_bytes']),
+      shown(row['beside_bytes']),
+      shown(row['temporary_bytes']),
+      shown(row['peak_bytes']),
+      shown(found['hbm_bytes']),
       row['compile_seconds'],
     )
     for name, row in found['programs'].items()
   ]
   rows += [
-    (name, '', '', '', f'> {size}', gib(found['hbm_bytes']), '')
+    (name, '', '', '', f'> {size}', shown(found['hbm_bytes']), '')
     for name, size in found['too_much'].items()
   ]
   metrics.table([head, *rows], 'memory')

@@ -12,10 +12,12 @@ from configs import gemma_jbond
 
 
 def get_config():
-  return gemma_jbond.get_config(
+  config = gemma_jbond.get_config(
     'gemma_7b',
     vocab_size=256_000,
     learning_rate=3e-6,
     lora_rank=0,
     sampling_model=16,
   )
+  config.train.buckets = 1  # a second one costs memory, and compiles as long
+  return config

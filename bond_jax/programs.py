@@ -1,0 +1,211 @@
+"""The programs of a run, compiled for devices that need not be there."""
+
+from __future__ import annotations
+
+import math
+import re
+import time
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+import ml_collections
+
+from bond_jax import costs, hlo, origin, sharding, text_task, train
+from bond_jax import step as step_lib
+from bond_jax.types import Frozen, Params, Prompts, Rollout
+
+
+class Program(NamedTuple):
+  """A jitted function of the run, and what it is called with."""
+
+  function: Any
+  args: tuple[Any, ...]  # shapes, with their shardings
+  beside: int  # bytes on each chip that are not among its arguments
+  loops: int  # how often a loop of it runs that ends when all is drawn
+
+
+class Compiled(NamedTuple):
+  """What the compiler says of a program, per chip, in bytes and seconds."""
+
+  peak: float  # with all that lives beside it
+  arguments: float
+  beside: float
+  temporaries: float
+  code: float
+  collectives: list[hlo.Collective]
+  seconds: float  # of compilation
+
+
+def bytes_of(tree: Any) -> int:
+  """Bytes of one chip's shards."""
+  return sum(
+    math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+    for x in jax.tree.leaves(tree)
+  )
+
+
+def resident(state, frozen: Frozen) -> dict[str, Any]:
+  """What a run keeps, by the names that people use."""
+  return {
+    'parameters': state.params,
+    'optimizer': state.opt_state,
+    'anchor': state.anchor,
+    'quantile': state.aux,
+    'base': frozen.base,
+    'reference': frozen.reference,
+  }
+
+
+def shapes(config, policy, setup: step_lib.Setup, mesh: Mesh):
+  """The state and the frozen trees of a run, as shapes in their shards."""
+  base: Params = {}
+  if config.model.lora.rank:
+    full = origin.make_policy(
+      config.model, config.tokenizer.vocab_size, full=True
+    )
+    base = sharding.tree_structs(
+      jax.eval_shape(full.init, jax.random.key(0)), mesh, config.model.dtype
+    )
+  reference = jax.eval_shape(policy.init, jax.random.key(0))
+  frozen = Frozen(sharding.tree_structs(reference, mesh), base)
+  state = jax.eval_shape(lambda x: step_lib.init_state(setup, x), frozen)
+  return sharding.tree_structs(state, mesh), frozen
+
+
+def of_config(config: ml_collections.ConfigDict, mesh: Mesh):
+  """The programs of a run on a mesh by their names, and what it keeps."""
+  policy = origin.make_policy(config.model, config.tokenizer.vocab_size)
+  stop_ids = (1,)  # which they are changes no shape
+  setup = train.make_setup(config, policy, stop_ids, mesh)
+  state, frozen = shapes(config, policy, setup, mesh)
+  of_run = train.make_programs(setup, mesh, state)
+  rows = sharding.by_row(mesh)
+  whole = sharding.replicated(mesh)
+
+  def row(dtype, *shape):
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=rows)
+
+  def prompts(b):
+    length = config.prompt.length
+    return Prompts(
+      row(jnp.int32, b, length),
+      row(bool, b, length),
+      row(jnp.int32, b),
+      row(jnp.float32, b),
+    )
+
+  a, b, t = setup.algorithm, config.train.batch, config.length
+  k = a.num_policy + a.num_anchor
+  drawn = Rollout(
+    row(jnp.int32, b, k, t),
+    row(bool, b, k, t),
+    row(jnp.float32, b, k, t),
+    row(jnp.float32, b, k),
+  )
+  key = jax.eval_shape(lambda: jax.random.key(0))
+  key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=whole)
+  index = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
+  batch, _ = jax.eval_shape(
+    lambda *x: step_lib.weigh(setup, *x),
+    state, frozen, prompts(b), drawn, row(jnp.float32, b, k),
+  )  # fmt: skip
+  batch = jax.tree.map(lambda x: row(x.dtype, *x.shape), batch)
+  probe = text_task.probe_program(config, policy, stop_ids, mesh)
+  shown = config.train.probe_prompts, config.train.probe_completions
+  calls = {
+    'rollout': (of_run.rollout, prompts(b), key, index),
+    'weigh': (of_run.weigh, prompts(b), drawn, row(jnp.float32, b, k)),
+    'update': (of_run.update, batch),
+    'move_anchor': (of_run.move_anchor,),
+    'probe': (probe, prompts(shown[0]), key),
+  }
+  kept = resident(state, frozen)
+  rests = not step_lib.reads_reference(a)
+  found = {}
+  for name, (function, *more) in calls.items():
+    first = state.params if name == 'probe' else state
+    args = (first, frozen, *more)
+    here = {k: v for k, v in kept.items() if v != {}}
+    if rests and name in ('rollout', 'weigh', 'update'):
+      args = (first, frozen._replace(reference={}), *more)
+      here.pop('reference')
+    completions = max(a.num_policy, a.num_anchor) * b
+    if name == 'probe':
+      completions = shown[0] * shown[1]
+    slots = min(config.slots, completions) or completions
+    # Those that are no arguments of this program are there all the same.
+    found[name] = Program(
+      function, args, bytes_of(here), -(-completions // slots) * t
+    )
+  return found, kept
+
+
+def compile_program(program: Program) -> Compiled | str:
+  """Compiles a program for its mesh; what it needs in words, if too much."""
+  start = time.monotonic()
+  try:
+    compiled = program.function.lower(*program.args).compile()
+  except jax.errors.JaxRuntimeError as e:
+    if 'RESOURCE_EXHAUSTED' not in str(e):
+      raise
+    needed = re.search(r'HLO temporaries \(([\d.]+)G\)', str(e))
+    return needed[1] if needed else 'more'
+  memory = compiled.memory_analysis()
+  collectives = hlo.collectives(compiled.as_text(), program.loops)
+  kept = _kept_bytes(compiled, program.args)
+  arguments = memory.argument_size_in_bytes
+  beside = max(0, program.beside - kept)  # rounding of tiny arrays
+  return Compiled(
+    peak=memory.peak_memory_in_bytes + beside,
+    arguments=arguments,
+    beside=beside,
+    temporaries=memory.peak_memory_in_bytes - arguments,
+    code=memory.generated_code_size_in_bytes,
+    collectives=collectives,
+    seconds=time.monotonic() - start,
+  )
+
+
+def _kept_bytes(compiled, args) -> int:
+  """Bytes of state and frozen trees that the program has as arguments.
+
+  jit leaves out what a function does not look at.
+  """
+  state, frozen, *_ = args
+  used = compiled._executable._kept_var_idx  # no public name says it
+  leaves = jax.tree.leaves((state, frozen))
+  return bytes_of([x for i, x in enumerate(leaves) if i in used])
+
+
+def least_seconds(name, compiled, config, algorithm, kept, mesh, chip):
+  """Of computing, reading memory and sending: the phases of a step alone."""
+  sizes = origin.make_sizes(config.model, config.tokenizer.vocab_size)
+  phases = costs.phases(
+    algorithm, sizes, prompt=config.prompt.length, length=config.length,
+    epochs=config.train.epochs, remat=config.model.remat,
+  )  # fmt: skip
+  batch, n = config.train.batch, mesh.size
+  itemsize = jnp.dtype(config.model.dtype).itemsize
+  weights = costs.work(sizes).weights * itemsize
+  sent = sum(size for _, size in hlo.totals(compiled.collectives).values())
+  part = phases.get(name, costs.Phase(0.0, 0.0, 0.0))
+  if name == 'rollout':
+    over = sharding.reshaped(mesh, **config.sampling_mesh).shape['model']
+    read = part.passes * weights / over
+  else:
+    read = part.passes * weights * config.train.micro_batches
+    read /= mesh.shape['model']
+  # What is read and written anew.
+  if name == 'update':
+    read += 2 * bytes_of((kept['parameters'], kept['optimizer']))
+  if name == 'move_anchor':
+    read += bytes_of((kept['parameters'], kept['reference']))
+    read += 2 * bytes_of(kept['anchor'])
+  read += part.cached * itemsize * batch / n
+  return {
+    'compute': part.flops * batch / n / chip.flops,
+    'memory': read / chip.bandwidth,
+    'interconnect': sent / chip.interconnect,
+  }
