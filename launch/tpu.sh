@@ -241,6 +241,10 @@ keep() {
         [ "$looks" -lt 3 ] || fail 1 "the run does not go on, and the TPU is" \
           "there: see \"status\" and \"logs\"."
         ;;
+      resume.1) # was it preempted on the way up?
+        looks=$((looks + 1))
+        [ "$looks" -lt 3 ] && [ "$(state)" != READY ] || exit 1
+        ;;
       resume.3) # no TPU now: later, after twice as long each time
         tries=$((tries + 1))
         [ "$tries" -lt 8 ] || fail 3 "no TPU after $tries tries."

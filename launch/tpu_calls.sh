@@ -38,7 +38,7 @@ call() {
     quoted "$@" >&3
     return
   fi
-  "$@" 2>"$said" </dev/null
+  "$@" 2>"$said" </dev/null 3>&-
 }
 
 # One line and a remedy for what gcloud said, and the exit.

@@ -104,16 +104,12 @@ start() {
 }
 
 # The run itself: leads its group, and outlives the signal that ends the rest,
-# to write the status down.
+# to write the status down. bash runs a trap when the command before it is over.
 hold() {
-  local child status
+  local status=0
   echo "$$ $(started $$)" | put .run/id
   trap : TERM INT HUP
-  launch/tpu_vm.sh "$@" &
-  child=$!
-  while wait "$child" || true; kill -0 "$child" 2>/dev/null; do :; done
-  status=0
-  wait "$child" || status=$?
+  launch/tpu_vm.sh "$@" || status=$?
   echo "$status" | put .run/status
 }
 
