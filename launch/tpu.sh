@@ -2,15 +2,17 @@
 # A TPU VM, a queued (spot) resource or a multislice, from your machine:
 #
 #     launch/tpu.sh keep --name=demo --zone=us-west4-a --type=v5litepod-16 \
-#       --spot --queued --bucket=my-bucket -- \
-#       train --config=configs/gemma3_1b_jbond.py --workdir=runs/demo
+#       --spot --queued --bucket=my-bucket \
+#       -- movie_reviews --data_dir=data \
+#       -- sft --config=configs/demo.py --workdir=runs/demo
 #
 # Verbs, each of which may be repeated; give all of them the same flags:
 #
 #     create   the TPU, and waits until it is there
 #     setup    copies HEAD's code to ~/bond_jax on every worker, mounts the
 #              bucket on its runs/, and makes its environment
-#     run      starts the command after "--" on every worker, detached
+#     run      starts the commands after "--" on every worker, detached, one
+#              after another until one fails
 #     logs     follows worker 0, or --worker=K of --slice=S, until the run ends
 #     status   what each worker does; 0: the run is finished, 4: it is on
 #     stop     ends the run on every worker

@@ -80,9 +80,15 @@ needs() { # FLAG VALUE
   [ -n "$2" ] || usage "$verb needs --$1"
 }
 
+# The command must be one that exists, before a TPU is made for it.
 needs_command() {
+  local word before=--
   [ ${#command[@]} -gt 0 ] || usage "$verb needs the command after \" -- \"," \
     "say: -- train --config=configs/demo.py --workdir=runs/demo"
   [[ ${command[*]} != *$'\n'* ]] || usage "the command has a line break"
+  for word in "${command[@]}" --; do
+    [ "$before" != -- ] || grep -qs "__name__ == '__main__'" \
+      "bond_jax/$word.py" || usage "'$word' is no command of bond_jax"
+    before=$word
+  done
 }
-

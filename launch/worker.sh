@@ -2,7 +2,8 @@
 # What launch/tpu.sh does on each worker of a TPU, in the folder above this one:
 #
 #     launch/worker.sh setup [BUCKET]   # mounts it on runs/, makes .venv-tpu
-#     launch/worker.sh start COMMAND..  # launch/tpu_vm.sh COMMAND.., detached
+#     launch/worker.sh start COMMAND..  # launch/tpu_vm.sh COMMAND.., detached;
+#                                       # after "--" may follow another
 #     launch/worker.sh status           # new | none | running | finished N | lost
 #     launch/worker.sh log FROM         # lines from FROM on, numbered, to its end
 #     launch/worker.sh stop
@@ -20,9 +21,12 @@ fail() {
   exit 2
 }
 
-# When a process was started, in clock ticks: a number used again is not it.
+# When a process was started, in clock ticks, by which a number used again is
+# told apart; nothing if it has ended, buried or not.
 started() {
-  sed 's/.*) //' "/proc/$1/stat" 2>/dev/null | cut -d' ' -f20
+  local stat
+  stat=$(sed 's/.*) //' "/proc/$1/stat" 2>/dev/null) || return 0
+  [[ $stat == Z* ]] || cut -d' ' -f20 <<<"$stat"
 }
 
 alive() {
@@ -103,13 +107,24 @@ start() {
   echo started
 }
 
-# The run itself: leads its group, and outlives the signal that ends the rest,
-# to write the status down. bash runs a trap when the command before it is over.
+# The run itself: the commands between "--", one after another until one fails.
+# It leads its group, and outlives the signal that ends the rest, to write the
+# status down; bash runs a trap when the command before it is over.
 hold() {
-  local status=0
+  local word status=0 ended='' command=()
   echo "$$ $(started $$)" | put .run/id
-  trap : TERM INT HUP
-  launch/tpu_vm.sh "$@" || status=$?
+  trap 'ended=143' TERM INT HUP
+  for word in "$@" --; do
+    if [ "$word" != -- ]; then
+      command+=("$word")
+      continue
+    fi
+    launch/tpu_vm.sh "${command[@]}" || status=$?
+    # A program that caught the signal and went on to its end is not followed.
+    [ "$status" -ne 0 ] || status=${ended:-0}
+    [ "$status" -eq 0 ] || break
+    command=()
+  done
   echo "$status" | put .run/status
 }
 

@@ -21,7 +21,8 @@ printf '%s\\n' "$@" > "$HOME/arguments"
 for word; do case $word in --workdir=*) workdir=${word#*=} ;; esac; done
 mkdir -p "$workdir/train/checkpoints"
 echo "from step $(cat "$workdir/train/checkpoints/step" 2>/dev/null || echo 0)"
-echo 3 > "$workdir/train/checkpoints/step"
+echo 3 > "$workdir/$$"
+mv "$workdir/$$" "$workdir/train/checkpoints/step"
 until [ -e "$CLOUD/go" ]; do sleep 0.05; done
 echo "  {}" | tee "$workdir/summary.json"
 exit "$(cat "$CLOUD/go")"
@@ -141,20 +142,21 @@ class Cloud:
     def look():
       out, _ = (process := self.start('status')).communicate(timeout=20)
       told = [line.split(': ')[1] for line in out.splitlines()]
-      return told == [*statuses] and [process.returncode]
+      return told == [*statuses], process.returncode, told
 
-    return until(look)[0]
+    return until(look)[1]
 
 
 def until(look, process=None):
   """Waits for something true, as long as this process runs; returns it."""
   deadline = time.monotonic() + 20
   while time.monotonic() < deadline:
-    if found := look():
+    found = look()
+    if found[0] if isinstance(found, tuple) else found:
       return found
     assert process is None or process.poll() is None, process.communicate()
     time.sleep(0.05)
-  raise AssertionError('waited 20 s in vain')
+  raise AssertionError(f'waited 20 s in vain: {found}')
 
 
 def alive(group):
@@ -287,6 +289,32 @@ def test_arguments_arrive_as_they_were(cloud):
   for home in cloud.homes():
     passed = (home / 'arguments').read_text().splitlines()
     assert passed == ['bond_jax.train', *COMMAND[2:], *odd]
+
+
+def test_commands_follow_each_other_until_one_fails(cloud):
+  cloud.up()
+  (cloud.path / 'program').write_text(
+    'echo "$*"; [ "$2" != --fail ] || exit 3; [ "$2" != --wait ] || {\n'
+    'trap "" TERM; until [ -e "$CLOUD/go" ]; do sleep 0.05; done; }\n'
+  )
+  log = cloud.homes()[1] / 'bond_jax/.run/log'
+  chain = ['--', 'train', '--x=a b', '--', 'train', '--fail', '--', 'train']
+  cloud.tpu('run', *chain)
+  assert cloud.wait('finished 3', 'finished 3') == 5
+  said = 'bond_jax.train --x=a b\nbond_jax.train --fail\n'
+  assert log.read_text() == said
+  cloud.tpu('run', *[word for word in chain if word != '--fail'])
+  assert cloud.wait('finished 0', 'finished 0') == 0
+  assert log.read_text() == said.replace(' --fail', '') + 'bond_jax.train\n'
+  # Stopped, and the command that caught the signal goes on to its end.
+  cloud.tpu('run', '--', 'train', '--wait', '--', 'train')
+  until(lambda: log.exists() and 'wait' in log.read_text())
+  stop = cloud.start('stop')
+  time.sleep(0.5)
+  cloud.end()
+  stop.communicate(timeout=20)
+  assert cloud.wait('finished 143', 'finished 143') == 5
+  assert log.read_text() == 'bond_jax.train --wait\n'
 
 
 def test_stop_ends_the_group_on_every_worker(cloud):
@@ -539,6 +567,9 @@ def test_a_dry_run_prints_and_runs_nothing(cloud):
     (['train'], 'comes after " -- "'),
     ([], 'run needs the command after " -- "'),
     (['--', 'train', '--x=a\nb'], 'line break'),
+    (['--', 'trian'], "'trian' is no command of bond_jax"),
+    (['--', 'train', '--', '--x=1'], "'--x=1' is no command"),
+    (['--', 'train', '--'], "'--' is no command"),
   ],
 )
 def test_odd_flags_are_refused(cloud, args, says):
