@@ -42,6 +42,7 @@ parse() {
 
 # Names go into paths, options and other names: only what Google allows.
 check() { # FLAG VALUE PATTERN ALLOWED
+  local LC_ALL=C # elsewhere [a-z] may hold capitals
   [[ $2 =~ ^($3)$ ]] || usage "--$1='$2': $4"
 }
 

@@ -19,7 +19,9 @@ import tempfile
 import time
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-COPIED = ('bond_jax', 'configs', 'benchmarks', 'tests', 'pyproject.toml')
+COPIED = (
+  'bond_jax', 'configs', 'benchmarks', 'launch', 'tests', 'pyproject.toml'
+)  # fmt: skip
 Mutation = collections.namedtuple('Mutation', 'path old new tests')
 
 

@@ -6,6 +6,7 @@ real what is sent to a worker; only Python, gcsfuse and findmnt are replaced.
 
 import glob
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -134,7 +135,8 @@ class Cloud:
         os.killpg(pid, signal.SIGKILL)
 
   def end(self, status=0):
-    (self.path / 'go').write_text(f'{status}\n')
+    (self.path / 'going').write_text(f'{status}\n')
+    (self.path / 'going').rename(self.path / 'go')
 
   def wait(self, *statuses):
     """Waits until `status` prints these; gives its exit status."""
@@ -342,9 +344,9 @@ def test_logs_follow_over_a_broken_connection(cloud):
     f"cat <<'E'\n{text}\nE\n" + PROGRAM.replace('echo "  {}"', 'echo last')
   )
   cloud.tpu('run', *COMMAND)
-  (cloud.path / 'cut' / 'demo.1').write_text('7\n')
+  (cloud.path / 'cut' / 'demo.1').write_text('7 12\n')
   logs = cloud.start('logs', '--worker=1')
-  until(lambda: any('log 8' in line for line in cloud.log()), logs)
+  until(lambda: any('log 13' in line for line in cloud.log()), logs)
   cloud.end()
   out, err = logs.communicate(timeout=20)
   assert logs.returncode == 0, err
@@ -602,3 +604,22 @@ def test_what_is_missing_is_told(cloud):
   done = call('create', *where, '--type=v4-8', PATH=str(tools))
   assert done.returncode == 1
   assert done.stderr.startswith('error: gcloud is missing; install it')
+
+
+def test_the_page_runs_as_it_is_written():
+  """docs/tpu.md, its first example, in a dry run."""
+  with open(os.path.join(toy.ROOT, 'docs', 'tpu.md')) as f:
+    block = re.search('```bash\n(.*?)```', f.read(), re.S)[1]
+  block = block.replace('launch/tpu.sh "$1"', 'launch/tpu.sh --dry-run "$1"')
+  done = subprocess.run(
+    ['bash', '-euc', block.replace('gcloud storage', 'echo gcloud storage')],
+    cwd=toy.ROOT, capture_output=True, text=True,
+  )  # fmt: skip
+  assert done.returncode == 0, done.stderr
+  assert done.stderr == ''
+  assert '--location=us-west4 ' in done.stdout
+  (start,) = re.findall(r"worker.sh start (.*)'\n", done.stdout)
+  flags = '--config=configs/demo.py --workdir=runs/demo'
+  stages = [f'{stage} {flags}' for stage in toy.STAGES]
+  assert start == ' -- '.join(['movie_reviews --data_dir=data', *stages])
+  assert 'queued-resources delete demo' in done.stdout.splitlines()[-1]
