@@ -19,8 +19,9 @@ import tempfile
 import time
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-COPIED = ('bond_jax', 'configs', 'benchmarks', 'launch', 'tests',
-          'pyproject.toml')  # fmt: skip
+COPIED = (
+  'bond_jax', 'configs', 'benchmarks', 'launch', 'tests', 'pyproject.toml'
+)  # fmt: skip
 Mutation = collections.namedtuple('Mutation', 'path old new tests')
 
 

