@@ -214,7 +214,7 @@ def dry_run(
   def rollout(state, frozen, prompts, key, index):
     called.append(('rollout', index))
     on_rollout(index)
-    return np.zeros(())
+    return np.zeros(1)  # of one prompt
 
   def weigh(state, frozen, prompts, *_):
     drawn.append(None)
