@@ -24,7 +24,10 @@ from bond_jax import command, hosts
 from bond_jax.models import gemma
 
 LAUNCHER = os.path.join(toy.ROOT, 'launch', 'local_hosts.sh')
-MODEL = dataclasses.replace(toy.MODEL, layers=1, pattern=('global',))
+# Less to compile, which every process does for itself.
+MODEL = dataclasses.replace(
+  toy.MODEL, layers=1, pattern=('global',), qk_norm=False, post_norms=False
+)
 
 
 def get_config(folder: str, data=4, model=1) -> ml_collections.ConfigDict:

@@ -214,7 +214,7 @@ def dry_run(
   def rollout(state, frozen, prompts, key, index):
     called.append(('rollout', index))
     on_rollout(index)
-    return np.zeros(1)
+    return np.zeros(1)  # of one prompt
 
   def weigh(state, frozen, prompts, *_):
     drawn.append(None)
@@ -243,7 +243,6 @@ def dry_run(
     task,
     TrainState(jnp.int32(step), {}, {}, {}, {}),
     None,
-    lambda: None,
     key,
     key,
     sharding.make_mesh(1, 1),
