@@ -31,7 +31,6 @@ from bond_jax.errors import UserError
 from bond_jax.types import (
   Context,
   Frozen,
-  Params,
   Policy,
   PreferenceFn,
   Prompts,
@@ -58,9 +57,9 @@ class Task(NamedTuple):
   stop_ids: tuple[int, ...]
   batches: Any  # iterator of Prompts, with get_state() and set_state(state)
   reward: Callable[[Prompts, Rollout], scoring.Scored]  # on the host
-  # frozen -> probe, a function from params and frozen to validation numbers,
-  # among them win_rate/reference and kl/reference
-  make_probe: Callable[[Frozen], Callable[[Params, Frozen], dict[str, float]]]
+  # frozen -> probe, a function from params, and one that gives all of frozen,
+  # to validation numbers, among them win_rate/reference and kl/reference
+  make_probe: Callable[[Frozen], Callable[..., dict[str, float]]]
   facts: Mapping[str, Any] = types.MappingProxyType({})  # for the summary
 
 

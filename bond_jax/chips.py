@@ -58,6 +58,8 @@ def devices(topology: str) -> tuple[list[Any], Chip]:
   # Not to ask the machine whether it is a TPU, nor to claim the one it may be.
   os.environ['TPU_SKIP_MDS_QUERY'] = '1'
   os.environ['ALLOW_MULTIPLE_LIBTPU_LOAD'] = '1'
+  os.environ['TPU_WORKER_HOSTNAMES'] = 'localhost'
+  os.environ['TPU_ACCELERATOR_TYPE'] = 'v5litepod-4'  # any: else it complains
   from jax.experimental import topologies  # not a part of every run
 
   # Two cores of a v4 are one device, as they are on its VMs.

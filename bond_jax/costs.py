@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import ml_collections
 
 from bond_jax import origin
+from bond_jax.log_probs import tokens_read
 from bond_jax.models import gemma
 from bond_jax.types import Algorithm
 
@@ -109,7 +110,7 @@ def cost(
   models = bool(a.num_policy) + bool(a.num_anchor)
   scored = len(a.anchor_rows) + len(a.reference_rows)
   quantile = len(a.quantile_rows)
-  row = prompt + length - 1  # the last token predicts nothing
+  row, whole = tokens_read(prompt, length), prompt + length
   found = Cost(
     decodes=drawn / epochs,
     anchor_rows=len(a.anchor_rows) / epochs,
@@ -118,8 +119,8 @@ def cost(
     trained_rows=m,
     prefilled=models * prompt / epochs,
     decoded=drawn * length / epochs,
-    scored=(scored * row + quantile * (row + 1)) / epochs,
-    trained=m * row + quantile * (row + 1),
+    scored=(scored * row + quantile * whole) / epochs,
+    trained=m * row + quantile * whole,
   )
   if sizes is None:
     return found
@@ -151,7 +152,7 @@ def phases(
   models = bool(a.num_policy) + bool(a.num_anchor)
   scored = len(a.anchor_rows) + len(a.reference_rows)
   quantile = len(a.quantile_rows)
-  row = prompt + length - 1
+  row, whole = tokens_read(prompt, length), prompt + length
   w = work(sizes)
   per_row = lambda n: n * w.layers + attention(sizes, n, n)
   # Layers: prompts, then tokens one by one, each of which sees the whole cache.
@@ -162,12 +163,12 @@ def phases(
     + length * w.head
   )
   score = scored * (per_row(row) + length * w.head)
-  score += quantile * per_row(row + 1)
+  score += quantile * per_row(whole)
   # A backward pass is two forward ones, with frozen weights about one.
   back = 1 if sizes.lora_scale else 2
   layers = 1 + remat + back
   train = m * (layers * per_row(row) + (2 + back) * length * w.head)
-  train += quantile * layers * per_row(row + 1)
+  train += quantile * layers * per_row(whole)
   # Weights: once per token for all rows, once per pass and micro-batch else.
   once = bool(a.anchor_rows) + bool(a.reference_rows) + bool(quantile)
   # A prompt's keys are read once for all its completions, side by side.

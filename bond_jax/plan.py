@@ -56,7 +56,7 @@ def plan(config: ml_collections.ConfigDict, topology: str) -> dict[str, Any]:
       too_much[name] = compiled
       continue
     rows[name] = describe(compiled)
-    if chip.flops and name != 'probe':
+    if chip.flops and not name.startswith('probe'):
       rows[name]['least_seconds'] = programs.least_seconds(
         name, compiled, config, algorithm, kept, mesh, chip
       )
@@ -146,12 +146,12 @@ def advice(found: dict[str, Any]) -> str:
     if row['peak_bytes'] > found['hbm_bytes']
   }
   tips = []
-  if over & {'rollout', 'probe'}:
+  if over & {'rollout', 'probe/draw'}:
     tips.append(
       'sampling_mesh with a larger model axis, or fewer slots'
       f' (slots={max(1, (found["slots"] or found["batch"]) // 2)})'
     )
-  if over & {'weigh', 'update'}:
+  if over & {'weigh', 'update', 'probe/score'}:
     tips.append(f'train.micro_batches={2 * found["micro_batches"]}')
   return ', '.join(tips) or 'more chips'
 
@@ -185,7 +185,7 @@ def tables(found: dict[str, Any]) -> None:
   unit, size = ('GiB', GIB) if large else ('MiB', 2**20)
   shown = lambda x: f'{x / size:.2f}'
   where = lambda name: (
-    'hosts, but in move_anchor and probe'
+    'hosts, but in move_anchor and probe/score'
     if name == 'reference' and not found['reference_on_chip']
     else 'chips'
   )

@@ -22,7 +22,8 @@ class Program(NamedTuple):
 
   function: Any
   args: tuple[Any, ...]  # shapes, with their shardings
-  beside: int  # bytes on each chip that are not among its arguments
+  kept: int  # how many of their leaves the run keeps, the first ones
+  there: int  # bytes of all that the run keeps on each chip by then
   loops: int  # how often a loop of it runs that ends when all is drawn
 
 
@@ -98,46 +99,57 @@ def of_config(config: ml_collections.ConfigDict, mesh: Mesh):
 
   a, b, t = setup.algorithm, config.train.batch, config.length
   k = a.num_policy + a.num_anchor
-  drawn = Rollout(
-    row(jnp.int32, b, k, t),
-    row(bool, b, k, t),
-    row(jnp.float32, b, k, t),
-    row(jnp.float32, b, k),
-  )
+
+  def rollouts(b, k):
+    return Rollout(
+      row(jnp.int32, b, k, t),
+      row(bool, b, k, t),
+      row(jnp.float32, b, k, t),
+      row(jnp.float32, b, k),
+    )
+
   key = jax.eval_shape(lambda: jax.random.key(0))
   key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=whole)
   index = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
   batch, _ = jax.eval_shape(
     lambda *x: step_lib.weigh(setup, *x),
-    state, frozen, prompts(b), drawn, row(jnp.float32, b, k),
+    state, frozen, prompts(b), rollouts(b, k), row(jnp.float32, b, k),
   )  # fmt: skip
   batch = jax.tree.map(lambda x: row(x.dtype, *x.shape), batch)
-  probe = text_task.probe_program(config, policy, stop_ids, mesh)
-  shown = config.train.probe_prompts, config.train.probe_completions
+  probe = text_task.probe_programs(config, policy, stop_ids, mesh)
+  shown, n = config.train.probe_prompts, config.train.probe_completions
   calls = {
     'rollout': (of_run.rollout, prompts(b), key, index),
-    'weigh': (of_run.weigh, prompts(b), drawn, row(jnp.float32, b, k)),
+    'weigh': (of_run.weigh, prompts(b), rollouts(b, k), row(jnp.float32, b, k)),
     'update': (of_run.update, batch),
     'move_anchor': (of_run.move_anchor,),
-    'probe': (probe, prompts(shown[0]), key),
+    'probe/draw': (probe.draw, prompts(shown), key),
+    'probe/score': (probe.score, prompts(shown), rollouts(shown, n)),
   }
   kept = resident(state, frozen)
-  rests = not step_lib.reads_reference(a)
+  light = frozen
+  if not step_lib.reads_reference(a):
+    light = frozen._replace(reference={})
+  trees = {
+    'move_anchor': (state, frozen),
+    'probe/draw': (state.params, frozen.base),
+    'probe/score': (frozen,),
+  }
   found = {}
   for name, (function, *more) in calls.items():
-    first = state.params if name == 'probe' else state
-    args = (first, frozen, *more)
-    here = {k: v for k, v in kept.items() if v != {}}
-    if rests and name in ('rollout', 'weigh', 'update'):
-      args = (first, frozen._replace(reference={}), *more)
-      here.pop('reference')
+    first = trees.get(name, (state, light))
+    # What is no argument of a program is there all the same.
+    there = frozen if name in ('move_anchor', 'probe/score') else light
     completions = max(a.num_policy, a.num_anchor) * b
-    if name == 'probe':
-      completions = shown[0] * shown[1]
+    if name == 'probe/draw':
+      completions = shown * n
     slots = min(config.slots, completions) or completions
-    # Those that are no arguments of this program are there all the same.
     found[name] = Program(
-      function, args, bytes_of(here), -(-completions // slots) * t
+      function,
+      (*first, *more),
+      len(jax.tree.leaves(first)),
+      bytes_of((state, there)),
+      -(-completions // slots) * t,
     )
   return found, kept
 
@@ -154,9 +166,10 @@ def compile_program(program: Program) -> Compiled | str:
     return needed[1] if needed else 'more'
   memory = compiled.memory_analysis()
   collectives = hlo.collectives(compiled.as_text(), program.loops)
-  kept = _kept_bytes(compiled, program.args)
   arguments = memory.argument_size_in_bytes
-  beside = max(0, program.beside - kept)  # rounding of tiny arrays
+  beside = max(
+    0, program.there - _kept_bytes(compiled, program)
+  )  # rounding of tiny arrays
   return Compiled(
     peak=memory.peak_memory_in_bytes + beside,
     arguments=arguments,
@@ -168,14 +181,10 @@ def compile_program(program: Program) -> Compiled | str:
   )
 
 
-def _kept_bytes(compiled, args) -> int:
-  """Bytes of state and frozen trees that the program has as arguments.
-
-  jit leaves out what a function does not look at.
-  """
-  state, frozen, *_ = args
+def _kept_bytes(compiled, program: Program) -> int:
+  """Bytes of the arguments that the run keeps; jit drops what is not used."""
   used = compiled._executable._kept_var_idx  # no public name says it
-  leaves = jax.tree.leaves((state, frozen))
+  leaves = jax.tree.leaves(program.args)[: program.kept]
   return bytes_of([x for i, x in enumerate(leaves) if i in used])
 
 

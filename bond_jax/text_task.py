@@ -5,8 +5,9 @@ Named by `config.task`; `build.Task` says what a task is.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import ml_collections
@@ -29,7 +30,6 @@ from bond_jax.errors import UserError
 from bond_jax.log_probs import log_probs
 from bond_jax.models import lora
 from bond_jax.sampling import sample
-from bond_jax.types import Frozen, Prompts
 
 
 def check(config: ml_collections.ConfigDict, mesh) -> None:
@@ -93,10 +93,22 @@ def make(config: ml_collections.ConfigDict, workdir: str, mesh) -> build.Task:
       length=config.prompt.length,
       count=config.train.probe_prompts,
     )
-    draw = make_draw(config, policy, tokenizer.stop_ids, mesh)
-    read = functools.partial(build.texts, config, tokenizer, held_out, prompts)
+    on_mesh = sharding.put_batch(prompts, mesh)
+    probe = probe_programs(config, policy, tokenizer.stop_ids, mesh)
+    key, base = build.key(config.seed, 'probe'), frozen.base
+    draw = lambda params, stream: probe.draw(
+      params, base, on_mesh, jax.random.fold_in(key, stream)
+    )
+    log_ratio = lambda frozen, drawn: shares.fetch(
+      probe.score(frozen, on_mesh, drawn)
+    )
+    fetched = lambda drawn: build.texts(
+      config, tokenizer, held_out, prompts, shares.fetch(drawn)
+    )
     own = shares.own(mesh, config.train.probe_prompts)
-    return probe_of(draw, reward, gold, score, read, prompts, frozen, own)
+    return probe_of(
+      draw, log_ratio, reward, gold, score, fetched, frozen.reference, own
+    )
 
   return build.Task(
     policy=policy,
@@ -136,47 +148,40 @@ def look_at(rows: data.Source, encode: data.Encode, prompt) -> dict[str, int]:
   }
 
 
-def probe_program(config, policy, stop_ids, mesh):
-  """The jitted probe: params, frozen, prompts, key -> rollout, log-ratios."""
+class Probe(NamedTuple):
+  """The jitted functions of a probe.
+
+  Apart, since the reference is not needed, nor there, while the policy draws.
+  """
+
+  draw: Callable[..., Any]  # params, base, prompts, key -> rollout
+  score: Callable[..., Any]  # frozen, prompts, rollout -> log-ratio f32[B, K]
+
+
+def probe_programs(config, policy, stop_ids, mesh) -> Probe:
   sampling_mesh = sharding.reshaped(mesh, **config.sampling_mesh)
 
-  def draw(params, frozen, prompts, key):
-    whole = lora.over(policy, frozen.base)
-    drawn = sample(
-        whole, params, prompts, key, num=config.train.probe_completions,
-        length=config.length, stop_ids=stop_ids, slots=config.slots,
-        mesh=sampling_mesh,
+  def draw(params, base, prompts, key):
+    return sample(
+        lora.over(policy, base), params, prompts, key,
+        num=config.train.probe_completions, length=config.length,
+        stop_ids=stop_ids, slots=config.slots, mesh=sampling_mesh,
     )  # fmt: skip
+
+  def score(frozen, prompts, drawn):
     log_reference = log_probs(
-        whole, frozen.reference, prompts, drawn.completion, drawn.mask,
-        chunk=config.chunk,
+        lora.over(policy, frozen.base), frozen.reference, prompts,
+        drawn.completion, drawn.mask, chunk=config.chunk,
     )  # fmt: skip
-    return drawn, (drawn.log_prob - log_reference).sum(-1)
+    return (drawn.log_prob - log_reference).sum(-1)
 
-  return jax.jit(draw, out_shardings=sharding.by_row(mesh))
-
-
-def make_draw(config, policy, stop_ids, mesh):
-  """A function from (params, frozen, prompts, stream) to what is drawn.
-
-  The rollout, on the host, and the summed log-ratio of each of its completions
-  to the reference, f32[B, probe_completions], in nats.
-  """
-  program = probe_program(config, policy, stop_ids, mesh)
-  key = build.key(config.seed, 'probe')
-
-  def drawn_on_host(params, frozen: Frozen, prompts: Prompts, stream: int):
-    on_mesh = sharding.put_batch(prompts, mesh)
-    return shares.fetch(
-      program(params, frozen, on_mesh, jax.random.fold_in(key, stream))
-    )
-
-  return drawn_on_host
+  rows = sharding.by_row(mesh)
+  return Probe(
+    jax.jit(draw, out_shardings=rows), jax.jit(score, out_shardings=rows)
+  )
 
 
-def probe_of(
-  draw, reward, gold, score, read, prompts: Prompts, frozen: Frozen, own
-):
+def probe_of(draw, log_ratio, reward, gold, score, read, reference, own):
   """How the policy does against the reference on fixed validation prompts.
 
   The reference's completions are drawn once, with a key of their own, so that
@@ -197,7 +202,7 @@ def probe_of(
 
     return shares.over(own, judged)
 
-  theirs = read(draw(frozen.reference, frozen, prompts, 1)[0])
+  theirs = read(draw(reference, 1))
   before, weight_before, gold_before = judge_own(lambda: reward, theirs)
   if gold_before.ndim == 3:
     raise UserError(
@@ -210,8 +215,8 @@ def probe_of(
       return reward
     return scoring.against(reward, *scoring.some(own, *theirs)[1:])
 
-  def probe(params, frozen) -> dict[str, Any]:
-    drawn, log_ratio = draw(params, frozen, prompts, 2)
+  def probe(params, whole) -> dict[str, Any]:
+    drawn = draw(params, 2)
     after, weight, gold_after = judge_own(asked, read(drawn))
     kept = (weight_before > 0) & (weight > 0)
     mine = after[kept]
@@ -219,7 +224,7 @@ def probe_of(
       'win_rate/reference': float(mine.mean())
       if judge
       else measures.win_rate(mine, before[kept]),
-      'kl/reference': float(log_ratio.mean()),
+      'kl/reference': float(log_ratio(whole(), drawn).mean()),
       'reward/validation': float(mine.mean()),
       'win_rate/gold': measures.win_rate(gold_after, gold_before),
       'gold/validation': float(gold_after.mean()),

@@ -195,26 +195,27 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
   setup = make_setup(config, task.policy, task.stop_ids, mesh)
   cost = costs.of_config(config, setup.algorithm, task.policy.vocab_size)
   hosts.say(f'train: {costs.line(cost)}')
-  state = init_state(setup, task.frozen, mesh)
-  frozen, whole = rest_reference(setup, task.frozen)
-  task = task._replace(frozen=None)  # all of it is nowhere else
   checkpoints = checkpoint.manager(os.path.join(folder, 'checkpoints'))
   start = checkpoint.last_step(checkpoints)
-  if start is not None:
-    state, position = checkpoint.restore(checkpoints, state)
-    task.batches.set_state(position)
-    hosts.say(f'train: goes on after step {start}')
-  programs = make_programs(setup, mesh, state)
-  key = build.key(config.seed, 'train')
-  order = build.key(config.seed, 'order')
   show = ('reward/policy', 'signal/fires', 'win_rate/reference', 'kl/reference')
   writer = metrics.Writer(folder, 'train', settings.steps, start, show)
+  key = build.key(config.seed, 'train')
+  order = build.key(config.seed, 'order')
   compiled = []  # programs of the step compiled so far, after each iteration
   step = start or 0
   submit = scoring.worker()
   with writer, checkpoints:
+    # The reference draws for it, while there is nothing else on the devices.
     with writer.phase('evaluate'):
-      probe = task.make_probe(whole())
+      probe = task.make_probe(task.frozen)
+    state = init_state(setup, task.frozen, mesh)
+    frozen, whole = rest_reference(setup, task.frozen)
+    task = task._replace(frozen=None)  # all of it is nowhere else
+    if start is not None:
+      state, position = checkpoint.restore(checkpoints, state)
+      task.batches.set_state(position)
+      hosts.say(f'train: goes on after step {start}')
+    programs = make_programs(setup, mesh, state)
     while step < settings.steps:
       steps = run_iteration(
         programs, setup, task, state, frozen, whole, key, order, mesh,
@@ -225,7 +226,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
         save = step % settings.save_every == 0 or step == settings.steps
         if save:
           with writer.phase('evaluate'):
-            row |= probe(state.params, whole())
+            row |= probe(state.params, whole)
         check_finite(row, step, checkpoints.directory)
         writer.write(step, row)
         if save:

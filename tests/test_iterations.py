@@ -243,6 +243,7 @@ def dry_run(
     task,
     TrainState(jnp.int32(step), {}, {}, {}, {}),
     None,
+    lambda: None,
     key,
     key,
     sharding.make_mesh(1, 1),

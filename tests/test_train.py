@@ -11,7 +11,7 @@ import toy
 
 from bond_jax import build, checkpoint, scoring, text_task, train
 from bond_jax.errors import UserError
-from bond_jax.types import Frozen, TrainState
+from bond_jax.types import TrainState
 from configs import demo
 
 # The reward's call at step 5: the probe's reference, five steps, one save.
@@ -192,9 +192,8 @@ def test_another_config_is_refused(config, workdir):
 def test_the_probe_draws_the_two_sides_apart():
   """Of one policy, so that equal keys would give equal rewards: all ties."""
 
-  def draw(params, frozen, prompts, stream):
-    rewards = np.random.default_rng(stream).random((4, 8))
-    return rewards + params, np.zeros((4, 8))
+  def draw(params, stream):
+    return np.random.default_rng(stream).random((4, 8)) + params
 
   texts = [[''] * 8] * 4
   read = lambda drawn: ([''] * 4, texts, toy.context(texts, rows=drawn))
@@ -203,10 +202,12 @@ def test_the_probe_draws_the_two_sides_apart():
   score = functools.partial(
     scoring.score, **build.reward_rules(demo.reward('none'))
   )
-  own, frozen = np.arange(4), Frozen(0.0, {})
-  probe = text_task.probe_of(draw, reward, gold, score, read, None, frozen, own)
-  assert probe(0.0, frozen)['win_rate/reference'] != 0.5
-  found = probe(2.0, frozen)
+  ratio = lambda frozen, drawn: frozen + drawn
+  probe = text_task.probe_of(
+    draw, ratio, reward, gold, score, read, 0.0, np.arange(4)
+  )
+  assert probe(0.0, lambda: 0.0)['win_rate/reference'] != 0.5
+  found = probe(2.0, lambda: 0.0)
   assert found['win_rate/reference'] == 1 and found['win_rate/gold'] == 0
   mean = found['reward/validation']
   assert found['gold/validation'] == pytest.approx(-2 * mean, rel=1e-6)
