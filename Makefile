@@ -32,7 +32,7 @@ $(foreach folder,.venv .venv-parity .venv-hf,$(if $(wildcard $(folder)/.done),\
   $(shell $(folder)/bin/python -c '$(healthy)' >&2 || rm $(folder)/.done)))
 
 .PHONY: help setup data demo test test-meshes test-parity test-hf mutations figures \
-  bench overoptimisation notebooks lint venv
+  bench sizing overoptimisation notebooks lint venv libtpu
 
 help:  ## list these commands
 	@sed -n 's/^\([a-z-]*\):.*## /\1: /p' Makefile | column -t -s:
@@ -55,18 +55,31 @@ help:  ## list these commands
 
 venv: .venv/.done
 
+# Not into .venv, where jax would ask it for a TPU in every command.
+ifeq ($(shell uname -sm),Linux x86_64)
+libtpu: .libtpu/.done
+else
+libtpu:
+endif
+
+.libtpu/.done: .venv/.done requirements-plan.txt
+	@rm -rf .libtpu
+	@$(PYTHON) -m pip install --quiet --no-deps --target .libtpu \
+	  -r requirements-plan.txt
+	@touch $@
+
 # Not a stamp: the command itself sees what is there, and redoes what is broken.
 data: venv
 	@$(PYTHON) -m bond_jax.movie_reviews --data_dir=data
 
-setup: data  ## create .venv, fetch and prepare the demo's data
+setup: data libtpu  ## create .venv, fetch the demo's data and the TPU compiler
 
 demo: setup  ## sft, reward model, J-BOND and evaluation, into runs/demo
 	@for stage in sft reward_model train evaluate; do \
 	  $(PYTHON) -m bond_jax.$$stage --config=$(CONFIG) --workdir=$(WORKDIR); \
 	done
 
-test: venv  ## the core test suite; needs no network and no data
+test: venv libtpu  ## the core test suite; needs no network and no data
 	@$(PYTHON) -m pytest -n 2 --dist loadfile
 
 test-meshes: venv  ## every mesh, with all numbers of micro-batches (minutes)
@@ -97,6 +110,9 @@ figures: venv  ## the papers' figures at laptop scale, into runs/figures
 overoptimisation: setup  ## learnt reward against gold as the KL grows, a figure
 	@PYTHONPATH=. $(PYTHON) benchmarks/overoptimisation.py \
 	  --out=runs/overoptimisation
+
+sizing: venv libtpu  ## docs/sizing.md: which config fits which slice (hours)
+	@$(PYTHON) -m benchmarks.sizing --out=runs/sizing
 
 bench: venv  ## speed beside other samplers and trainers, into runs/bench
 	@$(PYTHON) -m benchmarks.bench --out=runs/bench

@@ -45,6 +45,17 @@ def configure_jax() -> None:
   jax.config.update('jax_numpy_rank_promotion', 'raise')
 
 
+def keep_compilations(backend: str) -> None:
+  """Keeps compiled programs for later runs, where compiling takes minutes.
+
+  In JAX_COMPILATION_CACHE_DIR, or else in ~/.cache/bond_jax; on CPUs, whose
+  programs are small here and fit one kind of CPU alone, only in the former.
+  """
+  if backend != 'cpu' and not jax.config.jax_compilation_cache_dir:
+    folder = os.path.expanduser('~/.cache/bond_jax')
+    jax.config.update('jax_compilation_cache_dir', folder)
+
+
 class Task(NamedTuple):
   """What the train stage trains on, and how it is watched.
 
@@ -283,6 +294,7 @@ def begin(
   """
   hosts.start()
   configure_jax()
+  keep_compilations(jax.default_backend())
   command.agree(
     {
       'stage': name,

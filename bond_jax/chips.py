@@ -100,7 +100,8 @@ def _libtpu() -> str:
     os.environ.get('TPU_LIBRARY_PATH', ''),
     os.path.join(root, '.libtpu', 'libtpu', 'libtpu.so'),
   ]
-  if spec := importlib.util.find_spec('libtpu'):
+  spec = importlib.util.find_spec('libtpu')
+  if spec and spec.origin:
     paths.append(os.path.join(os.path.dirname(spec.origin), 'libtpu.so'))
   for path in paths:
     if os.path.exists(path):

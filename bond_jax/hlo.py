@@ -65,7 +65,7 @@ def collectives(text: str, loops: int = 1) -> list[Collective]:
       size = _received(kind, match, line)
       if key not in found or found[key].times < times[name]:
         found[key] = Collective(
-          kind, size, times[name], where[1] if where else ''
+          kind, size, times[name], where[1][:160] if where else ''
         )
   return list(found.values())
 

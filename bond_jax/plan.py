@@ -50,9 +50,12 @@ def plan(config: ml_collections.ConfigDict, topology: str) -> dict[str, Any]:
   algorithm = build.make_algorithm(config)
   rows, too_much = {}, {}
   for name, program in wanted.items():
+    if program.there > chip.memory:  # without the program, even
+      too_much[name] = program.there
+      continue
     print(f'compiling {name} for {topology} ...', flush=True)
     compiled = programs.compile_program(program)
-    if isinstance(compiled, str):
+    if not isinstance(compiled, programs.Compiled):
       too_much[name] = compiled
       continue
     rows[name] = describe(compiled)
@@ -165,17 +168,18 @@ def verdict(found: dict[str, Any]) -> str:
       found['programs'].items(), key=lambda item: item[1]['peak_bytes']
     )
     return f'fits: at most {gib(row["peak_bytes"])} of {limit}, in {name}'
-  reasons = [
-    f'{name} needs {size} GiB' if size != 'more' else f'{name} needs more'
-    for name, size in found['too_much'].items()
-  ] + [
-    f'{name} needs {gib(row["peak_bytes"])}'
+  needs = found['too_much'] | {
+    name: row['peak_bytes']
     for name, row in found['programs'].items()
     if row['peak_bytes'] > found['hbm_bytes']
-  ]
+  }
+  name = max(needs, key=needs.get)
+  least = ' or more' if name in found['too_much'] else ''
+  needed = f'{gib(needs[name])}{least}' if needs[name] else 'more than there is'
+  others = f' ({", ".join(n for n in needs if n != name)} do not fit either)'
   return (
-    f'does not fit: {", ".join(reasons)} of {limit} per chip; try'
-    f' {advice(found)}'
+    f'does not fit: {name} needs {needed}, of {limit} per chip'
+    f'{others if len(needs) > 1 else ""}; try {advice(found)}'
   )
 
 
@@ -213,8 +217,8 @@ def tables(found: dict[str, Any]) -> None:
     for name, row in found['programs'].items()
   ]
   rows += [
-    (name, '', '', '', f'> {size}', shown(found['hbm_bytes']), '')
-    for name, size in found['too_much'].items()
+    (name, '', '', '', f'> {shown(least)}', shown(found['hbm_bytes']), '')
+    for name, least in found['too_much'].items()
   ]
   metrics.table([head, *rows], 'memory')
   metrics.table(_sent(found), 'sent between chips, and the largest at one time')
@@ -289,12 +293,17 @@ def search(config: ml_collections.ConfigDict, topology: str) -> dict[str, Any]:
 
 def main(config: ml_collections.ConfigDict, out: str) -> None:
   build.configure_jax()
+  try:
+    os.makedirs(out, exist_ok=True)
+  except OSError as e:
+    raise UserError(
+      f'cannot write to --out={out}: {e.strerror}; give another one.'
+    ) from e
   with config.unlocked():
     # A schedule wants a number; no shape depends on it.
     config.train.steps = config.train.get('steps') or 1
   work = search if _SEARCH.value else plan
   found = work(config, _TOPOLOGY.value) | {'versions': build.versions()}
-  os.makedirs(out, exist_ok=True)
   path = os.path.join(out, 'summary.json')
   command.write_json(path, found)
   tables(found)

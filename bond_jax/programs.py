@@ -71,6 +71,7 @@ def shapes(config, policy, setup: step_lib.Setup, mesh: Mesh):
     )
   reference = jax.eval_shape(policy.init, jax.random.key(0))
   frozen = Frozen(sharding.tree_structs(reference, mesh), base)
+  sharding.check_split(frozen, mesh)
   state = jax.eval_shape(lambda x: step_lib.init_state(setup, x), frozen)
   return sharding.tree_structs(state, mesh), frozen
 
@@ -154,8 +155,12 @@ def of_config(config: ml_collections.ConfigDict, mesh: Mesh):
   return found, kept
 
 
-def compile_program(program: Program) -> Compiled | str:
-  """Compiles a program for its mesh; what it needs in words, if too much."""
+def compile_program(program: Program) -> Compiled | float:
+  """Compiles a program for its mesh.
+
+  If it is too much for a chip by itself, returns the bytes that it needs at
+  least, 0 where the compiler does not say.
+  """
   start = time.monotonic()
   try:
     compiled = program.function.lower(*program.args).compile()
@@ -163,7 +168,7 @@ def compile_program(program: Program) -> Compiled | str:
     if 'RESOURCE_EXHAUSTED' not in str(e):
       raise
     needed = re.search(r'HLO temporaries \(([\d.]+)G\)', str(e))
-    return needed[1] if needed else 'more'
+    return float(needed[1]) * 2**30 if needed else 0.0
   memory = compiled.memory_analysis()
   collectives = hlo.collectives(compiled.as_text(), program.loops)
   arguments = memory.argument_size_in_bytes

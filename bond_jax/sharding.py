@@ -20,6 +20,9 @@ import numpy as np
 from bond_jax.errors import UserError
 from bond_jax.types import Array
 
+# A parameter larger than this must be split: norms are a few kilobytes.
+WHOLE_BYTES = 2**24
+
 # The first pattern found in a parameter's path decides. Axes that lead those of
 # the rule (stacked layers, the 3 of qkv) are never split.
 RULES = (
@@ -159,6 +162,27 @@ def spec(
     if all(whole):
       break
   return P(*(a if ok else None for a, ok in zip(axes, whole, strict=True)))
+
+
+def check_split(tree: Any, mesh: Mesh) -> None:
+  """Refuses a tree of parameters of which a large array would not be split.
+
+  A UserError for one of more than WHOLE_BYTES that is whole on every device.
+  """
+
+  def check(path, x):
+    name, size = path_name(path), math.prod(x.shape) * x.dtype.itemsize
+    shards = NamedSharding(mesh, spec(name, x.shape, mesh))
+    whole = shards.shard_shape(x.shape) == x.shape
+    if whole and mesh.size > 1 and size > WHOLE_BYTES:
+      raise UserError(
+        f'{name} of shape {x.shape} ({size / 1e6:.0f} MB) would be whole on'
+        f' each of {mesh.size} devices: mesh {dict(mesh.shape)} divides none'
+        ' of the axes that its rule in bond_jax/sharding.py:RULES splits;'
+        ' choose mesh.data and mesh.model that do.'
+      )
+
+  jax.tree_util.tree_map_with_path(check, tree)
 
 
 def _divides(size: int, axes: Any, mesh: Mesh) -> bool:

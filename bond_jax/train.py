@@ -245,7 +245,9 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
 def init_state(setup, frozen: Frozen, mesh) -> TrainState:
   """The state before the first step, created in its shards."""
   init = lambda frozen: step_lib.init_state(setup, frozen)
-  shards = sharding.tree_shardings(jax.eval_shape(init, frozen), mesh)
+  shapes = jax.eval_shape(init, frozen)
+  sharding.check_split((shapes.params, frozen.base), mesh)
+  shards = sharding.tree_shardings(shapes, mesh)
   return jax.jit(init, out_shardings=shards)(frozen)
 
 

@@ -266,3 +266,22 @@ def test_a_language_that_is_none(path, value, says):
   change(config, path, value)
   with pytest.raises(UserError, match=says):
     build.check(config)
+
+
+@pytest.mark.parametrize(
+  'backend, asked, kept',
+  [
+    ('tpu', None, '~/.cache/bond_jax'),
+    ('gpu', '/x', '/x'),
+    ('cpu', None, None),
+  ],
+)
+def test_compilations_are_kept_where_they_take_long(backend, asked, kept):
+  before = jax.config.jax_compilation_cache_dir
+  try:
+    jax.config.update('jax_compilation_cache_dir', asked)
+    build.keep_compilations(backend)
+    found = jax.config.jax_compilation_cache_dir
+    assert found == (kept and os.path.expanduser(kept))
+  finally:
+    jax.config.update('jax_compilation_cache_dir', before)

@@ -111,3 +111,40 @@ def test_put_batch_splits_rows_over_data():
   out = sharding.put_batch({'x': x}, mesh)['x']
   assert {s.data.shape for s in out.addressable_shards} == {(2, 2)}
   np.testing.assert_array_equal(out, x)
+
+
+def test_nothing_large_is_whole_on_every_device():
+  """A name of a large array that no axis of the mesh divides is an error."""
+  mesh = sharding.make_mesh(8, 1)
+  odd = {'mlp': {'linear': jax.ShapeDtypeStruct((4097, 1025), jnp.float32)}}
+  with pytest.raises(UserError, match=r'mlp/linear .*17 MB.* each of 8'):
+    sharding.check_split(odd, mesh)
+  sharding.check_split(odd, sharding.make_mesh(1, 1))
+  small = {'mlp': {'linear': jax.ShapeDtypeStruct((409, 105), jnp.float32)}}
+  sharding.check_split(small, mesh)
+  for config in gemma.CONFIGS.values():
+    shapes = jax.eval_shape(lambda c=config: gemma.init(c, jax.random.key(0)))
+    for shape in MESHES:
+      sharding.check_split(shapes, sharding.make_mesh(*shape))
+
+
+def test_a_mesh_is_reshaped_over_the_same_devices():
+  mesh = sharding.make_mesh(4, 2)
+  other = sharding.reshaped(mesh, 1, -1)
+  assert dict(other.shape) == {'data': 1, 'model': 8}
+  assert list(other.devices.flat) == list(mesh.devices.flat)
+  assert dict(sharding.reshaped(mesh, -1, 2).shape) == {'data': 4, 'model': 2}
+  for data, model in [(3, -1), (8, 2), (0, 8), (-1, -1)]:
+    with pytest.raises(UserError, match='sampling_mesh .* the 8 devices'):
+      sharding.reshaped(mesh, data, model)
+
+
+def test_what_rests_on_the_hosts_comes_back():
+  mesh = sharding.make_mesh(4, 2)
+  tree = {'linear': jnp.arange(64.0).reshape(8, 8)}
+  tree = jax.device_put(tree, sharding.tree_shardings(tree, mesh))
+  there = sharding.to_host(tree)
+  assert there['linear'].sharding.memory_kind == 'pinned_host'
+  back = sharding.to_device(there)
+  assert back['linear'].sharding == tree['linear'].sharding
+  np.testing.assert_array_equal(back['linear'], tree['linear'])
