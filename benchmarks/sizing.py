@@ -15,7 +15,7 @@ import sys
 
 from absl import app, flags
 
-from bond_jax import command, plan
+from bond_jax import chips, command
 
 _OUT = flags.DEFINE_string('out', None, 'Of the plans.', required=True)
 
@@ -65,7 +65,7 @@ def make(out: str, name: str, topology: str, *overrides: str) -> dict:
 
 
 def row(name: str, found: dict) -> list[str]:
-  gib = lambda x: f'{x / plan.GIB:.2f}'
+  gib = lambda x: f'{x / chips.GIB:.2f}'
   worst = max(
     found['programs'], key=lambda n: found['programs'][n]['peak_bytes'],
     default='',

@@ -62,7 +62,7 @@ def ridge(config: ml_collections.ConfigDict, workdir: str) -> None:
   path = os.path.join(workdir, 'reward', 'summary.json')
   if not build.begin('reward_model', config, path, workdir, {}):
     return
-  build.claim(config, workdir, os.path.dirname(path))
+  build.claim(config, workdir, workdir)
   hosts.once(lambda: fit(config, workdir, path))
 
 

@@ -59,7 +59,7 @@ def test_the_last_step_comes_back_into_its_shards(tmp_path, mesh):
     )
   )
   embedding = state.params['embedder']['input_embedding']
-  assert embedding.addressable_shards[0].data.shape == (4, 1)
+  assert embedding.addressable_shards[0].data.shape == (1, 4)
 
 
 def test_the_policy_alone_comes_back_on_another_mesh(tmp_path, mesh):
