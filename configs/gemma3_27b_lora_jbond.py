@@ -5,7 +5,7 @@
       --config.data.name=... --config.reward.function=... \
       --config.gold.function=... --config.train.steps=...
 
-Hardware, estimated and not yet tried: a host with 8 TPU v5e chips.
+Hardware: docs/sizing.md, from the compiler; not yet tried.
 """
 
 from configs import gemma_jbond
