@@ -38,7 +38,7 @@ def seconds(program, *args) -> float:
 
 def main(data: int, model: int) -> None:
   policy = gemma.make(
-    CONFIG, temperature=1.0, dtype='float32', scan=False, remat=False
+    CONFIG, temperature=1.0, dtype='float32', scan=False, remat='none'
   )
   mesh = sharding.make_mesh(data, model)
   params = jax.jit(functools.partial(gemma.init, CONFIG))(jax.random.key(0))

@@ -24,7 +24,7 @@ B, P, NUM, T = 32, 32, 8, 64
 
 def compare(dtype: str) -> None:
   policy = gemma.make(
-    CONFIG, temperature=1.0, dtype=dtype, scan=False, remat=False
+    CONFIG, temperature=1.0, dtype=dtype, scan=False, remat='none'
   )
   params = jax.jit(functools.partial(gemma.init, CONFIG))(jax.random.key(0))
   rng = np.random.default_rng(0)

@@ -72,8 +72,8 @@ def open_(model: str):
   make = functools.partial(
     gemma.make, config, temperature=1.0, dtype='bfloat16'
   )
-  policy = make(scan=False, remat=False)
-  trained = make(scan=True, remat=True)
+  policy = make(scan=False, remat='none')
+  trained = make(scan=True, remat='all')
   init = jax.jit(lambda key: gemma.init(config, key))
   low = lambda tree: jax.tree.map(lambda x: x.astype(jnp.bfloat16), tree)
   params = jax.jit(lambda key: low(init(key)))(jax.random.key(0))

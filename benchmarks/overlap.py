@@ -42,7 +42,7 @@ def make_setup() -> step_lib.Setup:
       temperature=1.0,
       dtype='float32',
       scan=False,
-      remat=False,
+      remat='none',
     ),
     algorithm=wind.make(
       kl_weight=0.2,

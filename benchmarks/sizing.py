@@ -49,18 +49,20 @@ longer. The plan of one config, `--search` for the largest batch that fits and
 """
 
 
-def make(out: str, name: str, topology: str, *overrides: str) -> dict:
-  """The summary of one plan, made in a process of its own."""
+def make(out: str, name: str, topology: str, *overrides: str) -> dict | None:
+  """The summary of one plan, made in a process of its own; None if it fails."""
   folder = os.path.join(out, f'{name}-{topology.replace(":", "-")}')
   path = os.path.join(folder, 'summary.json')
   if not os.path.exists(path):
     args = [f'--config.sampling_mesh.{x}' for x in overrides]
-    subprocess.run(
+    done = subprocess.run(
       [sys.executable, '-m', 'bond_jax.plan',
        f'--config=configs/{name}_jbond.py', f'--topology={topology}',
        f'--out={folder}', *args],
-      check=True,
+      check=False,
     )  # fmt: skip
+    if done.returncode:
+      return None
   return command.read_json(path)
 
 
@@ -106,7 +108,10 @@ def main(_) -> None:
   for i in range(max(map(len, WANTED.values()))):
     for name, slices in WANTED.items():
       if i < len(slices):
-        rows.append(row(name, make(_OUT.value, name, *slices[i].split())))
+        found = make(_OUT.value, name, *slices[i].split())
+        if not found:
+          continue
+        rows.append(row(name, found))
         rows.sort(key=lambda x: list(WANTED).index(x[0].strip('`')[:-9]))
         with open(PAGE, 'w', encoding='utf-8') as f:
           f.write(page(rows))

@@ -90,7 +90,7 @@ def cost(
   micro_batches: int,
   epochs: int,
   itemsize: int,
-  remat: bool,
+  remat: str,
 ) -> Cost:
   """The cost of one prompt in one update.
 
@@ -103,7 +103,8 @@ def cost(
     micro_batches: into which an update is split: each reads the weights.
     epochs: updates on every rollout, which share what it cost.
     itemsize: bytes of a number in the computation.
-    remat: layers are computed again in the backward pass; the head always is.
+    remat: with 'all', layers are computed again in the backward pass; the head
+      always is.
   """
   a, m = algorithm, num_trained(algorithm)
   drawn = a.num_policy + a.num_anchor
@@ -144,7 +145,7 @@ def phases(
   prompt: int,
   length: int,
   epochs: int,
-  remat: bool,
+  remat: str,
 ) -> dict[str, Phase]:
   """The rollout, the weighing and the update; arguments as those of `cost`."""
   a, m = algorithm, num_trained(algorithm)
@@ -166,7 +167,8 @@ def phases(
   score += quantile * per_row(whole)
   # A backward pass is two forward ones, with frozen weights about one.
   back = 1 if sizes.lora_scale else 2
-  layers = 1 + remat + back
+  again = remat == 'all'
+  layers = 1 + again + back
   train = m * (layers * per_row(row) + (2 + back) * length * w.head)
   train += quantile * layers * per_row(whole)
   # Weights: once per token for all rows, once per pass and micro-batch else.
@@ -179,7 +181,7 @@ def phases(
       sample / epochs, models * length / epochs, cached / epochs
     ),
     'weigh': Phase(score / epochs, once / epochs, 0.0),
-    'update': Phase(train, (1 + bool(quantile)) * (2 + remat), 0.0),
+    'update': Phase(train, (1 + bool(quantile)) * (2 + again), 0.0),
   }
 
 

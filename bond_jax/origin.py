@@ -85,6 +85,10 @@ def make_policy(
     )
   if is_library(model):
     return _library_policy(model, used_vocab)
+  if model.remat not in gemma.REMAT:
+    raise UserError(
+      f'model.remat is {model.remat!r}; known are {", ".join(gemma.REMAT)}.'
+    )
   sizes = make_sizes(model, used_vocab)
   keys = 'temperature', 'dtype', 'scan', 'remat'
   kwargs = {key: model[key] for key in keys}
@@ -95,10 +99,11 @@ def make_policy(
 
 
 def _library_policy(model: ml_collections.ConfigDict, used_vocab: int):
-  if model.lora.rank or model.sizes or model.remat or model.scan:
+  again = model.remat != 'none'
+  if model.lora.rank or model.sizes or again or model.scan:
     raise UserError(
-      f'{model.name} is a model of the gemma library: set model.scan and'
-      ' model.remat to False, model.lora.rank to 0, and no model.sizes.'
+      f'{model.name} is a model of the gemma library: set model.scan to'
+      ' False, model.remat to none, model.lora.rank to 0, and no model.sizes.'
     )
   policy = library.make(
     library.model(model.name),

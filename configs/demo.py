@@ -99,7 +99,7 @@ def get_config(argument: str = 'algorithm=jbond') -> ml_collections.ConfigDict:
     temperature=1.0,  # of sampling and of scoring alike
     dtype='float32',  # of the computation; parameters are float32 always
     scan=False,  # loop over layers: compiles faster, runs slower on CPU
-    remat=False,  # recompute activations in the backward pass
+    remat='none',  # of layers, in the backward pass: 'products', 'all'
     # Adapters instead of all weights; rank 0 = all weights. targets: a regular
     # expression, found in names such as attn/q_einsum/w and mlp/linear.
     lora=dict(

@@ -77,7 +77,7 @@ def get_config(argument: str = 'algorithm=jbond') -> ml_collections.ConfigDict:
     temperature=1.0,
     dtype='float32',
     scan=False,
-    remat=False,
+    remat='none',
     lora=dict(
       rank=0, alpha=16.0, targets='attn|mlp', weights='', exact_anchor=False
     ),

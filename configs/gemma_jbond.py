@@ -60,7 +60,7 @@ def get_config(
     temperature=1.0,
     dtype='bfloat16',
     scan=True,
-    remat=True,
+    remat='all',
     lora=dict(
       rank=lora_rank,
       alpha=float(lora_rank),

@@ -12,7 +12,7 @@ from bond_jax.models import lora
 
 RANK, SCALE = 3, 0.7
 SETTINGS = dict(rank=RANK, alpha=RANK * SCALE, targets='.*')
-MODEL = dict(temperature=1.0, dtype='float32', scan=False, remat=False)
+MODEL = dict(temperature=1.0, dtype='float32', scan=False, remat='none')
 
 
 def config_of(name, **sizes):

@@ -37,6 +37,8 @@ def test_the_toy_passes(config):
   'path, value, says',
   [
     ('mesh.data', 3, 'mesh data=3 x model=1 needs 3 devices'),
+    ('model.remat', 'some', "remat is 'some'; known are none, products, all"),
+    ('sampling_mesh.model', 3, 'sampling_mesh data=2 x model=3 .* 8 devices'),
     ('mesh.data', 0, 'data=0 x model=1: both must be 1 or more, data=-1 apart'),
     ('mesh.model', 0, 'data=8 x model=0: both must be 1 or more'),
     ('mesh.model', -1, 'data=8 x model=-1: both must be 1 or more'),

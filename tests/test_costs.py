@@ -29,13 +29,13 @@ JBOND = jbond.make(
 )
 
 
-def policy(remat=False):
+def policy(remat='none'):
   return gemma.make(
     SIZES, temperature=1.0, dtype='float32', scan=False, remat=remat
   )
 
 
-def cost(algorithm=JBOND, remat=False, **changes):
+def cost(algorithm=JBOND, remat='none', **changes):
   settings = dict(
     prompt=P, length=T, batch=BATCH, micro_batches=MICRO, epochs=1, itemsize=4
   )
@@ -134,7 +134,7 @@ def flops(f, *args):
   return jax.jit(f).lower(*args).cost_analysis()['flops']
 
 
-@pytest.mark.parametrize('remat', [False, True])
+@pytest.mark.parametrize('remat', ['none', 'all'])
 def test_operations_are_those_that_xla_counts(remat):
   """Scored and trained rows, unrolled and in one tile; then one decoded token.
 
@@ -195,7 +195,7 @@ def test_frozen_weights_have_no_gradient():
   lora = dataclasses.replace(SIZES, lora_scale=1.0)
   settings = dict(
       prompt=P, length=T, batch=BATCH, micro_batches=1, epochs=1, itemsize=4,
-      remat=False,
+      remat='none',
   )  # fmt: skip
   full, less = (costs.cost(JBOND, s, **settings) for s in (SIZES, lora))
   row = P + T - 1
@@ -266,7 +266,7 @@ def test_local_layers_keep_no_more_than_their_window():
   assert costs.columns(narrow, 10) == 12
   settings = dict(
       prompt=P, length=T, batch=BATCH, micro_batches=1, epochs=1, itemsize=4,
-      remat=False,
+      remat='none',
   )  # fmt: skip
   more, less = (costs.cost(JBOND, s, **settings) for s in (wide, narrow))
   fewer = (P - 2) + (T - 1 - 2)

@@ -16,7 +16,7 @@ SIZE = 7  # tokens of a row, padding apart
 
 
 def make(config, **kwargs):
-  defaults = dict(temperature=1.0, dtype='float32', scan=True, remat=False)
+  defaults = dict(temperature=1.0, dtype='float32', scan=True, remat='none')
   return gemma.make(config, **{**defaults, **kwargs})
 
 
@@ -154,13 +154,36 @@ def test_remat_and_scan_change_no_gradient():
 
     return [
       jax.value_and_grad(loss)(params, scan, remat)
-      for scan, remat in ((False, False), (False, True), (True, True))
+      for scan, remat in (
+        (False, 'none'),
+        (False, 'all'),
+        (True, 'all'),
+        (True, 'products'),
+      )
     ]
 
   plain, *others = all_three(params)
   close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
   for other in others:
     jax.tree.map(close, plain, other)
+
+
+def test_what_a_backward_pass_computes_again():
+  """Of products with weights all, or none; the CPU compiler counts them."""
+  config = dataclasses.replace(TINY['gemma2'], features=64, feed_forward=256)
+  params, tokens = random_params(config, 0), content(config)
+
+  def operations(remat):
+    policy = make(config, scan=False, remat=remat)
+    loss = lambda params: policy.hidden(params, tokens, tokens >= 0).sum()
+    program = jax.jit(jax.grad(loss)).lower(params).compile()
+    return program.cost_analysis()['flops']
+
+  none, products, all_ = map(operations, gemma.REMAT)
+  assert none < products < none + 0.3 * (all_ - none)
+  assert all_ > 1.2 * none
+  with pytest.raises(ValueError, match='remat is .* known are none, products'):
+    make(config, remat=True)
 
 
 def test_rows_no_token_uses_have_probability_zero(tiny):

@@ -67,7 +67,7 @@ def test_gradients_are_those_of_the_whole_softmax(batch):
   config = dataclasses.replace(TINY['gemma2'], layers=1)
   params = random_params(config, 0)
   policy = gemma.make(
-    config, temperature=0.7, dtype='float32', scan=False, remat=False
+    config, temperature=0.7, dtype='float32', scan=False, remat='none'
   )
   prompts, completion, mask = batch
   weight = np.random.default_rng(2).standard_normal(mask.shape)
@@ -105,7 +105,7 @@ def test_probabilities_of_all_completions_sum_to_one():
   """Every sequence of at most three tokens over three, EOS = 1."""
   config = dataclasses.replace(TINY['gemma2'], used_vocab=3)
   policy = gemma.make(
-    config, temperature=1.0, dtype='float32', scan=False, remat=False
+    config, temperature=1.0, dtype='float32', scan=False, remat='none'
   )
   tokens, mask = oracle.sequences(3, 3, 1)
   prompts = make_prompts(np.random.default_rng(0), [2, 3], 3, 3)
@@ -141,7 +141,7 @@ def head(dtype, params=None):
     TINY['gemma2'], vocab_size=VOCAB, used_vocab=1000, features=FEATURES
   )
   policy = gemma.make(
-    config, temperature=0.7, dtype=dtype, scan=False, remat=False
+    config, temperature=0.7, dtype=dtype, scan=False, remat='none'
   )
   return policy._replace(hidden=lambda params, *_: params['hidden'])
 
@@ -225,7 +225,7 @@ def test_rows_stay_on_their_devices_in_a_whole_model():
     layers=1, feed_forward=88,
   )  # fmt: skip
   policy = gemma.make(
-    config, temperature=1.0, dtype='float32', scan=False, remat=False
+    config, temperature=1.0, dtype='float32', scan=False, remat='none'
   )
   _, batch, weight = head_batch(np.float32)
   params = random_params(config, 0)

@@ -25,7 +25,7 @@ WIDTH = 5
 def model(tiny):
   config, params = tiny('gemma2')
   policy = gemma.make(
-    config, temperature=0.8, dtype='float32', scan=False, remat=False
+    config, temperature=0.8, dtype='float32', scan=False, remat='none'
   )
   return policy, params
 
@@ -154,7 +154,7 @@ def test_slots_do_not_matter_to_other_models(tiny, prompts, name, scan):
   """Windows that the prompt fills and that completions leave behind."""
   config, params = tiny(name)
   policy = gemma.make(
-    config, temperature=1.0, dtype='float32', scan=scan, remat=False
+    config, temperature=1.0, dtype='float32', scan=scan, remat='none'
   )
   prompts = prompts._replace(tokens=prompts.tokens % config.vocab_size)
   args = params, prompts, jax.random.key(1)
@@ -186,7 +186,7 @@ def test_the_mesh_does_not_matter(
   """Parameters in their shards, prompts on the axis `data` of either mesh."""
   config, params = tiny('gemma2')
   policy = gemma.make(
-    config, temperature=0.8, dtype='float32', scan=scan, remat=False
+    config, temperature=0.8, dtype='float32', scan=scan, remat='none'
   )
   whole = sharding.make_mesh(*shape)
   mesh = sharding.reshaped(whole, *sampling)

@@ -23,7 +23,7 @@ COMPLETIONS = [
 def model():
   """The policy, and parameters of which none is zero."""
   policy = gemma.make(
-    CONFIG, temperature=1.0, dtype='float32', scan=False, remat=False
+    CONFIG, temperature=1.0, dtype='float32', scan=False, remat='none'
   )
   params = jax.tree.map(jnp.asarray, random_params(CONFIG, 0))
   rng = np.random.default_rng(1)

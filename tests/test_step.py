@@ -36,7 +36,7 @@ def setup():
 
   return step_lib.Setup(
     policy=gemma.make(
-      CONFIG, temperature=1.0, dtype='float32', scan=False, remat=False
+      CONFIG, temperature=1.0, dtype='float32', scan=False, remat='none'
     ),
     algorithm=algorithm._replace(weigh=weigh),
     optimizer=optax.sgd(0.1),

@@ -66,7 +66,7 @@ def open_(folder: str, model: str = ''):
   if model:
     return large.open_(model)
   policy = gemma.make(
-    tiny.CONFIG, temperature=1.0, dtype='float32', scan=False, remat=False
+    tiny.CONFIG, temperature=1.0, dtype='float32', scan=False, remat='none'
   )
   params = tiny.params()
   device = jax.devices()[0]

@@ -33,6 +33,17 @@ from bond_jax.models.gemma_layers import (
 )
 from bond_jax.types import Array, Params, Policy
 
+# What a backward pass computes again of the layers: nothing; what is not a
+# product with weights, which is what takes long; or everything but their input.
+REMAT = {
+  'none': lambda f: f,
+  'products': functools.partial(
+    jax.checkpoint,
+    policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+  ),
+  'all': jax.checkpoint,
+}
+
 
 def init(config: Config, key: Array) -> Params:
   """Random float32 parameters in the official stacked layout."""
@@ -72,7 +83,7 @@ def hidden(
   *,
   dtype,
   scan: bool,
-  remat: bool,
+  remat: str,
 ) -> Array:
   """The model up to its head, on whole sequences.
 
@@ -84,7 +95,8 @@ def hidden(
     dtype: of the computation.
     scan: loop over the patterns instead of unrolling them: compiles in a time
       that does not depend on the depth; slower on CPU. So does the decoder.
-    remat: recompute each pattern (or layer) in the backward pass.
+    remat: what the backward pass of a pattern (or layer) computes again; see
+      REMAT.
 
   Returns:
     [R, S, D] in `dtype`, after the final norm.
@@ -106,15 +118,14 @@ def hidden(
       return x, None
 
     if 'stacked_layers' in params:  # else fewer layers than the pattern has
-      body = jax.checkpoint(pattern) if remat else pattern
-      x, _ = jax.lax.scan(body, x, params['stacked_layers'])
+      x, _ = jax.lax.scan(REMAT[remat](pattern), x, params['stacked_layers'])
     first = config.layers - config.layers % len(config.pattern)
     for i, j in enumerate(range(first, config.layers)):
       x = block(config.pattern[i], params[f'layer_{j}'], x)
   else:
     for kind, p in layers(config, params):
       one = functools.partial(block, kind)
-      x = (jax.checkpoint(one) if remat else one)(p, x)
+      x = REMAT[remat](one)(p, x)
   return RMSNorm().apply({'params': params['final_norm']}, x)
 
 
@@ -139,12 +150,14 @@ def logits(
 
 
 def make(
-  config: Config, *, temperature: float, dtype: str, scan: bool, remat: bool
+  config: Config, *, temperature: float, dtype: str, scan: bool, remat: str
 ) -> Policy:
   """This model as a Policy; dtype 'float32' or 'bfloat16'.
 
   A temperature of 0 is the greedy law: all mass on the likeliest token.
   """
+  if remat not in REMAT:
+    raise ValueError(f'remat is {remat!r}; known are {", ".join(REMAT)}')
   if temperature < 0:
     raise ValueError(f'temperature must be >= 0, got {temperature}')
   head = functools.partial(logits, config, temperature=temperature)

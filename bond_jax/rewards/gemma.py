@@ -43,7 +43,7 @@ def make_policy(settings: dict[str, Any]) -> Policy:
     return library.make(library.model(settings['library']), **kwargs)
   sizes = dict(settings['sizes'])
   sizes = gemma.Config(**{**sizes, 'pattern': tuple(sizes['pattern'])})
-  return gemma.make(sizes, **kwargs, scan=settings['scan'], remat=False)
+  return gemma.make(sizes, **kwargs, scan=settings['scan'], remat='none')
 
 
 def begin(policy: Policy, starts: Sequence[Params]) -> Params:

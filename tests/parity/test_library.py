@@ -114,7 +114,7 @@ def test_as_our_own_model(name):
   params = random_params(config)
   kwargs = dict(temperature=0.7, dtype='float32')
   mine, scores = draw(
-    gemma.make(config, **kwargs, scan=False, remat=False), params
+    gemma.make(config, **kwargs, scan=False, remat='none'), params
   )
   policy = adapter.make(library(config), **kwargs, used_vocab=30)
   theirs, their_scores = draw(policy, nested(config, params))
@@ -231,7 +231,7 @@ def release(tmp_path, monkeypatch):
 def library_config(folder):
   toy.get_config('')
   config = test_origin.gemma_config(folder)
-  config.model.update(name='Gemma3n_Tiny', scan=False, remat=False)
+  config.model.update(name='Gemma3n_Tiny', scan=False, remat='none')
   config.model.sizes = {}
   return config
 
@@ -264,7 +264,7 @@ def test_a_run_of_a_library_model(release):
   'changes, says',
   [
     ({'model.lora.rank': 2}, 'model.lora.rank to 0'),
-    ({'model.scan': True}, 'set model.scan and model.remat to False'),
+    ({'model.scan': True}, 'set model.scan to False, model.remat to none'),
     ({'tokenizer.vocab_size': 129}, 'larger than the 128 embedding rows'),
     ({'model.name': 'Gemma3n_X'}, "has no model 'Gemma3n_X'; known are"),
   ],

@@ -113,7 +113,7 @@ def test_logits_with_padding_and_long_sequences(name, side):
   tokens = rng.integers(4, config.vocab_size, (3, 12)).astype(np.int32)
   mask = mask_of([12, 9, 5], 12, side)
   policy = gemma.make(
-    config, temperature=1.0, dtype='float32', scan=True, remat=False
+    config, temperature=1.0, dtype='float32', scan=True, remat='none'
   )
   hidden = policy.hidden(params, tokens, mask)
   ours = policy.logits(params, hidden)
@@ -161,7 +161,7 @@ def test_cached_decoding_token_by_token(name):
   tokens = rng.integers(0, config.vocab_size, (3, width)).astype(np.int32)
   mask = mask_of([13, 12, 10], width, 'left')
   policy = gemma.make(
-    config, temperature=1.0, dtype='float32', scan=True, remat=False
+    config, temperature=1.0, dtype='float32', scan=True, remat='none'
   )
   model, their_params = library(config), {'params': nested(config, params)}
   positions = np.maximum(np.cumsum(mask, -1) - 1, 0).astype(np.int32)

@@ -86,7 +86,7 @@ def params_of(name):
 
 def policy_of(config):
   return gemma.make(
-    config, temperature=1.0, dtype='float32', scan=False, remat=False
+    config, temperature=1.0, dtype='float32', scan=False, remat='none'
   )
 
 
