@@ -64,6 +64,8 @@ def devices(topology: str) -> tuple[list[Any], Chip]:
 
   # Two cores of a v4 are one device, as they are on its VMs.
   options = {'chip_config_name': 'megacore'} if kind == 'v4' else {}
+  if not set(shape) - set('1x'):  # one chip is not a whole host
+    options['chips_per_host_bounds'] = (1, 1, 1)
   try:
     found = topologies.get_topology_desc(
       platform='tpu', topology_name=topology, **options

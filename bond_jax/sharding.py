@@ -219,7 +219,10 @@ def tree_structs(tree: Any, mesh: Mesh, dtype: Any = None) -> Any:
 
 
 def to_host(tree: Any) -> Any:
-  """The same arrays in the memory of the hosts, each shard with its device."""
+  """The same arrays in the memory of the hosts, each shard with its device.
+
+  CPUs have no other.
+  """
   return _moved(tree, 'pinned_host')
 
 
@@ -229,6 +232,14 @@ def to_device(tree: Any) -> Any:
 
 
 def _moved(tree: Any, kind: str) -> Any:
+  if all(
+    d.platform == 'cpu' for x in jax.tree.leaves(tree) for d in x.devices()
+  ):
+    return tree
+  return _placed(tree, kind)
+
+
+def _placed(tree: Any, kind: str) -> Any:
   shards = jax.tree.map(lambda x: x.sharding.with_memory_kind(kind), tree)
   return jax.jit(lambda tree: tree, out_shardings=shards)(tree)
 
