@@ -102,6 +102,7 @@ class Writer:
     path = os.path.join(folder, 'metrics.jsonl')
     keep = -1 if resumed_at is None else resumed_at
     _drop_after(path, keep)
+    self._path = path
     self._file = open(path, 'a', encoding='utf-8')  # noqa: SIM115
     self._board = tensorboardX.SummaryWriter(
       os.path.join(folder, 'tensorboard'), purge_step=keep + 1
@@ -148,6 +149,17 @@ class Writer:
     self._file.flush()
     for key, value in values.items():
       self._board.add_scalar(key, value, step)
+
+  def sync(self) -> None:
+    """Closes metrics.jsonl and opens it again, before a checkpoint is saved.
+
+    A bucket that is mounted stores a file when it is closed: the rows that a
+    checkpoint takes as written must not be lost with the machine.
+    """
+    if self._main:
+      self._file.close()
+      self._file = open(self._path, 'a', encoding='utf-8')  # noqa: SIM115
+      self._board.flush()
 
   def close(self) -> None:
     if self._main:

@@ -307,6 +307,7 @@ def _fit(settings, folder, batches, held_out, state, update, score, mesh):
       check_finite(row, step, checkpoints.directory)
       writer.write(step, row)
       if save:
+        writer.sync()
         accuracy = row['validation_accuracy']
         checkpoint.save(checkpoints, step, state, batches.get_state(), accuracy)
     checkpoints.wait_until_finished()

@@ -168,6 +168,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
       check_finite(row, step, checkpoints.directory)
       writer.write(step, row)
       if save:
+        writer.sync()
         score = -row['validation_loss']
         checkpoint.save(checkpoints, step, state, batches.get_state(), score)
   path = os.path.join(folder, 'metrics.jsonl')

@@ -231,6 +231,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
         writer.write(step, row)
         if save:
           with writer.phase('save'):
+            writer.sync()
             checkpoint.save(
                 checkpoints, step, state, task.batches.get_state(),
                 row['win_rate/reference'],

@@ -203,3 +203,16 @@ def test_rows_are_json(tmp_path):
   write(tmp_path, [1])
   for line in (tmp_path / 'metrics.jsonl').read_text().splitlines():
     json.loads(line, parse_constant=pytest.fail)
+
+
+def test_rows_are_in_a_closed_file_when_a_checkpoint_is_saved(tmp_path):
+  """As on a file system that stores a file when it is closed."""
+  path = tmp_path / 'metrics.jsonl'
+  with metrics.Writer(str(tmp_path), 'x', 2) as writer:
+    writer.write(1, {'loss': 1.0})
+    before = writer._file
+    writer.sync()
+    assert before.closed
+    assert len(metrics.read_rows(str(path))) == 1
+    writer.write(2, {'loss': 0.5})
+  assert [row['step'] for row in metrics.read_rows(str(path))] == [1, 2]
