@@ -145,12 +145,15 @@ def of_config(config: ml_collections.ConfigDict, mesh: Mesh):
     if name == 'probe/draw':
       completions = shown * n
     slots = min(config.slots, completions) or completions
+    loops = -(-completions // slots) * t
+    if name in ('weigh', 'update'):  # of each length, see micro_batches.fold
+      loops = -(-setup.micro_batches // setup.buckets)
     found[name] = Program(
       function,
       (*first, *more),
       len(jax.tree.leaves(first)),
       bytes_of((state, there)),
-      -(-completions // slots) * t,
+      loops,
     )
   return found, kept
 
