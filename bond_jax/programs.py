@@ -175,9 +175,8 @@ def compile_program(program: Program) -> Compiled | float:
   memory = compiled.memory_analysis()
   collectives = hlo.collectives(compiled.as_text(), program.loops)
   arguments = memory.argument_size_in_bytes
-  beside = max(
-    0, program.there - _kept_bytes(compiled, program)
-  )  # rounding of tiny arrays
+  # Less than nothing would be the rounding of tiny arrays.
+  beside = max(0, program.there - _kept_bytes(compiled, program))
   return Compiled(
     peak=memory.peak_memory_in_bytes + beside,
     arguments=arguments,
