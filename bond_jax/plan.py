@@ -41,8 +41,20 @@ _SEARCH = flags.DEFINE_bool(
 GIB = chips.GIB
 
 
-def plan(config: ml_collections.ConfigDict, topology: str) -> dict[str, Any]:
-  """Compiles a run for a topology; the summary."""
+# Of which no shape depends on the batch.
+SAME = ('move_anchor', 'probe/draw', 'probe/score')
+
+
+def plan(
+  config: ml_collections.ConfigDict,
+  topology: str,
+  known: dict[str, programs.Compiled] | None = None,
+) -> dict[str, Any]:
+  """Compiles a run for a topology; the summary.
+
+  `known` are the programs that another batch has left, and takes this one's.
+  """
+  known = {} if known is None else known
   devices, chip = chips.devices(topology)
   mesh = sharding.make_mesh(**config.mesh, devices=devices)
   check(config, mesh)
@@ -53,11 +65,15 @@ def plan(config: ml_collections.ConfigDict, topology: str) -> dict[str, Any]:
     if program.there > chip.memory:  # without the program, even
       too_much[name] = program.there
       continue
-    print(f'compiling {name} for {topology} ...', flush=True)
-    compiled = programs.compile_program(program)
+    compiled = known.get(name)
+    if compiled is None:
+      print(f'compiling {name} for {topology} ...', flush=True)
+      compiled = programs.compile_program(program)
     if not isinstance(compiled, programs.Compiled):
       too_much[name] = compiled
       continue
+    if name in SAME:
+      known[name] = compiled
     rows[name] = describe(compiled)
     if chip.flops and not name.startswith('probe'):
       rows[name]['least_seconds'] = programs.least_seconds(
@@ -266,14 +282,14 @@ def search(config: ml_collections.ConfigDict, topology: str) -> dict[str, Any]:
   Micro-batches keep their size: there are more of them in a larger batch.
   """
   size = config.train.batch // config.train.micro_batches
-  tried = {}
+  tried, known = {}, {}
 
   def fits(n: int) -> bool:
     if n not in tried:
       with config.unlocked():
         config.train.batch, config.train.micro_batches = n * size, n
       print(f'batch {n * size}:', flush=True)
-      tried[n] = plan(config, topology)
+      tried[n] = plan(config, topology, known=known)
       print(f'batch {n * size} {verdict(tried[n])}', flush=True)
     return tried[n]['fits']
 

@@ -120,7 +120,8 @@ def test_the_largest_batch_is_found(monkeypatch):
   for limit in (1, 5, 37, 300):
     tried = []
 
-    def fake(config, topology, limit=limit, tried=tried):
+    def fake(config, topology, known, limit=limit, tried=tried):
+      assert known == {}
       n = config.train.batch
       assert n == 8 * config.train.micro_batches
       tried.append(n)
