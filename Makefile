@@ -83,7 +83,7 @@ test: venv libtpu  ## the core test suite; needs no network and no data
 	@$(PYTHON) -m pytest -n 2 --dist loadfile
 
 test-meshes: venv  ## every mesh, with all numbers of micro-batches (minutes)
-	@$(PYTHON) -m pytest -m slow tests/test_meshes.py
+	@$(PYTHON) -m pytest -n 2 -m slow tests/test_meshes.py
 
 HF_TESTS := $(addprefix tests/parity/test_,transformers.py rewards_hf.py \
   datasets.py)
