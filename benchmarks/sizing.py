@@ -34,7 +34,8 @@ WANTED = {
 PAGE = 'docs/sizing.md'
 HEAD = """# Which config fits which slice
 
-Made by `make sizing`, from what the TPU compiler says of every program of a run
+Made by `make sizing`, which may be stopped and goes on (slices that are missing
+here have not been planned yet), from what the TPU compiler says of every program of a run
 (`python -m bond_jax.plan`), not from a run: J-BOND with the settings of each
 config, batch 128, 512 + 512 tokens. Memory is of one chip, in GiB, at the worst
 moment, with all that lives beside the program of that moment; *update* compiles

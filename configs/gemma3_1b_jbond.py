@@ -13,5 +13,9 @@ from configs import gemma_jbond
 
 def get_config():
   return gemma_jbond.get_config(
-    'gemma3_1b', vocab_size=262_144, learning_rate=3e-6, lora_rank=0
+    'gemma3_1b',
+    vocab_size=262_144,
+    learning_rate=3e-6,
+    lora_rank=0,
+    sampling_model=4,  # with 1, libtpu 0.0.50.1 aborts; see LOG.md
   )
