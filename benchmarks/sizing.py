@@ -41,7 +41,9 @@ settings of each config, batch 128, 512 + 512 tokens. Memory is of one chip, in
 GiB, at the worst moment, with all that lives beside the program of that moment;
 *update* compiled in so many seconds on two CPU cores, busy with other work. The
 least time of a step follows from the chips' published peaks, with all
-completions at full length; a real step takes longer. The plan of one config, `--search` for the largest batch that fits and
+completions at full length; a real step takes longer.
+
+The plan of one config, with `--search` for the largest batch that fits and
 `--config.…` for other settings:
 
     python -m bond_jax.plan --config=configs/gemma_7b_jbond.py \\
