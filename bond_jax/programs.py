@@ -71,9 +71,7 @@ def shapes(config, policy, setup: step_lib.Setup, mesh: Mesh):
     )
   reference = jax.eval_shape(policy.init, jax.random.key(0))
   frozen = Frozen(sharding.tree_structs(reference, mesh), base)
-  sharding.check_split(frozen, mesh)
-  state = jax.eval_shape(lambda x: step_lib.init_state(setup, x), frozen)
-  return sharding.tree_structs(state, mesh), frozen
+  return train.state_like(setup, frozen, mesh), frozen
 
 
 def of_config(config: ml_collections.ConfigDict, mesh: Mesh):

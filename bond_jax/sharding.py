@@ -118,9 +118,10 @@ def reshaped(mesh: Mesh, data: int, model: int) -> Mesh:
   Of data and model one may be -1, for all that the other leaves.
   """
   size = mesh.size
-  if -1 in (data, model):
-    known = max(1, data * model * -1)
-    data, model = (size // known if n == -1 else n for n in (data, model))
+  if data == -1:
+    data = size // max(1, model)
+  elif model == -1:
+    model = size // max(1, data)
   if data < 1 or model < 1 or data * model != size:
     raise UserError(
       f'sampling_mesh data={data} x model={model} has to use the {size} devices'

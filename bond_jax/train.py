@@ -208,13 +208,15 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
     # The reference draws for it, while there is nothing else on the devices.
     with writer.phase('evaluate'):
       probe = task.make_probe(task.frozen)
-    state = init_state(setup, task.frozen, mesh)
-    frozen, whole = rest_reference(setup, task.frozen)
-    task = task._replace(frozen=None)  # all of it is nowhere else
-    if start is not None:
-      state, position = checkpoint.restore(checkpoints, state)
+    if start is None:
+      state = init_state(setup, task.frozen, mesh)
+    else:  # into shapes: two states at one time may be too much for a device
+      like = state_like(setup, task.frozen, mesh)
+      state, position = checkpoint.restore(checkpoints, like)
       task.batches.set_state(position)
       hosts.say(f'train: goes on after step {start}')
+    frozen, whole = rest_reference(setup, task.frozen)
+    task = task._replace(frozen=None)  # all of it is nowhere else
     programs = make_programs(setup, mesh, state)
     while step < settings.steps:
       steps = run_iteration(
@@ -246,10 +248,19 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
 def init_state(setup, frozen: Frozen, mesh) -> TrainState:
   """The state before the first step, created in its shards."""
   init = lambda frozen: step_lib.init_state(setup, frozen)
-  shapes = jax.eval_shape(init, frozen)
-  sharding.check_split((shapes.params, frozen.base), mesh)
-  shards = sharding.tree_shardings(shapes, mesh)
+  like = state_like(setup, frozen, mesh)
+  shards = jax.tree.map(lambda x: x.sharding, like)
   return jax.jit(init, out_shardings=shards)(frozen)
+
+
+def state_like(setup, frozen: Frozen, mesh) -> TrainState:
+  """The shapes of a state in their shards; `frozen` may be shapes too.
+
+  A UserError if a large parameter would be whole on every device.
+  """
+  init = lambda frozen: step_lib.init_state(setup, frozen)
+  sharding.check_split(frozen, mesh)
+  return sharding.tree_structs(jax.eval_shape(init, frozen), mesh)
 
 
 def summarise(rows: list[dict[str, Any]], compilations: int) -> dict[str, Any]:
