@@ -12,6 +12,7 @@ import re
 from typing import Any
 
 import jax
+from jax.experimental import mesh_utils
 import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -89,6 +90,7 @@ def make_mesh(data: int, model: int, devices: Any = None) -> Mesh:
   """A mesh of data x model devices; data = -1 takes all that are left.
 
   `devices` are those that are here, or others that a program is compiled for.
+  Of several slices of TPUs each has whole parts of `data`.
   """
   if model < 1 or (data < 1 and data != -1):
     raise UserError(
@@ -104,12 +106,22 @@ def make_mesh(data: int, model: int, devices: Any = None) -> Mesh:
       f' there are {len(devices)}; choose data and model whose product'
       ' divides that (data=-1 uses all).'
     )
-  return jax.make_mesh(
-    (data, model),
-    ('data', 'model'),
-    axis_types=(AxisType.Auto,) * 2,
-    devices=devices[: data * model],
+  devices = devices[: data * model]
+  names, types = ('data', 'model'), (AxisType.Auto,) * 2
+  slices = len({getattr(d, 'slice_index', 0) for d in devices})
+  if slices == 1:
+    return jax.make_mesh(
+      (data, model), names, axis_types=types, devices=devices
+    )
+  if data % slices:
+    raise UserError(
+      f'mesh data={data} x model={model} is on {slices} slices, which split'
+      f' `data`: it must be a multiple of {slices}.'
+    )
+  grid = mesh_utils.create_hybrid_device_mesh(
+    (data // slices, model), (slices, 1), devices
   )
+  return Mesh(grid, names, axis_types=types)
 
 
 def reshaped(mesh: Mesh, data: int, model: int) -> Mesh:

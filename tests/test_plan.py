@@ -7,6 +7,7 @@ import sys
 
 from conftest import TINY
 import jax
+from jax.experimental import topologies
 import pytest
 import toy
 
@@ -190,3 +191,18 @@ def test_the_command_without_a_run_s_data(tmp_path):
   found = toy.summary(out)
   assert not found['fits'] and found['peak_bytes'] is None
   assert set(found['too_much']) >= {'rollout', 'update'}
+
+
+@LINUX
+def test_slices_have_whole_parts_of_the_data_axis():
+  """So that only gradients and their like cross the slower network."""
+  chips.devices('v5e:2x2')  # finds the compiler
+  devices = topologies.get_topology_desc(
+    platform='tpu', topology_name='v5e:2x2', num_slices=2
+  ).devices
+  mesh = sharding.make_mesh(-1, 2, devices=list(devices))
+  assert dict(mesh.shape) == {'data': 4, 'model': 2}
+  slices = [[d.slice_index for d in row] for row in mesh.devices]
+  assert slices == [[0, 0], [0, 0], [1, 1], [1, 1]]
+  with pytest.raises(UserError, match='2 slices, which split `data`'):
+    sharding.make_mesh(1, 8, devices=list(devices))
