@@ -22,6 +22,10 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 COPIED = (
   'bond_jax', 'configs', 'benchmarks', 'launch', 'tests', 'pyproject.toml'
 )  # fmt: skip
+# The copy has no compiler of its own.
+os.environ.setdefault(
+  'TPU_LIBRARY_PATH', os.path.join(ROOT, '.libtpu', 'libtpu', 'libtpu.so')
+)
 Mutation = collections.namedtuple('Mutation', 'path old new tests')
 
 
