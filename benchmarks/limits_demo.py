@@ -23,9 +23,9 @@ from benchmarks import compare
 from bond_jax import (
   build,
   command,
+  curves,
   evaluate,
   figures,
-  measures,
   metrics,
   reward_model,
   sft,
@@ -74,7 +74,7 @@ def draw(found: dict[str, tuple[list[dict], dict]], path: str) -> None:
   with mpl.rc_context(figures.style(look)):
     figure = Figure(figsize=(6.4, 4.2), layout='constrained')
     ax = figure.add_subplot()
-    rate, kl = measures.closed_form(np.geomspace(1, 20))
+    rate, kl = curves.closed_form(np.geomspace(1, 20))
     ax.plot(kl, rate, ':', color=look['ink'], label='Best-of-N')
     for (label, (rows, _)), colour in zip(
       found.items(), look['colours'], strict=False
@@ -94,7 +94,7 @@ def main():
   args = parser.parse_args()
   found = {label: run(args.out, label) for label in args.only}
   rates = compare.ON_THE_WAY
-  paid = [float(measures.closed_form(w / (1 - w))[1]) for w in rates]
+  paid = [float(curves.closed_form(w / (1 - w))[1]) for w in rates]
   table = [('Best-of-N', *paid, *('' for _ in END))]
   for label, (rows, summary) in found.items():
     way = compare.kl_on_the_way(rows).values()

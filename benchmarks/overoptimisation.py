@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 import numpy as np
 
 from benchmarks import compare
-from bond_jax import command, figures, measures, metrics
+from bond_jax import command, curves, figures, measures, metrics
 from configs import demo_learned_reward, overoptimisation
 
 LABELS = {
@@ -110,10 +110,10 @@ def best_of_n(rewards: np.ndarray, golds: np.ndarray) -> list[dict]:
   """What Best-of-N by the proxy makes of both scores, for each of NS.
 
   A third of the completions are the opponents, the others are chosen from. The
-  KL is that of `measures.best_of_n_curve`, ties and all.
+  KL is that of `curves.best_of_n_curve`, ties and all.
   """
   third = rewards.shape[1] // 3
-  kl = measures.best_of_n_curve(rewards, np.array(NS)).kl
+  kl = curves.best_of_n_curve(rewards, np.array(NS)).kl
   beats = lambda x: (
     (
       (x[:, third:, None] > x[:, None, :third]).mean(-1)
@@ -129,7 +129,7 @@ def best_of_n(rewards: np.ndarray, golds: np.ndarray) -> list[dict]:
     points.append(dict(
       n=n, kl=float(kl[i]), proxy=float(mean(beats(rewards)).mean()),
       gold=float(gold.mean()), gold_mean=float(mean(golds[:, third:]).mean()),
-      gold_interval=measures.bootstrap_interval(gold),
+      gold_interval=curves.interval(curves.resampled(len(gold)) @ gold),
     ))  # fmt: skip
   return points
 

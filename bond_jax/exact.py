@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from bond_jax import bandit, measures
+from bond_jax import bandit, curves
 
 
 class Known(NamedTuple):
@@ -21,7 +21,7 @@ class Known(NamedTuple):
   target: np.ndarray  # [X, Y], log of exact Best-of-N of the reference
   log_quantile: np.ndarray  # [X, Y], log p_<=
   win: np.ndarray  # [X, Y], P(y beats the reference), ties one half
-  curve: measures.Curve  # of exact Best-of-N
+  curve: curves.Curve  # of exact Best-of-N
   equilibrium: np.ndarray | None  # [X, Y], log of WIND's
 
 
@@ -71,7 +71,7 @@ def measure(log_policy: np.ndarray, known: Known) -> dict[str, float]:
   if known.equilibrium is not None:
     row['equilibrium_kl'] = bandit.kl(known.equilibrium, log_policy).mean()
   curve = known.curve
-  n = measures.effective_n(row['win_rate/reference'], curve)
+  n = curves.effective_n(row['win_rate/reference'], curve)
   if n is not None and row['kl/reference'] > 0:
     kl = np.interp(np.log(n), np.log(curve.ns), curve.kl)
     row['effective_n'] = n
@@ -79,11 +79,11 @@ def measure(log_policy: np.ndarray, known: Known) -> dict[str, float]:
   return {k: float(v) for k, v in row.items()}
 
 
-def best_of_n_curve(log_reference, reward, win) -> measures.Curve:
+def best_of_n_curve(log_reference, reward, win) -> curves.Curve:
   """The exact win rate and KL of Best-of-N, N from 1 to 1,000."""
   ns = np.geomspace(1, 1000, 120)
   laws = [bandit.best_of_n(log_reference, reward, n) for n in ns]
   rates = [(np.exp(law) * win).sum(-1).mean() for law in laws]
   kls = [bandit.kl(law, log_reference).mean() for law in laws]
   none = np.zeros(len(ns))
-  return measures.Curve(ns, np.array(rates), np.array(kls), none, none)
+  return curves.Curve(ns, np.array(rates), np.array(kls), none, none)

@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 import numpy as np
 
-from bond_jax import measures
+from bond_jax import curves
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -48,7 +48,7 @@ class Data(NamedTuple):
   train: Rows
   sft: Rows
   summary: Mapping[str, Any]
-  curve: measures.Curve | None
+  curve: curves.Curve | None
 
 
 def series(rows: Rows, key: str) -> tuple[np.ndarray, np.ndarray]:
@@ -102,8 +102,8 @@ def frontier(ax: Axes, data: Data, look) -> bool:
   ends = [*kl, pay or 0.0, data.curve.kl[-1]]
   edge = 1.08 * max(ends)
   ns = np.geomspace(1, 1e4, 400)
-  tilt_rate, tilt_kl = measures.tilt_frontier(np.geomspace(1e-2, 1e4, 400))
-  free_rate, free_kl = measures.closed_form(ns)
+  tilt_rate, tilt_kl = curves.tilt_frontier(np.geomspace(1e-2, 1e4, 400))
+  free_rate, free_kl = curves.closed_form(ns)
   ax.plot(tilt_kl, tilt_rate, ':', color=purple, label='optimum, no ties')
   ax.plot(free_kl, free_rate, '--', color=green, label='Best-of-N, no ties')
   ax.plot(data.curve.kl, data.curve.win_rate, color=orange,

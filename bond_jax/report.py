@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from bond_jax import figures, measures
+from bond_jax import curves, figures
 from bond_jax.metrics import clock, text
 from bond_jax.report_style import PAGE, STYLE
 
@@ -162,7 +162,7 @@ def write_report(
   train: Rows,
   sft: Rows,
   summary: Mapping[str, Any],
-  curve: measures.Curve | None,
+  curve: curves.Curve | None,
   samples: Sequence[Mapping[str, Mapping[str, Any]]],
 ) -> str:
   """Writes `folder`/report.html and a PNG of each figure beside it.

@@ -15,9 +15,9 @@ import numpy as np
 
 from bond_jax import (
   build,
+  comparisons,
   data,
   hosts,
-  measures,
   origin,
   reward_training,
   sampling,
@@ -223,10 +223,10 @@ def probe_of(draw, log_ratio, reward, gold, score, read, reference, own):
     return {
       'win_rate/reference': float(mine.mean())
       if judge
-      else measures.win_rate(mine, before[kept]),
+      else comparisons.win_rate(mine, before[kept]),
       'kl/reference': float(log_ratio(whole(), drawn).mean()),
       'reward/validation': float(mine.mean()),
-      'win_rate/gold': measures.win_rate(gold_after, gold_before),
+      'win_rate/gold': comparisons.win_rate(gold_after, gold_before),
       'gold/validation': float(gold_after.mean()),
     }
 

@@ -18,7 +18,8 @@ FILES = {
 # Arrays in, arrays out: no model, no token, no mesh, no config.
 MATHEMATICS = {
     'ops', 'anchors', 'quantiles', 'bandit', 'bandit_samples', 'measures',
-    'objectives', 'exact', 'preference_losses', 'preference_measures',
+    'objectives', 'exact', 'curves', 'comparisons', 'preference_losses',
+    'preference_measures',
 }  # fmt: skip
 # Where the two sides meet; all the rest is the machine.
 MEETING = {

@@ -6,7 +6,7 @@ import re
 import numpy as np
 import pytest
 
-from bond_jax import figures, measures, report
+from bond_jax import curves, figures, measures, report
 
 EVIL = '<script src="x">alert(1)</script> & "quoted"'
 
@@ -81,7 +81,7 @@ def page(tmp_path_factory):
     train=train_rows(),
     sft=SFT,
     summary=measures.summarise(rows) | MORE,
-    curve=measures.best_of_n_curve(reference),
+    curve=curves.best_of_n_curve(reference),
     samples=report.side_by_side(rows),
   )
   with open(path, encoding='utf-8') as f:
