@@ -64,7 +64,7 @@ def test_best_of_n_itself_wins_half_over_best_of_n():
   for n, row in found.items():
     low, high = row['interval']
     exact = 4 / (4 + int(n))
-    assert low < row['win_rate'] < high < low + 0.02
+    assert low < row['win_rate'] < high < low + 0.05
     assert row['win_rate'] == pytest.approx(exact, abs=0.015)
   with pytest.raises(ValueError, match='best of 13 .* 12'):
     comparisons.win_rates_over_best_of(13, policy, rng.random((300, 12)))
