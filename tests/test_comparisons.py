@@ -58,16 +58,16 @@ def test_the_best_of_n_are_all_choices_of_n(n):
 
 def test_best_of_n_itself_wins_half_over_best_of_n():
   rng = np.random.default_rng(0)
-  policy = rng.random((300, 16, 4)).max(-1)
-  found = comparisons.over_best_of(policy, rng.random((300, 12)))
+  policy = rng.random((3000, 8, 4)).max(-1)
+  found = comparisons.over_best_of(policy, rng.random((3000, 12)))
   assert list(found) == ['2', '4', '8']  # of 12 there is no best of 16
   for n, row in found.items():
     low, high = row['interval']
     exact = 4 / (4 + int(n))
     assert low < row['win_rate'] < high < low + 0.05
-    assert row['win_rate'] == pytest.approx(exact, abs=0.015)
+    assert row['win_rate'] == pytest.approx(exact, abs=0.01)
   with pytest.raises(ValueError, match='best of 13 .* 12'):
-    comparisons.win_rates_over_best_of(13, policy, rng.random((300, 12)))
+    comparisons.win_rates_over_best_of(13, policy, rng.random((3000, 12)))
 
 
 @pytest.mark.parametrize('levels', [2, 4, 1000])
