@@ -15,8 +15,11 @@ from absl import app, flags, logging
 import ml_collections
 from ml_collections import config_flags
 
+import bond_jax
 from bond_jax import hosts
 from bond_jax.errors import UserError
+
+VERSION = 'version.json'  # of the package that made a run
 
 
 def load(reference: str) -> Callable[..., Any]:
@@ -97,6 +100,7 @@ def check_workdir(workdir: str, config: ml_collections.ConfigDict) -> bool:
   path = os.path.join(workdir, 'config.json')
   if not os.path.exists(path):
     return False
+  check_version(workdir)
   rows = differences(read_json(path), json.loads(config.to_json_best_effort()))
   if rows:
     raise UserError(
@@ -113,11 +117,48 @@ def claim_workdir(workdir: str, config: ml_collections.ConfigDict) -> None:
   try:
     os.makedirs(workdir, exist_ok=True)
     path = os.path.join(workdir, 'config.json')
+    made_by = {'bond_jax': bond_jax.__version__}
+    write_json(os.path.join(workdir, VERSION), made_by)
     write_json(path, json.loads(config.to_json_best_effort()))
   except OSError as e:
     raise UserError(
       f'cannot write to --workdir={workdir}: {e.strerror}; give another one.'
     ) from e
+
+
+def check_version(workdir: str) -> None:
+  """A UserError if a newer version of this package made the workdir."""
+  path = os.path.join(workdir, VERSION)
+  if not os.path.exists(path):
+    return
+  theirs, ours = read_json(path)['bond_jax'], bond_jax.__version__
+  number = lambda version: [int(x) for x in re.findall(r'\d+', version)]
+  if number(theirs) > number(ours):
+    raise UserError(
+      f'{workdir} was made by bond_jax {theirs}, and this is {ours}: update it.'
+    )
+
+
+def read_config(workdir: str) -> ml_collections.ConfigDict:
+  """The config that a run was started with; a UserError if there is none."""
+  path = os.path.join(workdir, 'config.json')
+  try:
+    check_version(workdir)
+    # What was a tuple is a list in JSON, and must be hashable again.
+    config = ml_collections.ConfigDict(_tuples(read_json(path)))
+  except (OSError, ValueError, TypeError, KeyError) as e:
+    reason = getattr(e, 'strerror', None) or 'it is not JSON of ours'
+    raise UserError(
+      f'cannot read {path} ({reason}); --workdir is the folder of a run, and of'
+      ' a new one --config says what it is.'
+    ) from e
+  return config.lock()
+
+
+def _tuples(value: Any) -> Any:
+  if isinstance(value, dict):
+    return {k: _tuples(v) for k, v in value.items()}
+  return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
 def write_json(path: str, value: Any) -> None:
@@ -141,11 +182,19 @@ def run(
   folder: str = 'workdir',
   partial: bool = False,
 ) -> None:
-  """Runs `main(config, folder)` as a command; see `execute`.
+  """Runs `main(config, folder)` as a command; see `execute`, `run_flags`."""
+  given = run_flags(folder, partial)
+  execute(lambda: main(*given()), doc)
+
+
+def run_flags(
+  folder: str = 'workdir', partial: bool = False
+) -> Callable[[], tuple[ml_collections.ConfigDict, str]]:
+  """Defines --config and the folder; returns what gives both, once parsed.
+
+  Without --config it is that of the run in the workdir.
 
   Args:
-    main: the work.
-    doc: of the command.
     folder: the flag that names it.
     partial: fields of the config without a default may be left unset.
   """
@@ -156,13 +205,18 @@ def run(
     lock_config=True,
   )
   path = flags.DEFINE_string(folder, None, 'The folder of what is written.')
-  flags.mark_flags_as_required(['config', folder])
-  execute(
-    lambda: main(
-      _loaded(config_file.value, partial), os.path.normpath(path.value)
-    ),
-    doc,
-  )
+
+  def given():
+    if not path.value:
+      raise UserError(f'--{folder} is not set; it says where to write.')
+    where = os.path.normpath(path.value)
+    if flags.FLAGS['config'].present:
+      return _loaded(config_file.value, partial), where
+    if folder != 'workdir':
+      raise UserError('--config is not set; give a configs/*.py file.')
+    return read_config(where), where
+
+  return given
 
 
 def execute(main: Callable[[], None], doc: str) -> None:
@@ -240,6 +294,8 @@ def _unknown_key(args: list[str]) -> str | None:
   """Finds the first override of a key that the config does not have."""
   text = '\0'.join(args)
   path = re.search(r'--?config[=\0]([^\0]+)', text)
+  if not path and (given := re.search(r'--?(?:no)?config\.[^=\0]+', text)):
+    return f'{given[0]} changes a config file; give that too, with --config.'
   try:
     config = flags.FLAGS['config'].parser.parse(path[1])
     iter(config)

@@ -1,19 +1,23 @@
 """The last stage: is one sample of the policy worth N of the reference?
 
-`python -m bond_jax.evaluate --config=configs/demo.py --workdir=runs/demo` draws
-fresh completions of held-out prompts from both, lets the reward and a judge
-that was never trained on score them, and writes completions.jsonl, from which
-summary.json and report.html are computed.
+    python -m bond_jax.evaluate --workdir=RUN
+
+draws fresh completions of held-out prompts from both, lets the reward and a
+judge that was never trained on score them, and writes completions.jsonl, from
+which summary.json and report.html are computed. `--checkpoint=best`, or a
+step, judges another checkpoint; `--against=RUN2` compares with the policy of
+another run, in the place of the reference. Both write into a folder of their
+own, below RUN/evaluate. `--sweep='runs/*'` draws many runs into one figure.
 """
 
 from __future__ import annotations
 
 import functools
-import json
 import os
 import textwrap
 from typing import Any
 
+from absl import flags
 import jax
 import ml_collections
 import numpy as np
@@ -21,6 +25,8 @@ import numpy as np
 from bond_jax import (
   build,
   command,
+  completions,
+  curves,
   data,
   hosts,
   measures,
@@ -30,102 +36,57 @@ from bond_jax import (
   scoring,
   sharding,
   shares,
+  sweep,
 )
 from bond_jax.errors import UserError
-from bond_jax.log_probs import log_probs
-from bond_jax.models import lora
-from bond_jax.sampling import sample
-from bond_jax.types import Prompts
 
 _CHECKPOINT = command.checkpoint_flag()
+_AGAINST = flags.DEFINE_string(
+  'against', 'reference', 'What is compared with: "reference", or a run.'
+)
+_SWEEP = flags.DEFINE_string(
+  'sweep', None, 'Runs, as "runs/*": what is known of all, in one figure.'
+)
+_OUT = flags.DEFINE_string('out', None, 'Of --sweep; runs/sweep by default.')
 
 
-def make_draw(policy, config, tokenizer, mesh):
-  """A function that samples from `own` and scores with `other` as well.
+def folder_of(workdir: str, step: int, against: str) -> str:
+  """Where an evaluation is written, below the workdir.
 
-  Returns `draw(base, own, other, prompts, key, first, num)`: the rollout on the
-  host, of `num` completions of each prompt from number `first` on, and their
-  summed log-probs f32[B, num] under `own` and under `other`, in nats.
+  That of the last checkpoint against the reference is the run's own.
   """
-
-  sampling_mesh = sharding.reshaped(mesh, **config.sampling_mesh)
-
-  def evaluate(base, own, other, prompts, key, first, num):
-    whole = lora.over(policy, base)
-    drawn = sample(
-        whole, own, prompts, key, num=num, length=config.length,
-        stop_ids=tokenizer.stop_ids, first=first, slots=config.slots,
-        mesh=sampling_mesh,
-    )  # fmt: skip
-    there = log_probs(
-        whole, other, prompts, drawn.completion, drawn.mask,
-        chunk=config.chunk,
-    )  # fmt: skip
-    return drawn, drawn.log_prob.sum(-1), there.sum(-1)
-
-  program = jax.jit(
-    evaluate, static_argnames='num', out_shardings=sharding.by_row(mesh)
-  )
-
-  def draw(base, own, other, prompts: Prompts, key, first: int, num: int):
-    on_mesh = sharding.put_batch(prompts, mesh)
-    return shares.fetch(program(base, own, other, on_mesh, key, first, num=num))
-
-  return draw
-
-
-def ask(judges, texts) -> dict[str, np.ndarray]:
-  return {name: judge(*texts) for name, judge in judges.items()}
-
-
-def records(
-  draw, read, judges, prompts, *, who, count, at_once, stop_ids, writer, done,
-  rows
-):  # fmt: skip
-  """Yields the rows of completions.jsonl of one side, `count` per prompt.
-
-  The judges of this host are asked about the prompts in `rows`.
-  """
-  for first in range(0, count, at_once):
-    num = min(at_once, count - first)
-    with writer.phase('sample'):
-      drawn, here, there = draw(first, num)
-    with writer.phase('judge'):
-      texts = read(prompts, drawn)
-      scores = shares.over(
-        rows, functools.partial(ask, judges, scoring.some(rows, *texts))
-      )
-      check_scores(scores)
-    log_policy, log_reference = (
-      (here, there) if who == 'policy' else (there, here)
-    )
-    writer.advance(done + first + num)
-    for b, prompt in enumerate(texts[0]):
-      for k in range(num):
-        length = int(drawn.mask[b, k].sum())
-        yield dict(
-          id=int(prompts.id[b]),
-          prompt=prompt,
-          completion=texts[1][b][k],
-          **{name: float(value[b, k]) for name, value in scores.items()},
-          log_policy=float(log_policy[b, k]),
-          log_reference=float(log_reference[b, k]),
-          who=who,
-          length=length,
-          truncated=bool(drawn.completion[b, k, length - 1] not in stop_ids),
-        )
+  if against == 'reference':
+    done = os.path.exists(os.path.join(workdir, 'train', 'summary.json'))
+    if done and step == origin.find_step(workdir, 'train', 'last'):
+      return '.'
+    return os.path.join('evaluate', f'step_{step}')
+  other = os.path.basename(against)
+  last = origin.find_step(against, 'train', 'last')
+  return os.path.join('evaluate', f'step_{step}_against_{other}_{last}')
 
 
 def evaluate(
-  config: ml_collections.ConfigDict, workdir: str, checkpoint: str
+  config: ml_collections.ConfigDict,
+  workdir: str,
+  folder: str = '.',
+  checkpoint: int | str = 'last',
+  against: str = 'reference',
 ) -> dict[str, Any]:
-  """Draws, judges and reports; returns the summary of the whole run."""
-  settings = config.evaluate
-  mesh = sharding.make_mesh(**config.mesh)
+  """Draws, judges and reports; returns the summary of the whole run.
+
+  Args:
+    config: of the run.
+    workdir: of the run.
+    folder: below it, in which the results go.
+    checkpoint: of the policy.
+    against: 'reference', or the folder of another run.
+  """
+  settings, mesh = config.evaluate, sharding.make_mesh(**config.mesh)
   tokenizer = origin.load_tokenizer(config, workdir)
-  policy = origin.make_policy(config.model, config.tokenizer.vocab_size)
-  reference, base = origin.load_frozen(config, policy, workdir, mesh)
-  trained = origin.load_params(policy, workdir, 'train', checkpoint, mesh)
+  mine, reference = load_sides(config, workdir, str(checkpoint), mesh)
+  theirs = reference
+  if against != 'reference':
+    theirs = load_other(against, tokenizer, mesh)
   held_out = build.rows(config, 'test')
   read = functools.partial(build.texts, config, tokenizer, held_out)
   prompts = data.fixed_prompts(
@@ -134,100 +95,128 @@ def evaluate(
     length=config.prompt.length,
     count=settings.prompts,
   )
+  program = completions.make_draw(config, tokenizer.stop_ids, mesh)
   key = build.key(config.seed, 'evaluate')
-  sides = (
-    ('policy', settings.policy_completions, trained, reference),
-    ('reference', settings.reference_completions, reference, trained),
+
+  def draw(stream, own, other, first, num):
+    of_stream = jax.random.fold_in(key, stream)
+    return program(own, other, prompts, of_stream, first, num)
+
+  own = shares.own(mesh, settings.prompts)
+  opponents = functools.partial(draw, 2, reference, mine, 0)
+  judges = make_judges(config, workdir, opponents, prompts, read, own)
+  sides = [
+    completions.Side('policy', settings.policy_completions,
+                     functools.partial(draw, 0, mine, theirs)),
+    completions.Side('reference', settings.reference_completions,
+                     functools.partial(draw, 1, theirs, mine)),
+  ]  # fmt: skip
+  where = os.path.join(workdir, folder)
+  own_rows = os.path.join(workdir, 'evaluate' if folder == '.' else folder)
+  total = sum(side.count for side in sides)
+  rows = completions.collect(
+    os.path.join(where, 'completions.jsonl'), sides,
+    completions.make_judge(judges, read, own), prompts,
+    at_once=settings.at_once, stop_ids=tokenizer.stop_ids,
+    writer_of=lambda done: metrics.Writer(own_rows, 'evaluate', total, done),
+  )  # fmt: skip
+
+  def told() -> dict[str, Any]:
+    watched = metrics.read_rows(os.path.join(own_rows, 'metrics.jsonl'))
+    summary = measures.summarise(rows) | throughput(watched)
+    summary |= history(config, workdir, watched)
+    summary |= {'checkpoint': checkpoint, 'against': against}
+    draw_report(config, workdir, where, rows, summary)
+    return summary
+
+  return hosts.once(told)
+
+
+def load_sides(
+  config, workdir: str, checkpoint: str, mesh
+) -> tuple[completions.Model, completions.Model]:
+  """The policy of a run, and its reference."""
+  policy = origin.make_policy(config.model, config.tokenizer.vocab_size)
+  reference, base = origin.load_frozen(config, policy, workdir, mesh)
+  params = origin.load_params(policy, workdir, 'train', checkpoint, mesh)
+  return (
+    completions.Model(policy, params, base),
+    completions.Model(policy, reference, base),
   )
-  folder = os.path.join(workdir, 'evaluate')
-  total = sum(count for _, count, _, _ in sides)
-  mine = shares.own(mesh, settings.prompts)
-  rows, done = [], 0
-  with metrics.Writer(folder, 'evaluate', total) as writer:
-    draw = make_draw(policy, config, tokenizer, mesh)
-    judges = {
-      k: build.make_reward(config, config[k], workdir)
-      for k in ('reward', 'gold')
-    }
-    if config.reward.opponents:
-      key_of_theirs = jax.random.fold_in(key, len(sides))
-      drawn, _, _ = draw(
-          base, reference, trained, prompts, key_of_theirs, 0,
-          config.reward.opponents,
-      )  # fmt: skip
-      _, *theirs = scoring.some(mine, *read(prompts, drawn))
-      judges['reward'] = scoring.against(judges['reward'], *theirs)
-    # What is trained on, penalties and all; here no prompt may be missing.
-    rules = {**build.reward_rules(config.reward), 'failure': 'stop'}
-    reward, gold = judges['reward'], judges['gold']
-    judges = {
-      'reward': lambda *asked: scoring.score(reward, *asked, **rules).value,
-      'gold': lambda *asked: scoring.call(gold, *asked)[0],
-    }
-    for i, (who, count, own, other) in enumerate(sides):
-      side = functools.partial(
-        draw, base, own, other, prompts, jax.random.fold_in(key, i)
-      )
-      rows += records(
-          side, read, judges, prompts, who=who, count=count,
-          at_once=settings.at_once, stop_ids=tokenizer.stop_ids,
-          writer=writer, done=done, rows=mine,
-      )  # fmt: skip
-      done += count
-    with writer.phase('report'):
-      if hosts.first():
-        write_records(os.path.join(workdir, 'completions.jsonl'), rows)
-      summary = hosts.once(lambda: measures.summarise(rows))
-    writer.write(total, {})
-  summary |= hosts.once(lambda: history(config, workdir))
-  hosts.once(lambda: draw_report(config, workdir, rows, summary))
-  return summary
 
 
-def check_scores(scores: dict[str, np.ndarray]) -> None:
-  """Refuses judges of pairs: what is reported are numbers of completions."""
-  for name, value in scores.items():
-    if value.ndim == 3:
-      raise UserError(
-        f'{name} compares pairs, and evaluation needs a number for each'
-        ' completion: with reward.opponents = 4 it is how often a completion'
-        " beats four of the reference's; gold must be a reward."
-      )
+def load_other(workdir: str, tokenizer, mesh) -> completions.Model:
+  """The last policy of another run; a UserError if it reads other pieces."""
+  config = command.read_config(workdir)
+  theirs = origin.load_tokenizer(config, workdir)
+  if theirs.sha256 != tokenizer.sha256:
+    raise UserError(
+      f'--against={workdir} has another tokenizer ({theirs.vocab_size} pieces,'
+      f' {theirs.sha256[:12]}, here {tokenizer.vocab_size},'
+      f' {tokenizer.sha256[:12]}): log-probs of the same completion need the'
+      ' same pieces.'
+    )
+  return load_sides(config, workdir, 'last', mesh)[0]
 
 
-def write_records(path: str, rows: list[dict[str, Any]]) -> None:
-  """Writes JSON lines, whole or not at all."""
-  with open(path + '.tmp', 'w', encoding='utf-8') as f:
-    f.writelines(json.dumps(row, ensure_ascii=False) + '\n' for row in rows)
-  os.replace(path + '.tmp', path)
+def make_judges(config, workdir: str, opponents, prompts, read, own):
+  """The reward, as training sees it, and gold: functions of texts, by name.
 
-
-def history(config, workdir: str) -> dict[str, Any]:
-  """What the earlier stages, and this one, took and left behind."""
-  read = lambda folder, name: command.read_json(
-    os.path.join(folder, name, 'summary.json')
+  A judge of pairs compares with completions that `opponents(num)` draws of the
+  reference. No prompt may be missing here, so that a failure stops.
+  """
+  reward, gold = (
+    build.make_reward(config, config[name], workdir)
+    for name in ('reward', 'gold')
   )
+  if config.reward.opponents:
+    drawn, _, _ = opponents(config.reward.opponents)
+    _, *theirs = scoring.some(own, *read(prompts, drawn))
+    reward = scoring.against(reward, *theirs)
+  rules = {**build.reward_rules(config.reward), 'failure': 'stop'}
+  return {
+    'reward': lambda *asked: scoring.score(reward, *asked, **rules).value,
+    'gold': lambda *asked: scoring.call(gold, *asked)[0],
+  }
+
+
+def throughput(rows: list[dict[str, Any]]) -> dict[str, Any]:
+  """Tokens per second of drawing and scoring, of the calls' median.
+
+  A call that compiles is slow, so that one call says nothing.
+  """
+  rates = [row['tokens/decoded'] / row['seconds/sample'] for row in rows]
+  rate, reason = None, None
+  if len(rates) < 3:
+    reason = f'there were {len(rates)} calls, and those that compile are slow'
+  else:
+    rate = float(np.median(rates))
+  return {'tokens_per_second': rate, 'throughput_reason': reason}
+
+
+def history(config, workdir: str, own) -> dict[str, Any]:
+  """What the earlier stages, and this one, took and left behind.
+
+  Of a training that has not finished there is less to say. `own` are the rows
+  of this stage's metrics.
+  """
   start = build.reference_dir(config, workdir)
-  train = read(workdir, 'train')
-  own = metrics.phase_seconds(stage_rows(workdir, 'evaluate'))
+  trained = stage_rows(workdir, 'train')
   phases = {
-    **{f'train/{k}': v for k, v in train['phase_seconds'].items()},
-    **{f'evaluate/{k}': round(v, 3) for k, v in own.items()},
+    **{f'train/{k}': v for k, v in metrics.phase_seconds(trained).items()},
+    **{f'evaluate/{k}': v for k, v in metrics.phase_seconds(own).items()},
   }
-  row = {
-    'steps': train['steps'],
-    'anchor_drift': train['anchor_drift'],
-    'signal_fires': train['signal_fires'],
-    'compilations_after_first_step': train['compilations_after_first_step'],
-  }
+  row = {}
+  if train := summary_of(workdir, 'train'):
+    keys = ('steps', 'anchor_drift', 'signal_fires',
+            'compilations_after_first_step')  # fmt: skip
+    row |= {key: train[key] for key in keys}
   if 'sft' in config:
-    sft = read(start, 'sft')
+    sft = summary_of(start, 'sft')
     phases |= {f'sft/{k}': v for k, v in sft['phase_seconds'].items()}
     row['parameters'] = sft['parameters']
     row['sft_validation_loss'] = sft['validation_loss']
-  # A reward of the user's own needs no stage.
-  if os.path.exists(os.path.join(start, 'reward', 'summary.json')):
-    reward = read(start, 'reward')
+  if reward := summary_of(start, 'reward'):  # one of the user's has no stage
     phases['reward/fit'] = reward['seconds']
     row |= {  # of preferences there is no correlation, of a ridge no share
       f'reward_{key}': reward[key]
@@ -235,25 +224,30 @@ def history(config, workdir: str) -> dict[str, Any]:
       if key in reward
     }
   row['seconds'] = round(sum(phases.values()), 3)
-  return {**row, 'phase_seconds': phases}
+  return {**row, 'phase_seconds': {k: round(v, 3) for k, v in phases.items()}}
+
+
+def summary_of(workdir: str, stage: str) -> dict[str, Any]:
+  """What a stage has left; nothing if it has not finished."""
+  path = os.path.join(workdir, stage, 'summary.json')
+  return command.read_json(path) if os.path.exists(path) else {}
 
 
 def stage_rows(workdir: str, stage: str) -> list[dict[str, Any]]:
   return metrics.read_rows(os.path.join(workdir, stage, 'metrics.jsonl'))
 
 
-def draw_report(config, workdir, rows, summary) -> None:
-  """Writes report.html and its figures."""
+def draw_report(config, workdir: str, folder: str, rows, summary) -> None:
+  """Writes report.html and its figures into `folder`."""
   rewards_ = measures.grid(rows, 'reference')['reward']
   start = build.reference_dir(config, workdir)
-  sft = stage_rows(start, 'sft') if 'sft' in config else []
   path = report.write_report(
-    workdir,
+    folder,
     settings=config.to_dict(),
     train=stage_rows(workdir, 'train'),
-    sft=sft,
+    sft=stage_rows(start, 'sft') if 'sft' in config else [],
     summary=summary,
-    curve=measures.best_of_n_curve(rewards_),
+    curve=curves.best_of_n_curve(rewards_),
     samples=report.side_by_side(rows, config.evaluate.samples_shown),
   )
   print(f'\n{textwrap.fill(report.sentence(summary), 80)}')
@@ -264,18 +258,41 @@ def headlines(summary: dict[str, Any]) -> list[tuple]:
   """The table of the measures that the report opens with."""
   shown = {**summary, 'seconds': metrics.clock(summary['seconds'])}
   rows = [
-    (label, shown[key], shown[extra] if extra else '')
+    (label, shown.get(key), shown.get(extra, ''))
     for label, key, extra in report.HEADLINES
   ]
   return [('', 'value', 'interval or error'), *rows]
 
 
-def main(config: ml_collections.ConfigDict, workdir: str) -> None:
+def main(
+  config: ml_collections.ConfigDict,
+  workdir: str,
+  checkpoint: str = 'last',
+  against: str = 'reference',
+) -> None:
+  """One evaluation of one run."""
+  hosts.start()  # before anything is looked at that hosts must agree on
+  if against != 'reference':
+    against = os.path.normpath(against)
+  step = origin.find_step(workdir, 'train', checkpoint)
+  folder = folder_of(workdir, step, against)
   build.stage(
-      'evaluate', evaluate, config, workdir, folder='.', table=headlines,
-      checkpoint=_CHECKPOINT.value,
+      'evaluate', functools.partial(evaluate, folder=folder), config, workdir,
+      folder=folder, table=headlines, checkpoint=step, against=against,
   )  # fmt: skip
 
 
+def run() -> None:
+  given = command.run_flags()
+
+  def go():
+    if _SWEEP.value:
+      sweep.sweep(_SWEEP.value, _OUT.value)
+    else:
+      main(*given(), checkpoint=_CHECKPOINT.value, against=_AGAINST.value)
+
+  command.execute(go, __doc__)
+
+
 if __name__ == '__main__':
-  command.run(main, __doc__)
+  run()

@@ -51,7 +51,9 @@ def export(
   if '://' in out or os.path.lexists(out):
     why = 'is no local folder' if '://' in out else 'exists'
     raise UserError(f'--out={out} {why}; name a local one that does not exist.')
-  config = read_config(workdir)
+  config = command.read_config(workdir)
+  if 'tokenizer' not in config or 'model' not in config:
+    raise UserError(f'{workdir} trains no language model: nothing to export.')
   settings = config.model.lora
   if form == 'adapter' and not settings.rank:
     raise UserError(
@@ -100,22 +102,6 @@ def export(
     'parameters': sum(x.size for x in jax.tree.leaves(params)),
     'bytes': size_of(out),
   }
-
-
-def read_config(workdir: str) -> ml_collections.ConfigDict:
-  """The config of a run; a UserError unless it trains a language model."""
-  path = os.path.join(workdir, 'config.json')
-  try:
-    config = ml_collections.ConfigDict(command.read_json(path))
-  except (OSError, ValueError) as e:
-    reason = getattr(e, 'strerror', None) or 'not JSON'
-    raise UserError(
-      f'cannot read {path} ({reason}); --workdir is the folder of a finished'
-      ' run.'
-    ) from e
-  if 'tokenizer' not in config or 'model' not in config:
-    raise UserError(f'{workdir} trains no language model: nothing to export.')
-  return config
 
 
 def tokenizer_path(config: ml_collections.ConfigDict, workdir: str) -> str:

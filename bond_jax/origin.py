@@ -138,7 +138,7 @@ def load_tokenizer(
   folder = build.reference_dir(config, workdir)
   path = settings.path or os.path.join(folder, 'tokenizer.model')
   tokenizer = tokenizer_lib.load(path, settings.sha256)
-  if settings.path and tokenizer.vocab_size != settings.vocab_size:
+  if tokenizer.vocab_size != settings.vocab_size:
     raise UserError(
       f'{path} has {tokenizer.vocab_size} pieces, the'
       f' config asks for tokenizer.vocab_size {settings.vocab_size}: is it of'
@@ -240,16 +240,33 @@ def load_params(
 ) -> Params:
   """The parameters that a finished stage left, straight into their shards.
 
-  `which` is 'last', 'best' or a step; see `checkpoint.choose`.
+  `which` is 'last', 'best' or a step; see `find_step`.
   """
-  if not os.path.exists(os.path.join(workdir, stage, 'summary.json')):
-    raise UserError(
-      f'the {stage} stage has not finished in {workdir}; run "python -m'
-      f' bond_jax.{stage}" first, with the same --config and --workdir.'
-    )
-  folder = os.path.join(workdir, stage, 'checkpoints')
+  step = find_step(workdir, stage, which)
   shapes = jax.eval_shape(policy.init, jax.random.key(0))
   like = sharding.tree_structs(shapes, mesh)
-  with checkpoint.manager(folder) as checkpoints:
-    step = checkpoint.choose(checkpoints, which)
+  with checkpoint.manager(_checkpoints(workdir, stage)) as checkpoints:
     return checkpoint.restore_params(checkpoints, like, step)
+
+
+def find_step(workdir: str, stage: str, which: str) -> int:
+  """The step that 'last', 'best' or a number means, the same on all hosts.
+
+  A UserError where there is none; 'last' is that of a stage that has finished.
+  """
+  folder = _checkpoints(workdir, stage)
+  finished = os.path.exists(os.path.join(workdir, stage, 'summary.json'))
+  there = os.path.isdir(folder)
+  if not there or (which == 'last' and not finished):
+    other = there and stage == 'train'
+    raise UserError(
+      f'the {stage} stage has not finished in {workdir}; run "python -m'
+      f' bond_jax.{stage}" first, with the same --config and --workdir'
+      f'{", or give --checkpoint=best" if other else ""}.'
+    )
+  with checkpoint.manager(folder) as checkpoints:
+    return checkpoint.choose(checkpoints, which)
+
+
+def _checkpoints(workdir: str, stage: str) -> str:
+  return os.path.join(workdir, stage, 'checkpoints')

@@ -9,6 +9,7 @@ import ml_collections
 import pytest
 import toy
 
+import bond_jax
 from bond_jax import command
 from bond_jax.errors import UserError
 
@@ -44,8 +45,8 @@ def call(tmp_path_factory):
   (folder / 'torn.py').write_text('def get_config(:\n')
   (folder / 'empty.py').write_text('')
 
-  def run(*args):
-    if not any(arg.startswith('--config=') for arg in args):
+  def run(*args, config=True):
+    if config and not any(arg.startswith('--config=') for arg in args):
       args = ['--config=config.py', *args]
     return subprocess.run(
       [sys.executable, 'script.py', *args],
@@ -93,6 +94,48 @@ def test_a_mistake_is_one_line_and_status_2(call, args, says):
   assert done.stderr.count('\n') == 1
   assert done.stderr.startswith('error: ')
   assert says in done.stderr
+
+
+def test_without_a_config_it_is_that_of_the_run(call, tmp_path):
+  """Tuples are tuples again; and what is wrong with the folder is one line."""
+  workdir = str(tmp_path)
+  config = dict(seed=0, train=dict(steps=5, rates=[1, [2, 3]]))
+  (tmp_path / 'config.json').write_text(json.dumps(config))
+  read = command.read_config(workdir)
+  assert read.train.rates == (1, (2, 3)) and read.is_locked
+  assert json.loads(read.to_json_best_effort()) == config
+  done = call(f'--workdir={workdir}', config=False)
+  assert (done.returncode, done.stdout) == (0, f'{workdir} 5\n')
+  done = call(f'--workdir={workdir}', '--config.train.steps=6', config=False)
+  assert done.stderr.count('\n') == 1 and 'give that too' in done.stderr
+  done = call(f'--workdir={workdir}/none', config=False)
+  assert done.returncode == 2 and done.stderr.count('\n') == 1
+  assert f'cannot read {workdir}/none/config.json (No such file' in done.stderr
+  for broken in ('{"seed"', '3'):
+    (tmp_path / 'config.json').write_text(broken)
+    with pytest.raises(UserError, match='not JSON of ours'):
+      command.read_config(workdir)
+
+
+@pytest.mark.parametrize('theirs, fine', [
+  ('0.0.9', True), (bond_jax.__version__, True), ('0.10.0', False),
+  ('1.0', False),
+])  # fmt: skip
+def test_a_run_of_a_newer_version(tmp_path, theirs, fine):
+  config = ml_collections.ConfigDict(dict(seed=0))
+  command.claim_workdir(str(tmp_path), config)
+  path = tmp_path / 'version.json'
+  assert json.loads(path.read_text()) == {'bond_jax': bond_jax.__version__}
+  path.write_text(json.dumps({'bond_jax': theirs}))
+  for act in (
+    lambda: command.check_workdir(str(tmp_path), config),
+    lambda: command.read_config(str(tmp_path)),
+  ):
+    if fine:
+      act()
+    else:
+      with pytest.raises(UserError, match=f'made by bond_jax {theirs}, and'):
+        act()
 
 
 def test_the_workdir_is_required(call):
@@ -151,7 +194,7 @@ def test_a_workdir_belongs_to_the_config_that_claimed_it(tmp_path):
   command.claim_workdir(workdir, first)
   assert command.check_workdir(workdir, first)
   written = toy.listing(workdir)
-  assert list(written) == ['config.json']
+  assert sorted(written) == ['config.json', 'version.json']
   assert json.loads(written['config.json'])['b'] == {'c': [1, 2], 'd': 'x'}
   second = first.copy_and_resolve_references()
   second.b.d = 'y'

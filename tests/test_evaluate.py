@@ -4,6 +4,7 @@ import functools
 import json
 import os
 import re
+import shutil
 
 import jax
 import numpy as np
@@ -12,6 +13,7 @@ import toy
 
 from bond_jax import (
   build,
+  completions,
   data,
   evaluate,
   measures,
@@ -37,20 +39,16 @@ def workdir(tmp_path):
   return toy.before('evaluate', str(path))
 
 
-def completions(workdir):
+def read_completions(workdir):
   with open(os.path.join(workdir, 'completions.jsonl'), encoding='utf-8') as f:
     return [json.loads(line) for line in f]
 
 
-def judge(config, workdir, checkpoint):
-  build.stage(
-      'evaluate', evaluate.evaluate, config, workdir, folder='.',
-      table=evaluate.headlines, checkpoint=checkpoint,
-  )  # fmt: skip
+judge = evaluate.main
 
 
 def test_completions_hold_every_measure(config):
-  rows, settings = completions(toy.finished()), config.evaluate
+  rows, settings = read_completions(toy.finished()), config.evaluate
   counts = {'policy': 0, 'reference': 0}
   for row in rows:
     assert set(row) == set(measures.RECORD_KEYS)
@@ -70,13 +68,13 @@ def test_completions_hold_every_measure(config):
 def test_prompts_are_openings_of_the_test_split(config):
   with open(config.data.name.replace('{split}', 'test')) as f:
     texts = [json.loads(line)['text'] for line in f]
-  for row in completions(toy.finished()):
+  for row in read_completions(toy.finished()):
     assert texts[row['id']].startswith(row['prompt'])
     assert row['prompt'] != ''
 
 
 def test_scores_belong_to_the_texts_beside_them(config):
-  rows = completions(toy.finished())[::17]
+  rows = read_completions(toy.finished())[::17]
   for key, section in (('reward', config.reward), ('gold', config.gold)):
     judge = build.make_reward(config, section, toy.finished())
     texts = [[r['completion']] for r in rows]
@@ -97,8 +95,9 @@ def test_draws_are_scored_under_both_models(config):
     length=config.prompt.length,
     count=8,
   )
-  draw = evaluate.make_draw(policy, config, tokenizer, mesh)
-  drawn, here, there = draw({}, own, other, prompts, jax.random.key(3), 0, 2)
+  draw = completions.make_draw(config, tokenizer.stop_ids, mesh)
+  sides = [completions.Model(policy, params, {}) for params in (own, other)]
+  drawn, here, there = draw(*sides, prompts, jax.random.key(3), 0, 2)
   score = jax.jit(
     lambda params: log_probs(
       policy, params, prompts, drawn.completion, drawn.mask, chunk=6
@@ -117,8 +116,12 @@ def test_draws_are_scored_under_both_models(config):
     ('reference', 'log_reference', 'log_policy'),
   ],
 )
-def test_records_of_a_side(config, tmp_path, who, own, other):
-  """Three completions of two prompts, two at once: each drawn once."""
+@pytest.mark.parametrize('killed', [None, 'judge', 'write'])
+def test_records_of_a_side(config, tmp_path, who, own, other, killed):
+  """Three completions of two prompts, two at once: each drawn once.
+
+  Also if it is killed in the second call, and goes on with that.
+  """
   texts = [row['text'] for row in build.rows(config, 'train')]
   tokenizer = tokenizer_lib.train(texts, str(tmp_path / 'tokenizer.model'), 96)
   piece = tokenizer.encode('film')[0]
@@ -136,20 +139,34 @@ def test_records_of_a_side(config, tmp_path, who, own, other):
     part = stream[:, first : first + num]
     return Rollout(completion, mask, None, None), part, -part
 
-  judge = lambda prompts, completions, context: np.array(
-    [[len(c) for c in row] for row in completions]
-  )
+  def judge(prompts, completions, context):
+    if len(completions[0]) == 1 and killed == 'judge' and len(asked) == 2:
+      raise KeyboardInterrupt
+    return np.array([[len(c) for c in row] for row in completions])
+
   data_rows = [{'text': str(i)} for i in range(10)]
   read = functools.partial(build.texts, config, tokenizer, data_rows)
-  with metrics.Writer(str(tmp_path), 'x', 3) as writer:
-    rows = list(
-      evaluate.records(
-        draw, read, {'reward': judge}, prompts, who=who, count=3,
-        at_once=2, stop_ids=tokenizer.stop_ids, writer=writer, done=0,
-        rows=np.arange(2),
-      )
-    )  # fmt: skip
-  assert asked == [(0, 2), (2, 1)]
+  path = tmp_path / 'completions.jsonl'
+  collect = lambda: completions.collect(
+    str(path), [completions.Side(who, 3, draw)],
+    completions.make_judge({'reward': judge}, read, np.arange(2)), prompts,
+    at_once=2, stop_ids=tokenizer.stop_ids,
+    writer_of=lambda done: metrics.Writer(str(tmp_path), 'x', 3, done),
+  )  # fmt: skip
+  if killed == 'judge':
+    with pytest.raises(KeyboardInterrupt):
+      collect()
+  elif killed == 'write':
+    collect()
+    path.write_bytes(path.read_bytes()[:-9])  # torn in the last of six lines
+  rows = collect()
+  assert asked == [(0, 2), (2, 1), *([(2, 1)] if killed else [])]
+  assert rows == read_completions(str(tmp_path))
+  watched = metrics.read_rows(str(tmp_path / 'metrics.jsonl'))
+  assert [(r['step'], r['tokens/decoded']) for r in watched] == [
+    (2, 10),
+    (3, 5),
+  ]
   assert sorted(r[own] for r in rows) == [1, 2, 3, 4, 5, 6]
   for row in rows:
     assert row[other] == -row[own]
@@ -180,7 +197,7 @@ def test_a_policy_equal_to_its_reference(config, workdir, monkeypatch):
   # Of the win rate or, where chance would have that otherwise, of the KL.
   assert 'does not lie above 0' in summary['frontier_reason']
   texts = {'policy': {}, 'reference': {}}
-  for row in completions(workdir):
+  for row in read_completions(workdir):
     texts[row['who']].setdefault(row['id'], []).append(row['completion'])
   pairs = [
     mine == other
@@ -191,19 +208,137 @@ def test_a_policy_equal_to_its_reference(config, workdir, monkeypatch):
 
 
 def test_the_checkpoint_that_is_asked_for(config, workdir, monkeypatch):
+  """In a folder of its own; what is the last one is the run's."""
   monkeypatch.setattr(evaluate, 'draw_report', lambda *_: None)  # slow
   judge(config, workdir, '3')
-  assert toy.summary(workdir)['checkpoint'] == '3'
-  other, same = completions(workdir), completions(toy.finished())
+  folder = os.path.join(workdir, 'evaluate', 'step_3')
+  assert toy.summary(folder)['checkpoint'] == 3
+  assert not os.path.exists(os.path.join(workdir, 'summary.json'))
+  other = read_completions(folder)
+  same = read_completions(toy.finished())
   pick = lambda rows, who, key: [r[key] for r in rows if r['who'] == who]
   for key in ('completion', 'log_reference', 'reward'):
     assert pick(other, 'reference', key) == pick(same, 'reference', key)
   for key in ('completion', 'log_policy'):
     assert pick(other, 'policy', key) != pick(same, 'policy', key)
   before = toy.listing(workdir)
-  with pytest.raises(UserError, match="checkpoint: '3' -> 'last' asked for"):
-    judge(config, workdir, 'last')
+  judge(config, workdir, '3')  # it is there
   assert toy.listing(workdir) == before
+  judge(config, workdir, '6')  # the last
+  assert toy.summary(workdir)['checkpoint'] == 6
+  assert read_completions(workdir) == same
+  assert toy.listing(folder) == {
+    name.removeprefix('evaluate/step_3/'): content
+    for name, content in before.items()
+    if name.startswith('evaluate/step_3/')
+  }
+
+
+def test_a_killed_evaluation_goes_on(config, workdir, monkeypatch):
+  """With the call that it was at, and to the same rows and numbers."""
+  monkeypatch.setattr(evaluate, 'draw_report', lambda *_: None)
+  append, written = completions.append, []
+
+  def die(path, rows):
+    if len(written) == 2:
+      append(path, rows[:5])
+      raise KeyboardInterrupt
+    written.append(len(rows))
+    append(path, rows)
+
+  monkeypatch.setattr(completions, 'append', die)
+  with pytest.raises(KeyboardInterrupt):
+    judge(config, workdir)
+  assert not os.path.exists(os.path.join(workdir, 'summary.json'))
+  assert len(read_completions(workdir)) == 2 * 64 + 5
+  drawn = []
+  monkeypatch.setattr(
+    completions, 'append',
+    lambda path, rows: (drawn.append(len(rows)), append(path, rows)),
+  )  # fmt: skip
+  judge(config, workdir)
+  assert drawn == [64]  # of 4 + 8 completions, 4 at once
+  assert read_completions(workdir) == read_completions(toy.finished())
+  numbers = lambda path: {
+    k: v
+    for k, v in toy.summary(path).items()
+    if k not in ('tokens_per_second', 'throughput_reason')
+  }
+  assert numbers(workdir) == numbers(toy.finished())
+
+
+def test_against_another_run(config, workdir, tmp_path, monkeypatch):
+  """Itself: the same model, other draws; of another tokenizer: refused."""
+  monkeypatch.setattr(evaluate, 'draw_report', lambda *_: None)
+  judge(config, workdir, '3', toy.finished())
+  folder = os.path.join(workdir, 'evaluate', 'step_3_against_finished_6')
+  assert toy.summary(folder)['against'] == toy.finished()
+  rows = read_completions(folder)
+  judge(config, workdir, '3')
+  plain = read_completions(os.path.join(workdir, 'evaluate', 'step_3'))
+  pick = lambda rows, who, key: [r[key] for r in rows if r['who'] == who]
+  # The policy's are the same; what it is compared with is not.
+  assert pick(rows, 'policy', 'completion') == pick(
+    plain, 'policy', 'completion'
+  )
+  for who, key in (
+    ('policy', 'log_reference'), ('reference', 'log_reference'),
+    ('reference', 'completion'),
+  ):  # fmt: skip
+    assert pick(rows, who, key) != pick(plain, who, key)
+  # Against the run that it is a copy of, the two sides are one law.
+  judge(config, workdir, '6', toy.finished())
+  same = read_completions(
+    os.path.join(workdir, 'evaluate', 'step_6_against_finished_6')
+  )
+  for row in same:
+    assert row['log_policy'] == pytest.approx(row['log_reference'], abs=1e-4)
+  other = shutil.copytree(workdir, tmp_path / 'other')
+  texts = [row['text'] for row in build.rows(config, 'test')]
+  tokenizer_lib.train(texts, str(other / 'tokenizer.model'), 96)
+  before = toy.listing(workdir)
+  with pytest.raises(UserError, match='has another tokenizer .96 pieces'):
+    judge(config, workdir, '6', str(other))
+  summary = toy.listing(workdir).keys() - before.keys()
+  assert not any('summary' in name for name in summary)
+
+
+def test_a_run_without_a_last_checkpoint_has_a_best_one(config, workdir):
+  os.remove(f'{workdir}/train/summary.json')
+  with pytest.raises(UserError, match='or give --checkpoint=best'):
+    judge(config, workdir, 'last')
+  assert 'steps' not in evaluate.history(config, workdir, [])
+  step = origin.find_step(workdir, 'train', 'best')
+  assert evaluate.folder_of(workdir, step, 'reference') == (
+    f'evaluate/step_{step}'
+  )
+
+
+def test_a_half_written_checkpoint_is_none(config, workdir):
+  """What a kill leaves: a folder under a name that is not a step's yet."""
+  folder = f'{workdir}/train/checkpoints'
+  os.rename(f'{folder}/6', f'{folder}/6.orbax-checkpoint-tmp')
+  assert origin.find_step(workdir, 'train', 'last') == 3
+  shutil.rmtree(f'{folder}/3')
+  with pytest.raises(UserError, match='holds no checkpoint; run the stage'):
+    judge(config, workdir)
+
+
+def test_a_tokenizer_of_another_size(config, workdir):
+  texts = [row['text'] for row in build.rows(config, 'train')]
+  tokenizer_lib.train(texts, f'{workdir}/tokenizer.model', 80)
+  with pytest.raises(UserError, match='has 80 pieces, the config asks for'):
+    judge(config, workdir)
+
+
+def test_throughput_is_the_median_and_needs_three_calls():
+  row = lambda tokens, seconds: {'tokens/decoded': tokens,
+                                 'seconds/sample': seconds}  # fmt: skip
+  found = evaluate.throughput([row(60, 30.0), row(60, 2.0), row(60, 3.0)])
+  assert found == {'tokens_per_second': 20.0, 'throughput_reason': None}
+  found = evaluate.throughput([row(60, 30.0), row(60, 2.0)])
+  assert found['tokens_per_second'] is None
+  assert 'there were 2 calls' in found['throughput_reason']
 
 
 @pytest.mark.parametrize('checkpoint', ['5', 'worst'])
@@ -222,24 +357,21 @@ def test_an_unfinished_train_stage_is_refused(config, workdir):
 
 def test_a_reward_of_the_user_s_own_needs_no_reward_stage(config, workdir):
   os.remove(f'{workdir}/reward/summary.json')
-  os.makedirs(f'{workdir}/evaluate')
-  with open(f'{workdir}/evaluate/metrics.jsonl', 'w') as f:
-    f.write('{"step": 1, "seconds/sample": 2.0}\n')
-  found = evaluate.history(config, workdir)
+  own = [{'step': 1, 'seconds/sample': 2.0}]
+  found = evaluate.history(config, workdir, own)
   assert 'reward_test_pearson' not in found
   assert found['phase_seconds']['evaluate/sample'] == 2.0
-  assert found['seconds'] == pytest.approx(sum(found['phase_seconds'].values()))
+  assert found['seconds'] == pytest.approx(
+    sum(found['phase_seconds'].values()), abs=0.01
+  )
 
 
 def test_a_reward_of_preferences_has_no_correlation(config, workdir):
-  os.makedirs(f'{workdir}/evaluate')
-  with open(f'{workdir}/evaluate/metrics.jsonl', 'w') as f:
-    f.write('{"step": 1, "seconds/sample": 2.0}\n')
   path = f'{workdir}/reward/summary.json'
-  assert evaluate.history(config, workdir)['reward_test_pearson'] > 0
+  assert evaluate.history(config, workdir, [])['reward_test_pearson'] > 0
   with open(path, 'w') as f:
     json.dump({'accuracy': 0.75, 'seconds': 1.0}, f)
-  found = evaluate.history(config, workdir)
+  found = evaluate.history(config, workdir, [])
   assert found['reward_accuracy'] == 0.75
   assert 'reward_test_pearson' not in found
 
