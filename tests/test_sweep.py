@@ -27,7 +27,7 @@ def test_the_area_is_that_of_the_staircase():
   # Another point that is beaten changes nothing, nor does the order.
   more = np.array([1.5, 2.0, 1.0]), np.array([0.55, 0.7, 0.6])
   assert sweep.front_area(*more, 4.0) == pytest.approx(area)
-  # An estimate of a KL may be negative, and a checkpoint may win less than half.
+  # The estimate of a KL may be negative, and a win rate below one half.
   assert sweep.front_area(
     np.array([-0.01, 1.0]), np.array([0.45, 0.6]), 2.0
   ) == pytest.approx((0.5 + 0.6) / 2)
@@ -80,13 +80,13 @@ def test_a_sweep_reads_what_runs_have_left(runs, capsys):
 
 def test_best_of_n_has_the_area_of_its_curve():
   ns = np.array([2.0, 4.0, 8.0])
-  kl, rate = sweep.curves.closed_form(ns)
+  rate, kl = sweep.curves.closed_form(ns)
   points = sweep.Points(ns, kl, rate, rate)
   out = sweep.summarise({'none': points})
   # A staircase of three steps lies below the curve, one of many reaches it.
   assert out['runs']['none']['front_area'] < out['best_of_n_area'] - 0.02
   ns = np.geomspace(1, 8, 3000)
-  kl, rate = sweep.curves.closed_form(ns)
+  rate, kl = sweep.curves.closed_form(ns)
   out = sweep.summarise({'none': sweep.Points(ns, kl, rate, rate)})
   area = out['runs']['none']['front_area']
   assert area == pytest.approx(out['best_of_n_area'], abs=2e-4)
