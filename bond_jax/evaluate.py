@@ -40,15 +40,6 @@ from bond_jax import (
 )
 from bond_jax.errors import UserError
 
-_CHECKPOINT = command.checkpoint_flag()
-_AGAINST = flags.DEFINE_string(
-  'against', 'reference', 'What is compared with: "reference", or a run.'
-)
-_SWEEP = flags.DEFINE_string(
-  'sweep', None, 'Runs, as "runs/*": what is known of all, in one figure.'
-)
-_OUT = flags.DEFINE_string('out', None, 'Of --sweep; runs/sweep by default.')
-
 
 def folder_of(workdir: str, step: int, against: str) -> str:
   """Where an evaluation is written, below the workdir.
@@ -283,13 +274,20 @@ def main(
 
 
 def run() -> None:
-  given = command.run_flags()
+  given, checkpoint = command.run_flags(), command.checkpoint_flag()
+  against = flags.DEFINE_string(
+    'against', 'reference', 'What is compared with: "reference", or a run.'
+  )
+  runs = flags.DEFINE_string(
+    'sweep', None, 'Runs, as "runs/*": what is known of all, in one figure.'
+  )
+  out = flags.DEFINE_string('out', None, 'Of --sweep; runs/sweep by default.')
 
   def go():
-    if _SWEEP.value:
-      sweep.sweep(_SWEEP.value, _OUT.value)
+    if runs.value:
+      sweep.sweep(runs.value, out.value)
     else:
-      main(*given(), checkpoint=_CHECKPOINT.value, against=_AGAINST.value)
+      main(*given(), checkpoint=checkpoint.value, against=against.value)
 
   command.execute(go, __doc__)
 
