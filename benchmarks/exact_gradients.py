@@ -8,8 +8,21 @@ import optax
 from bond_jax import anchors, enumerable, exact, objectives, sharding
 
 
-def descend(config, *, backward_weight, rate, moves, first, inner, optimizer):
+def descend(config, **args):
   """Yields the exact measures of the anchor and the policy before each move.
+
+  Arguments as those of `laws`.
+  """
+  task = enumerable.make(config, '', sharding.make_mesh(data=1, model=1))
+  known = enumerable.know(config, task.policy, task.frozen)
+  for both in laws(config, **args):
+    yield tuple(exact.measure(law, known) for law in both)
+
+
+def laws(config, *, backward_weight, rate, moves, first, inner, optimizer):
+  """Yields the laws of the anchor and the policy before each move.
+
+  f64[X, Y], natural logarithms.
 
   Args:
     config: of configs/enumerable.py.
@@ -44,5 +57,5 @@ def descend(config, *, backward_weight, rate, moves, first, inner, optimizer):
     log_anchor = log_law(anchor)
     terms = objectives.jbond_terms(log_anchor, known.reward, 2)
     params, state = solve(params, state, log_anchor, terms, steps)
-    yield tuple(exact.measure(log_law(p), known) for p in (anchor, params))
+    yield tuple(log_law(p) for p in (anchor, params))
     anchor = anchors.ema(rate).update(anchor, params, move)

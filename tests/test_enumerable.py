@@ -9,7 +9,15 @@ import oracle
 import pytest
 import toy
 
-from bond_jax import bandit, enumerable, exact, sampling, sharding
+from bond_jax import (
+  bandit,
+  completions,
+  enumerable,
+  exact,
+  measures,
+  sampling,
+  sharding,
+)
 from bond_jax.errors import UserError
 from bond_jax.log_probs import log_probs
 from bond_jax.models import scalar_head
@@ -152,6 +160,32 @@ def test_the_sampler_draws_from_the_law(task, law):
     assert count.sum() == 2000
     # Chi-square of 6 degrees of freedom: above 30 once in 25,000.
     assert ((count - expected) ** 2 / expected).sum() < 30
+
+
+def test_the_kl_is_estimated_without_bias(task, law):
+  """As evaluation does, of a policy and its reference whose laws are known."""
+  config, mesh = language.get_config('jbond'), sharding.make_mesh(1, 1)
+  policy, params = task[0].policy, task[1]
+  prompts = next(enumerable.Cycle(X, V, 8 * X))
+  mine = completions.Model(policy, params, {})
+  theirs = completions.Model(policy, task[0].frozen.reference, {})
+  draw = completions.make_draw(config, (enumerable.EOS,), mesh)
+  _, here, there = draw(mine, theirs, prompts, jax.random.key(0), 0, 256)
+  log_ratio = np.log(law) - np.log(law_of(task[0], theirs.params))
+  exact_kl = (law * log_ratio).sum(-1)
+  variance = (law * (log_ratio - exact_kl[:, None]) ** 2).sum(-1)
+  got = (here - there).reshape(8, X, 256).swapaxes(0, 1).reshape(X, -1)
+  error = np.sqrt(variance / got.shape[1])
+  assert np.all(np.abs(got.mean(1) - exact_kl) < 4 * error)
+  assert np.all(exact_kl > 20 * error)
+  np.testing.assert_allclose(got.var(1), variance, rtol=0.15)
+  # Of many draws the reported error is the deviation, prompts being clusters.
+  kl, stderr = measures.mean_and_stderr(got)
+  assert kl == pytest.approx(exact_kl.mean(), abs=5 * error.max())
+  assert stderr == pytest.approx(got.mean(1).std(ddof=1) / np.sqrt(X), rel=1e-6)
+  # A policy that is its reference: 0, whatever is drawn.
+  _, here, there = draw(mine, mine, prompts, jax.random.key(1), 0, 8)
+  np.testing.assert_allclose(here, there, rtol=0, atol=1e-5)
 
 
 # -- its measures -------------------------------------------------------------
