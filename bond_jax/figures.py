@@ -130,7 +130,7 @@ def frontier(ax: Axes, data: Data, look) -> bool:
       elinewidth=1, label='this run, at the end',
     )  # fmt: skip
   ax.set(xlim=(-0.02 * edge, edge), ylim=(min(0.48, *rate, 1), 1.005))
-  ax.set(xlabel=f'KL to {_short(other)}, nats per completion')
+  ax.set(xlabel=f'KL to {_short(other)}, nats')
   ax.set(ylabel='win rate')
   ax.legend(loc='best')
   return True
@@ -226,7 +226,7 @@ def signal(ax: Axes, data: Data, look) -> bool:
 def length(ax: Axes, data: Data, look) -> bool:
   ax.set_ylabel('tokens')
   drawn = _lines(ax, data.train, {'length/completion': 'length'}, look)
-  ax.set_ylim(bottom=0)
+  ax.set_ylim(0, 1.1 * ax.get_ylim()[1])
   return drawn
 
 

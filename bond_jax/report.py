@@ -186,10 +186,12 @@ def _cautions(found: Sequence[str]) -> str:
 
 
 def _cards(summary: Mapping[str, Any], names: Mapping[str, str]) -> str:
+  reference = names['other'] == 'the reference'
+  beside = 'reference' if reference else 'other run'
   parts = []
   for title, cards in CARDS.items():
     made = ''.join(
-      _card(label.format(**names), keys, summary, names['other'])
+      _card(label.format(**names), keys, summary, beside)
       for label, keys in cards
     )
     title = escape(title.format(**names))
@@ -197,7 +199,7 @@ def _cards(summary: Mapping[str, Any], names: Mapping[str, str]) -> str:
   return ''.join(parts)
 
 
-def _card(label: str, keys: str | tuple[str, str], summary, other: str) -> str:
+def _card(label: str, keys: str | tuple[str, str], summary, beside) -> str:
   keys = (keys,) if isinstance(keys, str) else keys
   missing = [key for key in keys if summary.get(key) is None]
   if missing:
@@ -205,11 +207,7 @@ def _card(label: str, keys: str | tuple[str, str], summary, other: str) -> str:
     small = shown(missing[0], summary).removeprefix('n/a, ')
   else:
     *before, value = (_short(key, summary[key]) for key in keys)
-    small = (
-      f'{other.removeprefix("the ")}: {before[0]}'
-      if before
-      else _error(keys[0], summary)
-    )
+    small = f'{beside}: {before[0]}' if before else _error(keys[0], summary)
   return (
     f'<div class="card"><div class="label">{escape(label)}</div>'
     f'<div class="value">{escape(value)}</div>'

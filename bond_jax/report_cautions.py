@@ -26,10 +26,11 @@ def cautions(
   # A comparison with NaN is False: what is not known gives no caution.
   got = {k: np.nan if v is None else v for k, v in summary.items()}
   got = collections.defaultdict(lambda: np.nan, got)
+  other = opponent(summary)
   checks = (
-    *_of_outcome(got, opponent(summary), gold),
-    *_of_reward(got),
-    *_of_text(got),
+    *_of_outcome(got, other, gold),
+    *_of_reward(got, other),
+    *_of_text(got, other),
     *_of_training(got, train),
   )
   return [line for holds, line in checks if holds]
@@ -64,12 +65,12 @@ def _of_outcome(got, other: str, gold: str) -> Iterator[tuple[bool, str]]:
   yield (
     got['kl'] > 10,
     f'The KL to {other} is {got["kl"]:.1f} nats. Above 10 the policy writes'
-    ' what it almost never would; look at the completions before trusting'
+    ' what that one almost never would; look at the completions before trusting'
     ' the reward, and take an earlier checkpoint.',
   )
 
 
-def _of_reward(got) -> Iterator[tuple[bool, str]]:
+def _of_reward(got, other: str) -> Iterator[tuple[bool, str]]:
   yield (
     got['signal_fires'] < 0.2,
     f'The signal fires on only {got["signal_fires"]:.0%} of the prompts;'
@@ -78,8 +79,8 @@ def _of_reward(got) -> Iterator[tuple[bool, str]]:
   )
   yield (
     got['tie_rate'] > 0.1,
-    f'{got["tie_rate"]:.0%} of the pairs of reference completions tie, so'
-    ' the closed form of Best-of-N is wrong here; only the curve of this'
+    f'{got["tie_rate"]:.0%} of the pairs of completions of {other} tie,'
+    ' so the closed form of Best-of-N is wrong here; only the curve of this'
     ' task counts. A finer reward would separate them.',
   )
   times = got['length_policy'] / got['length_reference']
@@ -87,40 +88,40 @@ def _of_reward(got) -> Iterator[tuple[bool, str]]:
   change = 'doubled' if times >= 2 else 'halved'
   yield (
     gained and (times >= 2 or times <= 0.5),
-    f'The reward rises, but the length {change} ({times:.1f} times): the'
-    ' reward may be measuring length. Compare the rewards by length below;'
-    ' set reward.length_penalty.',
+    f'The reward rises, but the length {change} ({times:.1f} times that'
+    f' of {other}): the reward may be measuring length. Compare the rewards'
+    ' by length below; set reward.length_penalty.',
   )
 
 
-def _of_text(got) -> Iterator[tuple[bool, str]]:
+def _of_text(got, name: str) -> Iterator[tuple[bool, str]]:
   side = lambda key: (got[f'{key}_policy'], got[f'{key}_reference'])
   own, other = side('truncated')
-  change = f'up from {other:.0%}' if own > other else 'no more than before'
   yield (
     own > 0.5 or own - other > 0.1,
     f'{own:.0%} of the completions were cut at the length limit before they'
-    f' ended, {change}. Raise the length limit (length),'
+    f' ended, {other:.0%} of {name}. Raise the length limit (length),'
     ' or set reward.missing_eos_penalty.',
   )
   own, other = side('entropy')
   yield (
     own < 0.5 * other,
-    f'The entropy has collapsed from {other:.3g} to {own:.3g} nats per'
-    ' completion: the policy says few things. Lower the learning rate, or'
+    f'The entropy has collapsed: {own:.3g} nats per completion, {other:.3g} of'
+    f' {name}. The policy says few things. Lower the learning rate, or'
     ' take an earlier checkpoint.',
   )
   own, other = side('distinct_completions')
   yield (
     own < 0.8 * other,
-    f"Only {own:.0%} of a prompt's completions differ, {other:.0%} before:"
-    ' the policy says the same again and again. Take an earlier checkpoint.',
+    f"Only {own:.0%} of a prompt's completions differ, {other:.0%} of"
+    f' {name}: the policy says the same again and again. Take an earlier'
+    ' checkpoint.',
   )
   own, other = side('distinct_2')
   yield (
     own < 0.5 * other,
     'The policy repeats itself: it has less than half of the distinct word'
-    ' pairs of before. Does the reward like one phrase? Read the samples.',
+    f' pairs of {name}. Does the reward like one phrase? Read the samples.',
   )
 
 

@@ -36,7 +36,7 @@ def records():
         rows.append(
           {
             'id': x,
-            'prompt': f'opening {x} {attack}',
+            'prompt': f'Opening {x} {attack}',
             'completion': f' {who} {a} {attack}',
             'reward': float(rng.normal() + shift),
             'gold': float(rng.normal() + shift),

@@ -193,7 +193,7 @@ def test_against_another_run_says_so_everywhere(tmp_path):
   found = cards(text)
   assert 'Win rate against the run runs/sparse' in found
   assert 'KL to the run runs/sparse, nats' in found
-  assert found['Length, tokens'][1] == 'run runs/sparse: 9'
+  assert found['Length, tokens'][1] == 'other run: 9'
   assert '<h3>Beside the run runs/sparse</h3>' in text
   assert '<dt>Compared with</dt><dd>runs/<wbr>sparse</dd>' in text
   assert text.count('<div class="when">the run runs/sparse</div>') == 20

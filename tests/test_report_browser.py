@@ -160,7 +160,7 @@ def test_search_filters(show, path):
   page = show(path)
   said = "document.getElementById('shown').textContent"
   assert len(texts(page)) == 20
-  choose(page, find='  OPENING 7 ')
+  choose(page, find='  oPENING 7 ')
   assert texts(page) == ['7']
   assert page.run(said) == '1 of 20 shown'
   choose(page, find='policy 0 <SCRIPT>')  # in completions too

@@ -45,10 +45,10 @@ ROWS = [{'step': s, 'loss': 0.1, 'sampler_gap': 1e-3} for s in (1, 2, 3)]
     ({'anchor_drift': 0.0}, 'anchor has not moved', 'bfloat16'),
     (
       {'length_policy': 20.0},
-      'reward rises, but the length doubled (2.0 times)',
+      'reward rises, but the length doubled (2.0 times that of the reference)',
       'reward.length_penalty',
     ),
-    ({'length_policy': 4.0}, 'the length halved (0.4 times)', 'penalty'),
+    ({'length_policy': 4.0}, 'the length halved (0.4 times that', 'penalty'),
     (
       {'length_controlled_win_rate': 0.66},
       'only 66.0% instead of 80.0%',
@@ -62,23 +62,23 @@ ROWS = [{'step': s, 'loss': 0.1, 'sampler_gap': 1e-3} for s in (1, 2, 3)]
     ({'distinct_2_policy': 0.2}, 'repeats itself', 'Read the samples'),
     (
       {'distinct_completions_policy': 0.6},
-      "60% of a prompt's completions differ, 100% before",
+      "60% of a prompt's completions differ, 100% of the reference",
       'earlier checkpoint',
     ),
     (
       {'entropy_policy': 15.0},
-      'collapsed from 40 to 15 nats',
+      'collapsed: 15 nats per completion, 40 of the reference',
       'learning rate',
     ),
     (
       {'truncated_policy': 0.25},
       '25% of the completions were cut',
-      'up from 10%. Raise the length',
+      '10% of the reference. Raise the length',
     ),
     (
       {'truncated_policy': 0.6, 'truncated_reference': 0.6},
       '60% of the completions were cut',
-      'no more than before',
+      '60% of the reference',
     ),
     (
       {'win_rate_interval': [0.49, 0.55]},
