@@ -100,7 +100,7 @@ def _of_text(got, name: str) -> Iterator[tuple[bool, str]]:
   yield (
     own > 0.5 or own - other > 0.1,
     f'{own:.0%} of the completions were cut at the length limit before they'
-    f' ended, {other:.0%} of {name}. Raise the length limit (length),'
+    f' ended (of {name}: {other:.0%}). Raise the length limit (length),'
     ' or set reward.missing_eos_penalty.',
   )
   own, other = side('entropy')
@@ -113,8 +113,8 @@ def _of_text(got, name: str) -> Iterator[tuple[bool, str]]:
   own, other = side('distinct_completions')
   yield (
     own < 0.8 * other,
-    f"Only {own:.0%} of a prompt's completions differ, {other:.0%} of"
-    f' {name}: the policy says the same again and again. Take an earlier'
+    f"Only {own:.0%} of a prompt's completions differ (of"
+    f' {name}: {other:.0%}): the policy says the same again and again. Take an earlier'
     ' checkpoint.',
   )
   own, other = side('distinct_2')

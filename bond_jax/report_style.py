@@ -45,6 +45,7 @@ img { width: 100%; height: auto; display: block; }
 .tools input, .tools select { font: inherit; color: inherit; min-width: 0;
   background: var(--card); border: 1px solid var(--dim); border-radius: 6px;
   padding: 6px 10px; flex: 1 1 240px; }
+::placeholder { color: var(--dim); opacity: 1; }
 .pair { display: grid; gap: 4px 24px; border-top: 1px solid var(--line);
   padding: 12px 0; grid-template-columns: 1fr 1fr 6.5rem; }
 .pair p { margin: 0.1rem 0; white-space: pre-wrap; unicode-bidi: isolate; }

@@ -62,7 +62,7 @@ ROWS = [{'step': s, 'loss': 0.1, 'sampler_gap': 1e-3} for s in (1, 2, 3)]
     ({'distinct_2_policy': 0.2}, 'repeats itself', 'Read the samples'),
     (
       {'distinct_completions_policy': 0.6},
-      "60% of a prompt's completions differ, 100% of the reference",
+      "60% of a prompt's completions differ (of the reference: 100%)",
       'earlier checkpoint',
     ),
     (
@@ -73,12 +73,12 @@ ROWS = [{'step': s, 'loss': 0.1, 'sampler_gap': 1e-3} for s in (1, 2, 3)]
     (
       {'truncated_policy': 0.25},
       '25% of the completions were cut',
-      '10% of the reference. Raise the length',
+      '(of the reference: 10%). Raise the length',
     ),
     (
       {'truncated_policy': 0.6, 'truncated_reference': 0.6},
       '60% of the completions were cut',
-      '60% of the reference',
+      '(of the reference: 60%)',
     ),
     (
       {'win_rate_interval': [0.49, 0.55]},
