@@ -114,8 +114,8 @@ def _of_text(got, name: str) -> Iterator[tuple[bool, str]]:
   yield (
     own < 0.8 * other,
     f"Only {own:.0%} of a prompt's completions differ (of"
-    f' {name}: {other:.0%}): the policy says the same again and again. Take an earlier'
-    ' checkpoint.',
+    f' {name}: {other:.0%}): the policy says the same again and again. Take an'
+    ' earlier checkpoint.',
   )
   own, other = side('distinct_2')
   yield (

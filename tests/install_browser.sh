@@ -11,7 +11,8 @@ command -v npm > /dev/null || { echo 'npm is not installed' >&2; exit 1; }
 rm -rf "$1"
 mkdir -p "$1"
 cd "$1"
-timeout 300 npm pack --loglevel=error --fetch-retries=1 "$package" > /dev/null
+timeout 300 npm pack --loglevel=error --no-update-notifier --fetch-retries=1 \
+  "$package" > /dev/null
 echo "$sha256  $(ls ./*.tgz)" | sha256sum --check --quiet
 tar -xzf ./*.tgz
 # bin/: the program, and archives of libraries, of fonts, of a software renderer.
