@@ -3,7 +3,6 @@
 `make browser` puts it into .browser (or the folder that $BROWSER names).
 """
 
-import base64
 import fcntl
 import json
 import os
@@ -164,11 +163,6 @@ class Page:
       e['request']['url'] for e in self.events('Network.requestWillBeSent')
     ]
     return [u for u in asked if u != self.url and not u.startswith('data:')]
-
-  def screenshot(self) -> bytes:
-    """A PNG of the whole page."""
-    shot = self.call('Page.captureScreenshot', captureBeyondViewport=True)
-    return base64.b64decode(shot['data'])
 
   def close(self) -> None:
     self._browser.call('Target.closeTarget', targetId=self._target)
