@@ -19,15 +19,15 @@ from bond_jax.report_cautions import cautions
 from bond_jax.report_samples import escape, side_by_side
 from bond_jax.report_words import gold_name, opponent, sentence, shown
 
-__all__ = ['HEADLINES', 'sentence', 'side_by_side', 'write_report']
+__all__ = ['HEADLINES', 'opponent', 'sentence', 'side_by_side', 'write_report']
 
 Rows = Sequence[Mapping[str, Any]]
 
 # For the terminal: label, key in the summary, key of what follows it (an
 # interval or an error).
 HEADLINES = (
-  ('Win rate', 'win_rate', 'win_rate_interval'),
-  ('KL, nats', 'kl', 'kl_stderr'),
+  ('Win rate against the reference', 'win_rate', 'win_rate_interval'),
+  ('KL to the reference, nats', 'kl', 'kl_stderr'),
   ('Frontier efficiency', 'frontier_efficiency', None),
   ('Effective N', 'effective_n', None),
   ('Reward before', 'reward_reference', None),
