@@ -32,7 +32,7 @@ $(foreach folder,.venv .venv-parity .venv-hf,$(if $(wildcard $(folder)/.done),\
   $(shell $(folder)/bin/python -c '$(healthy)' >&2 || rm $(folder)/.done)))
 
 .PHONY: help setup data demo test test-meshes test-parity test-hf mutations figures \
-  bench sizing overoptimisation notebooks lint venv libtpu
+  bench sizing overoptimisation notebooks lint venv libtpu browser
 
 help:  ## list these commands
 	@sed -n 's/^\([a-z-]*\):.*## /\1: /p' Makefile | column -t -s:
@@ -68,6 +68,13 @@ endif
 	  -r requirements-plan.txt
 	@touch $@
 
+# For the tests that open the report. Without it they are skipped, and say so.
+browser: .browser/.done
+
+.browser/.done: tests/install_browser.sh
+	@tests/install_browser.sh .browser || echo 'make: NO BROWSER, so the report' \
+	  'will not be opened in one: its tests are skipped' >&2
+
 # Not a stamp: the command itself sees what is there, and redoes what is broken.
 data: venv
 	@$(PYTHON) -m bond_jax.movie_reviews --data_dir=data
@@ -79,7 +86,7 @@ demo: setup  ## sft, reward model, J-BOND and evaluation, into runs/demo
 	  $(PYTHON) -m bond_jax.$$stage --config=$(CONFIG) --workdir=$(WORKDIR); \
 	done
 
-test: venv libtpu  ## the core test suite; needs no network and no data
+test: venv libtpu browser  ## the core test suite; needs no network and no data
 	@$(PYTHON) -m pytest -n 2 --dist loadfile
 
 test-meshes: venv  ## every mesh, with all numbers of micro-batches (minutes)
@@ -95,7 +102,7 @@ test-parity: .venv-parity/.done  ## against the gemma library; own environment
 test-hf: .venv-hf/.done  ## with transformers, peft and datasets; likewise
 	@.venv-hf/bin/python -m pytest $(HF_TESTS)
 
-mutations: venv  ## break the code in every line of tests/mutations.txt
+mutations: venv browser  ## break the code in every line of tests/mutations.txt
 	@$(PYTHON) tests/mutate.py
 
 # WIND's first figure is of exact tables; the others train.

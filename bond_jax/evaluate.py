@@ -249,7 +249,11 @@ def headlines(summary: dict[str, Any]) -> list[tuple]:
   """The table of the measures that the report opens with."""
   shown = {**summary, 'seconds': metrics.clock(summary['seconds'])}
   rows = [
-    (label, shown.get(key), shown.get(extra, ''))
+    (
+      label.replace('the reference', report.opponent(summary)),
+      shown.get(key),
+      shown.get(extra, ''),
+    )
     for label, key, extra in report.HEADLINES
   ]
   return [('', 'value', 'interval or error'), *rows]

@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 import numpy as np
 
 from bond_jax import curves
+from bond_jax.report_words import best_of, opponent, why_missing
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -23,7 +24,7 @@ LIGHT = {
   'paper': '#ffffff',
   'ink': '#22262b',
   'faint': '#c9cdd3',
-  'colours': ('#2867b2', '#c2571a', '#2f8558', '#8a4fae', '#7a6a1e'),
+  'colours': ('#2867b2', '#b9501a', '#2f8558', '#8a4fae', '#7a6a1e'),
 }
 DARK = {
   'paper': '#1d2126',
@@ -87,7 +88,8 @@ def _lines(ax: Axes, rows: Rows, keys: Mapping[str, str], look) -> bool:
   ax.set_xlabel('step')
   if len(keys) > 1 and drawn:
     # Above the axes, where no line can run through it.
-    ax.legend(loc='lower left', bbox_to_anchor=(0, 1), ncols=4, borderpad=0)
+    ax.legend(loc='lower left', bbox_to_anchor=(0, 1), ncols=4, borderpad=0,
+              handlelength=1, columnspacing=1, handletextpad=0.5)  # fmt: skip
   return drawn > 0
 
 
@@ -96,8 +98,11 @@ def frontier(ax: Axes, data: Data, look) -> bool:
   if data.curve is None:
     return False
   blue, orange, green, purple, _ = look['colours']
-  _, kl = series(data.train, 'kl/reference')
-  _, rate = series(data.train, 'win_rate/reference')
+  other = opponent(data.summary)
+  # What training has logged was against the reference.
+  rows = data.train if other == 'the reference' else []
+  _, kl = series(rows, 'kl/reference')
+  _, rate = series(rows, 'win_rate/reference')
   final, pay = data.summary.get('win_rate'), data.summary.get('kl')
   ends = [*kl, pay or 0.0, data.curve.kl[-1]]
   edge = 1.08 * max(ends)
@@ -113,7 +118,7 @@ def frontier(ax: Axes, data: Data, look) -> bool:
       at = [np.interp(n, data.curve.ns, y) for y in data.curve[1:3]]
       ax.plot(at[1], at[0], 'o', ms=2.5, color=orange)
       ax.annotate(f'{n}', (at[1], at[0]), (0, 4), textcoords='offset points',
-                  ha='right', fontsize=7, color=orange)  # fmt: skip
+                  ha='right', fontsize=8, color=orange)  # fmt: skip
   if len(kl):
     ax.plot(kl, rate, 'o-', color=blue, ms=3, lw=0.8, alpha=0.7,
             label='this run, by step')  # fmt: skip
@@ -121,12 +126,67 @@ def frontier(ax: Axes, data: Data, look) -> bool:
     low, high = data.summary['win_rate_interval']
     ax.errorbar(
       pay, final, xerr=1.96 * data.summary['kl_stderr'],
-      yerr=[[final - low], [high - final]], fmt='D', color=blue, ms=5,
+      yerr=_error(final, low, high)[:, None], fmt='D', color=blue, ms=5,
       elinewidth=1, label='this run, at the end',
     )  # fmt: skip
   ax.set(xlim=(-0.02 * edge, edge), ylim=(min(0.48, *rate, 1), 1.005))
-  ax.set(xlabel='KL to the reference, nats per completion', ylabel='win rate')
-  ax.legend(loc='lower right')
+  ax.set(xlabel=f'KL to {_short(other)}, nats')
+  ax.set(ylabel='win rate')
+  ax.legend(loc='best')
+  return True
+
+
+def _error(rate, low, high) -> np.ndarray:
+  """Lengths of error bars; rounding may put a mean outside its interval."""
+  return np.maximum([rate - low, high - rate], 0)
+
+
+def _short(name: str) -> str:
+  """A name that fits below an axis; the end of it tells most."""
+  return name if len(name) <= 24 else f'the run …{name[-15:]}'
+
+
+def quantiles(ax: Axes, data: Data, look) -> bool:
+  """Where completions fall among the reference's, as densities."""
+  found = data.summary.get('quantiles')
+  if not found:
+    return False
+  blue, orange, _, _, _ = look['colours']
+  other, edges = _short(opponent(data.summary)), np.array(found['edges'])
+  ax.axhline(1, color=look['ink'], lw=1, ls=':', label=other)
+  ax.stairs(found['policy'], edges, color=blue, fill=True, alpha=0.25)
+  ax.stairs(found['policy'], edges, color=blue, lw=1.4, label='policy')
+  if found.get('best_of_n') is not None:
+    ax.stairs(found['best_of_n'], edges, color=orange, lw=1.4,
+              label=f'Best-of-{found["n"]:.1f}')  # fmt: skip
+  ax.set(xlim=(0, 1), ylabel='density')
+  ax.set(xlabel=f'quantile of the reward under {other}')
+  ax.set_ylim(bottom=0)
+  ax.legend(loc='best')
+  return True
+
+
+def best_of_n(ax: Axes, data: Data, look) -> bool:
+  """One sample of the policy against the best of N."""
+  found = best_of(data.summary)
+  if not found:
+    return False
+  ns, rates, intervals = zip(*found, strict=True)
+  x, y = np.arange(len(ns)), np.array(rates)
+  low, high = np.array(intervals).T
+  ax.axhline(0.5, color=look['ink'], lw=1, ls=':')
+  ax.annotate('as good', (1, 0.5), (-2, 3), textcoords='offset points',
+              xycoords=('axes fraction', 'data'), ha='right')  # fmt: skip
+  ax.errorbar(x, y, yerr=_error(y, low, high), fmt='o', ms=4, capsize=4,
+              color=look['colours'][0])  # fmt: skip
+  for at, rate in zip(x, y, strict=True):
+    ax.annotate(
+      f'{rate:.2f}', (at, rate), (7, -3), textcoords='offset points',
+      bbox=dict(boxstyle='square,pad=0.1', fc=look['paper'], ec='none'),
+    )  # fmt: skip
+  ax.set_xticks(x, [f'{n}' for n in ns])
+  ax.set(xlim=(-0.4, len(ns) - 0.2), ylim=(0, 1), ylabel='win rate')
+  ax.set_xlabel(f'N of Best-of-N of {_short(opponent(data.summary))}')
   return True
 
 
@@ -147,7 +207,7 @@ def kl(ax: Axes, data: Data, look) -> bool:
 
 def win_rate(ax: Axes, data: Data, look) -> bool:
   ax.set_ylabel('win rate')
-  ax.axhline(0.5, color=look['faint'], lw=1)
+  ax.axhline(0.5, color=look['ink'], lw=1, ls=':')
   return _lines(ax, data.train, {'win_rate/reference': 'win rate'}, look)
 
 
@@ -165,7 +225,7 @@ def signal(ax: Axes, data: Data, look) -> bool:
 def length(ax: Axes, data: Data, look) -> bool:
   ax.set_ylabel('tokens')
   drawn = _lines(ax, data.train, {'length/completion': 'length'}, look)
-  ax.set_ylim(bottom=0)
+  ax.set_ylim(0, 1.1 * ax.get_ylim()[1])
   return drawn
 
 
@@ -184,13 +244,18 @@ def sft_loss(ax: Axes, data: Data, look) -> bool:
 
 
 CAPTIONS = {
-  frontier: """Win rate against KL to the reference. Higher and further left
-    is better. The numbers on the Best-of-N curve are N.""",
+  frontier: """Win rate against KL to {other}. Higher and further left is
+    better. The numbers on the Best-of-N curve are N.""",
+  quantiles: """Where completions fall among those of {other}: 1 is the best.
+    That of {other} itself is flat; Best-of-N leans to the right.""",
+  best_of_n: """How often one sample of the policy beats the best of N samples
+    of {other}, by the reward; ties count one half. At 0.5 it is as good.""",
   reward: """Mean reward of the completions that training drew.""",
   kl: """How far the policy has gone from the fixed reference, and how far it
     is ahead of its moving anchor.""",
-  win_rate: """How often a held-out completion of the policy beats one of the
-    reference; ties count one half. The line is a coin toss.""",
+  win_rate: """In training: how often a held-out completion of the policy
+    beats one of the reference; ties count one half. The line is a coin
+    toss.""",
   anchor_drift: """How far the anchor has moved from where it began, relative
     to its size.""",
   signal: """Share of prompts on which the reward gave a signal to learn
@@ -227,23 +292,31 @@ def style(look: Mapping[str, Any]) -> dict[str, Any]:
 
 def _png(draw, data: Data, look) -> bytes | None:
   with mpl.rc_context(style(look)):
-    figure = Figure(figsize=(4.4, 3.1), layout='constrained')
+    # Drawn small, so that its text is large enough on a phone.
+    figure = Figure(figsize=(3.6, 2.8), layout='constrained')
     if not draw(figure.add_subplot(), data, look):
       return None
     buffer = io.BytesIO()
-    figure.savefig(buffer, format='png', dpi=180, metadata={'Software': None})
+    figure.savefig(buffer, format='png', dpi=200, metadata={'Software': None})
   return buffer.getvalue()
 
 
-def draw_all(data: Data) -> tuple[list[Drawing], list[str]]:
-  """Draws what there is data for; also names the figures without any."""
-  drawings, missing = [], []
+_OF_SUMMARY = {quantiles: 'quantiles', best_of_n: 'win_rate_against_best_of'}
+
+
+def draw_all(data: Data) -> tuple[list[Drawing], dict[str, str]]:
+  """Draws what there is data for; names the other figures, and says why."""
+  drawings, missing = [], {}
+  other = opponent(data.summary)
   for draw, caption in CAPTIONS.items():
     light = _png(draw, data, LIGHT)
     if light is None:
-      missing.append(draw.__name__)
+      key = _OF_SUMMARY.get(draw)
+      missing[draw.__name__] = (
+        why_missing(key, data.summary) if key else 'this run has no rows for it'
+      )
     else:
       dark = _png(draw, data, DARK)
-      caption = ' '.join(caption.split())
+      caption = ' '.join(caption.split()).replace('{other}', other)
       drawings.append(Drawing(draw.__name__, caption, light, dark))
   return drawings, missing

@@ -6,21 +6,25 @@ It computes no measure: what it shows was in the rows and the summary.
 from __future__ import annotations
 
 import base64
-import collections
 from collections.abc import Mapping, Sequence
-import html
 import os
+import re
 from typing import Any
 
 import numpy as np
 
-from bond_jax import curves, figures
+from bond_jax import curves, figures, report_samples, report_style
 from bond_jax.metrics import clock, text
-from bond_jax.report_style import PAGE, STYLE
+from bond_jax.report_cautions import cautions
+from bond_jax.report_samples import escape, side_by_side
+from bond_jax.report_words import gold_name, opponent, sentence, shown
+
+__all__ = ['HEADLINES', 'opponent', 'sentence', 'side_by_side', 'write_report']
 
 Rows = Sequence[Mapping[str, Any]]
 
-# Label, key in the summary, key of what follows it (an interval or an error).
+# For the terminal: label, key in the summary, key of what follows it (an
+# interval or an error).
 HEADLINES = (
   ('Win rate against the reference', 'win_rate', 'win_rate_interval'),
   ('KL to the reference, nats', 'kl', 'kl_stderr'),
@@ -28,131 +32,62 @@ HEADLINES = (
   ('Effective N', 'effective_n', None),
   ('Reward before', 'reward_reference', None),
   ('Reward after', 'reward_policy', None),
-  ('Win rate by VADER', 'gold_win_rate', 'gold_win_rate_interval'),
+  ('Win rate by gold', 'gold_win_rate', 'gold_win_rate_interval'),
   ('Rewards that tie', 'tie_rate', None),
   ('Prompts with a signal', 'signal_fires', None),
   ('Anchor drift', 'anchor_drift', None),
   ('Steps', 'steps', None),
   ('Time, minutes : seconds', 'seconds', None),
 )
-_FRONTIER = ('effective_n', 'frontier_kl', 'frontier_efficiency')
 
+# For the page: label, and the key, or those of the other side and of the
+# policy. What is known of a key's error is under <key>_interval or _stderr.
+CARDS = {
+  'Outcome': (
+    ('Win rate against {other}', 'win_rate'),
+    ('Win rate at equal length', 'length_controlled_win_rate'),
+    ('Win rate by {gold}', 'gold_win_rate'),
+    ('KL to {other}, nats', 'kl'),
+    ('Effective N', 'effective_n'),
+    ('Frontier efficiency', 'frontier_efficiency'),
+  ),
+  'Beside {other}': (
+    ('Reward', ('reward_reference', 'reward_policy')),
+    ('Length, tokens', ('length_reference', 'length_policy')),
+    ('Cut at the limit', ('truncated_reference', 'truncated_policy')),
+    ('Entropy, nats per completion', ('entropy_reference', 'entropy_policy')),
+    (
+      'Distinct completions of a prompt',
+      ('distinct_completions_reference', 'distinct_completions_policy'),
+    ),
+    ('Distinct word pairs', ('distinct_2_reference', 'distinct_2_policy')),
+  ),
+  'Training': (
+    ('Rewards that tie', 'tie_rate'),
+    ('Prompts with a signal', 'signal_fires'),
+    ('Anchor drift', 'anchor_drift'),
+    ('Steps', 'steps'),
+    ('Tokens per second', 'tokens_per_second'),
+    ('Time', 'seconds'),
+  ),
+}
 
-def why_missing(key: str, summary: Mapping[str, Any]) -> str:
-  """Says in plain words why `key` has no value."""
-  if key in _FRONTIER and summary.get('frontier_reason'):
-    return summary['frontier_reason']
-  if key in summary:
-    return 'it is not defined for this run'
-  return 'this run did not report it'
+# What the page opens with, of the settings and of the summary.
+FACTS = {
+  'Algorithm': 'algorithm.name',
+  'Model': 'model.name',
+  'Reward': 'reward.function',
+  'Gold': 'gold.function',
+  'Compared with': 'against',
+  'Checkpoint': 'checkpoint',
+  'Prompts judged': 'prompts',
+  'Prompts per step': 'train.batch',
+  'Learning rate': 'train.optimizer.learning_rate',
+  'Length limit, tokens': 'length',
+  'Seed': 'seed',
+}
 
-
-def shown(key: str, summary: Mapping[str, Any]) -> str:
-  """The value of a key of the summary as text, or `n/a, because ...`."""
-  value = summary.get(key)
-  if value is None:
-    return f'n/a, because {why_missing(key, summary)}'
-  return text(value)
-
-
-def cautions(summary: Mapping[str, Any], train: Rows) -> list[str]:
-  """What a reader should know before believing the numbers."""
-  # A comparison with NaN is False: what is not known gives no caution.
-  got = {k: np.nan if v is None else v for k, v in summary.items()}
-  got = collections.defaultdict(lambda: np.nan, got)
-  longer = got['length_policy'] / got['length_reference']
-  gained = got['reward_policy'] > got['reward_reference']
-  gold_high = np.max(got['gold_win_rate_interval'])
-  broken = [r['step'] for r in train if 'loss' in r and r['loss'] is None]
-  found = []
-
-  def warn(holds, line):
-    if holds:
-      found.append(line)
-
-  warn(
-    got['signal_fires'] < 0.2,
-    f'The reward gave a signal on only {got["signal_fires"]:.0%} of the'
-    ' prompts; without ties J-BOND has one on a third of them. Rewards that'
-    ' tie teach nothing: use a finer reward.',
-  )
-  warn(
-    got['tie_rate'] > 0.1,
-    f'{got["tie_rate"]:.0%} of the pairs of reference completions tie, so'
-    ' the closed form of Best-of-N is wrong here; only the curve of this'
-    ' task counts.',
-  )
-  warn(
-    got['kl'] > 10,
-    f'The KL to the reference is {got["kl"]:.1f} nats. Above 10 the policy'
-    ' writes what the reference almost never would; look at the completions'
-    ' before trusting the reward.',
-  )
-  warn(
-    got['anchor_drift'] < 1e-6,
-    'The anchor has not moved. Is its rate 0, or is it kept in bfloat16?',
-  )
-  warn(
-    gained and (longer >= 2 or longer <= 0.5),
-    f'The reward rose, but completions are {longer:.1f} times as long as'
-    ' before: the reward may be measuring length.',
-  )
-  warn(
-    got['win_rate'] > 0.5 and gold_high < 0.5,
-    'The policy wins by the reward that trained it and loses by VADER, which'
-    ' never did: the reward is being exploited.',
-  )
-  warn(
-    got['distinct_2_policy'] < 0.5 * got['distinct_2_reference'],
-    'The policy repeats itself: it has less than half of the distinct word'
-    ' pairs of the reference.',
-  )
-  warn(
-    got['truncated_policy'] > 0.5,
-    f'{got["truncated_policy"]:.0%} of the completions were cut at the'
-    ' length limit before they ended.',
-  )
-  warn(
-    got['compilations_after_first_step'] > 0,
-    'The training step was compiled again after the first step; some shape'
-    ' changes from step to step.',
-  )
-  warn(
-    bool(broken),
-    f'The loss was not finite on {len(broken)} rows, the first at step'
-    f' {broken[0] if broken else None}.',
-  )
-  return found
-
-
-def side_by_side(
-  records: Rows, count: int = 20
-) -> list[dict[str, Mapping[str, Any]]]:
-  """Pairs each prompt's first reference completion with the policy's first.
-
-  Args:
-    records: rows of completions.jsonl, see `measures.RECORD_KEYS`.
-    count: how many prompts, in the order of the rows.
-
-  Returns:
-    Dicts with 'before' and 'after', a record each.
-  """
-  pairs: dict[Any, dict[str, Mapping[str, Any]]] = {}
-  sides = {'reference': 'before', 'policy': 'after'}
-  for record in records:
-    pairs.setdefault(record['id'], {}).setdefault(sides[record['who']], record)
-  return [pair for pair in pairs.values() if len(pair) == 2][:count]
-
-
-def flatten(settings: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
-  """Turns nested settings into `a.b.c` -> value."""
-  flat = {}
-  for key, value in settings.items():
-    if isinstance(value, Mapping):
-      flat |= flatten(value, f'{prefix}{key}.')
-    else:
-      flat[f'{prefix}{key}'] = value
-  return flat
+BEST_OF_N = ('frontier', 'quantiles', 'best_of_n')
 
 
 def write_report(
@@ -163,7 +98,7 @@ def write_report(
   sft: Rows,
   summary: Mapping[str, Any],
   curve: curves.Curve | None,
-  samples: Sequence[Mapping[str, Mapping[str, Any]]],
+  samples: Sequence[report_samples.Pair],
 ) -> str:
   """Writes `folder`/report.html and a PNG of each figure beside it.
 
@@ -183,51 +118,64 @@ def write_report(
   for drawing in drawings:
     with open(os.path.join(folder, f'{drawing.name}.png'), 'wb') as f:
       f.write(drawing.light)
-  title = f'bond_jax: {os.path.basename(os.path.abspath(folder))}'
+  title = escape(f'bond_jax: {os.path.basename(os.path.abspath(folder))}')
+  gold, other = gold_name(settings), opponent(summary)
+  first, later = (
+    _figures(
+      [d for d in drawings if (d.name in BEST_OF_N) == wanted],
+      {k: why for k, why in missing.items() if (k in BEST_OF_N) == wanted},
+    )
+    for wanted in (True, False)
+  )
   body = [
-    f'<h1>{escape(title)}</h1>',
+    f'<h1>{title}</h1>',
+    _facts(flatten(settings) | dict(summary)),
     f'<p class="lead">{escape(sentence(summary))}</p>',
-    _cautions(cautions(summary, train)),
-    _headlines(summary),
-    '<h2>Curves</h2>',
-    _figures(drawings, missing),
-    '<h2>Before and after</h2>',
-    _samples(samples),
+    _cautions(cautions(summary, train, gold)),
+    _cards(summary, {'other': other, 'gold': gold}),
+    f'<h2>Beside Best-of-N</h2>{first}',
+    f'<h2>Curves</h2>{later}',
+    f'<h2>Reward by length</h2>{_lengths(summary, other)}',
+    '<h2>Samples</h2>',
+    report_samples.section(samples, other),
     '<h2>All numbers</h2>',
-    _lengths(summary.get('reward_by_length')),
     _table('Summary', flatten(summary), summary),
     '<h2>Settings</h2>',
     _table('Settings', flatten(settings), {}),
   ]
   path = os.path.join(folder, 'report.html')
-  with open(path + '.tmp', 'w', encoding='utf-8') as f:
-    f.write(PAGE.format(title=escape(title), style=STYLE, body='\n'.join(body)))
+  # What is half a character, say in a completion from elsewhere, becomes `?`.
+  with open(path + '.tmp', 'w', encoding='utf-8', errors='replace') as f:
+    f.write(report_style.page(title, '\n'.join(body)))
   os.replace(path + '.tmp', path)
   return path
 
 
-def sentence(summary: Mapping[str, Any]) -> str:
-  """The outcome in a few plain sentences."""
-  if summary.get('win_rate') is None or summary.get('kl') is None:
-    return f'No outcome: the win rate is {shown("win_rate", summary)}.'
-  low, high = summary['win_rate_interval']
-  said = (
-    f'The policy beats the reference in {summary["win_rate"]:.1%} of the'
-    f' comparisons on held-out prompts (95 % interval {low:.1%} to'
-    f' {high:.1%}) and pays {summary["kl"]:.2f} nats of KL for it. '
-  )
-  if summary.get('frontier_efficiency') is None:
-    why = why_missing('frontier_efficiency', summary)
-    return said + f'No comparison with Best-of-N, because {why}.'
-  return said + (
-    f'Best-of-{summary["effective_n"]:.1f} of the reference wins as often for'
-    f' {summary["frontier_kl"]:.2f} nats, so the frontier efficiency is'
-    f' {summary["frontier_efficiency"]:.2f} (1 is as good as Best-of-N).'
-  )
+def flatten(settings: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
+  """Turns nested settings into `a.b.c` -> value."""
+  flat = {}
+  for key, value in settings.items():
+    if isinstance(value, Mapping):
+      flat |= flatten(value, f'{prefix}{key}.')
+    else:
+      flat[f'{prefix}{key}'] = value
+  return flat
 
 
-def escape(value: str) -> str:
-  return html.escape(value, quote=True)
+def _facts(flat: Mapping[str, Any]) -> str:
+  found = [
+    f'<div><dt>{label}</dt><dd>{_broken(flat[key])}</dd></div>'
+    for label, key in FACTS.items()
+    if flat.get(key) not in (None, '')
+  ]
+  return f'<dl class="facts">{"".join(found)}</dl>' if found else ''
+
+
+def _broken(value: Any) -> str:
+  """A long name goes on in the next line after a dot, not within a word."""
+  if isinstance(value, str):
+    return re.sub(r'([.:/])', r'\1<wbr>', escape(value))
+  return escape(_cell(value))
 
 
 def _cautions(found: Sequence[str]) -> str:
@@ -237,30 +185,55 @@ def _cautions(found: Sequence[str]) -> str:
   return f'<div class="warn"><strong>Mind</strong><ul>{items}</ul></div>'
 
 
-def _headlines(summary: Mapping[str, Any]) -> str:
-  cards = []
-  for label, key, extra in HEADLINES:
-    value, small = shown(key, summary), ''
-    if summary.get(key) is None:
-      value, small = 'n/a', value.removeprefix('n/a, ')
-    elif key == 'seconds':
-      value = clock(summary[key])
-    elif isinstance(summary[key], float):
-      value = f'{summary[key]:.3g}'
-    if extra and summary.get(extra) is not None:
-      bounds = np.ravel(summary[extra])
-      small = ('± ' if len(bounds) == 1 else '') + ' to '.join(
-        f'{b:.3g}' for b in bounds
-      )
-    cards.append(
-      f'<div class="card"><div class="label">{escape(label)}</div>'
-      f'<div class="value">{escape(value)}</div>'
-      f'<div class="small">{escape(small)}</div></div>'
+def _cards(summary: Mapping[str, Any], names: Mapping[str, str]) -> str:
+  reference = names['other'] == 'the reference'
+  beside = 'reference' if reference else 'other run'
+  parts = []
+  for title, cards in CARDS.items():
+    made = ''.join(
+      _card(label.format(**names), keys, summary, beside)
+      for label, keys in cards
     )
-  return f'<div class="cards">{"".join(cards)}</div>'
+    title = escape(title.format(**names))
+    parts.append(f'<h3>{title}</h3><div class="cards">{made}</div>')
+  return ''.join(parts)
 
 
-def _figures(drawings, missing: Sequence[str]) -> str:
+def _card(label: str, keys: str | tuple[str, str], summary, beside) -> str:
+  keys = (keys,) if isinstance(keys, str) else keys
+  missing = [key for key in keys if summary.get(key) is None]
+  if missing:
+    value = 'n/a'
+    small = shown(missing[0], summary).removeprefix('n/a, ')
+  else:
+    *before, value = (_short(key, summary[key]) for key in keys)
+    small = f'{beside}: {before[0]}' if before else _error(keys[0], summary)
+  return (
+    f'<div class="card"><div class="label">{escape(label)}</div>'
+    f'<div class="value">{escape(value)}</div>'
+    f'<div class="small">{escape(small)}</div></div>'
+  )
+
+
+def _short(key: str, value: Any) -> str:
+  if key == 'seconds':
+    return clock(value)
+  if isinstance(value, float) and abs(value) < 1000:
+    return f'{value:.3g}'
+  return text(value)
+
+
+def _error(key: str, summary: Mapping[str, Any]) -> str:
+  """The interval or the error of a key, if it has one."""
+  interval = summary.get(f'{key}_interval')
+  if interval is not None:
+    return ' to '.join(f'{bound:.3g}' for bound in np.ravel(interval))
+  error = summary.get(f'{key}_stderr')
+  said = '' if error is None else f'±\u00a0{error:.2g}'
+  return said
+
+
+def _figures(drawings, missing: Mapping[str, str]) -> str:
   parts = []
   for drawing in drawings:
     light, dark = (
@@ -273,46 +246,21 @@ def _figures(drawings, missing: Sequence[str]) -> str:
       f'<img src="{light}" alt="{escape(drawing.caption)}">'
       f'</picture><figcaption>{escape(drawing.caption)}</figcaption></figure>'
     )
-  lost = ''
-  if missing:
-    names = ', '.join(name.replace('_', ' ') for name in missing)
-    lost = (
-      f'<p class="fine">Figures n/a, because this run has no rows for them:'
-      f' {escape(names)}.</p>'
-    )
-  return f'<div class="figures">{"".join(parts)}</div>{lost}'
-
-
-def _samples(samples: Sequence[Mapping[str, Mapping[str, Any]]]) -> str:
-  if not samples:
-    return '<p>n/a, because this run kept no completions.</p>'
-  parts = []
-  for sample in samples:
-    cells = []
-    for when in ('before', 'after'):
-      record = sample[when]
-      cells.append(
-        f'<div class="side"><span class="when">{when}</span>'
-        f'<p><span class="prompt">{escape(record["prompt"])}</span>'
-        f'{escape(record["completion"])}</p>'
-        f'<div class="small">reward {text(record["reward"])} · gold'
-        f' {text(record["gold"])}</div></div>'
-      )
-    parts.append(f'<div class="pair">{"".join(cells)}</div>')
-  return (
-    f'<p>{len(samples)} openings that no stage has trained on, each with one'
-    ' draw of the reference and one of the policy: the first ones, not the'
-    f' best.</p>{"".join(parts)}'
+  lost = ''.join(
+    f'<p class="fine">Figure {name.replace("_", " ")}: n/a, because'
+    f' {escape(why)}.</p>'
+    for name, why in missing.items()
   )
+  return f'<div class="figures">{"".join(parts)}</div>{lost}'
 
 
 def _table(name: str, flat: Mapping[str, Any], summary) -> str:
   rows = []
   for key, value in flat.items():
-    if key == 'reward_by_length' or (key, value) == ('frontier_reason', None):
+    if key == 'reward_by_length' or (key.endswith('_reason') and value is None):
       continue  # has a table of its own; has nothing to explain
     if summary and value is None:
-      value = shown(key, summary)
+      value = shown(key, flat)
     rows.append(
       f'<tr><th scope="row">{escape(key)}</th>'
       f'<td>{escape(_cell(value))}</td></tr>'
@@ -332,10 +280,11 @@ def _cell(value: Any) -> str:
   return str(value)
 
 
-def _lengths(buckets: Rows | None) -> str:
+def _lengths(summary: Mapping[str, Any], other: str) -> str:
   """The reward per bucket of length, so that length cannot pass for reward."""
+  buckets = summary.get('reward_by_length')
   if not buckets:
-    return ''
+    return f'<p>{escape(shown("reward_by_length", summary))}.</p>'
   rows = []
   for bucket in buckets:
     high = bucket['up_to']
@@ -345,7 +294,7 @@ def _lengths(buckets: Rows | None) -> str:
       mean, share = bucket[f'reward_{who}'], bucket[f'share_{who}']
       cells.append('none' if mean is None else f'{mean:.3g} ({share:.0%})')
     rows.append(''.join(f'<td>{escape(cell)}</td>' for cell in cells))
-  head = '<th>tokens</th><th>before</th><th>after</th>'
+  head = f'<th>tokens</th><th>{escape(other)}</th><th>the policy</th>'
   body = ''.join(f'<tr>{row}</tr>' for row in rows)
   return (
     '<p>Mean reward by length of the completion, with the share of all'

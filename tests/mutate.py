@@ -22,7 +22,8 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 COPIED = (
   'bond_jax', 'configs', 'benchmarks', 'launch', 'tests', 'pyproject.toml'
 )  # fmt: skip
-# The copy has no compiler of its own.
+# The copy has no compiler and no browser of its own.
+os.environ.setdefault('BROWSER', os.path.join(ROOT, '.browser'))
 os.environ.setdefault(
   'TPU_LIBRARY_PATH', os.path.join(ROOT, '.libtpu', 'libtpu', 'libtpu.so')
 )

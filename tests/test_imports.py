@@ -26,7 +26,8 @@ MEETING = {
     'step', 'build', 'train', 'sft', 'reward_model', 'evaluate', 'sample',
     'plan', 'export', 'figures', 'report', 'report_style', 'text_task',
     'enumerable', 'reproduce', 'bandit_figure', 'origin', 'reward_training',
-    'reward_report', 'costs', 'programs', 'sweep',
+    'reward_report', 'costs', 'programs', 'sweep', 'report_words',
+    'report_cautions', 'report_samples',
 }  # fmt: skip
 # Must run where only jax, flax, optax and orbax are installed.
 CORE = {'types', 'errors', 'ops', 'anchors', 'log_probs', 'sampling', 'step',
