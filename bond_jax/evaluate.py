@@ -102,7 +102,7 @@ def evaluate(
     completions.Side('reference', settings.reference_completions,
                      functools.partial(draw, 1, theirs, mine)),
   ]  # fmt: skip
-  where = os.path.join(workdir, folder)
+  where = os.path.normpath(os.path.join(workdir, folder))
   own_rows = os.path.join(workdir, 'evaluate' if folder == '.' else folder)
   total = sum(side.count for side in sides)
   rows = completions.collect(

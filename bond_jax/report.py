@@ -229,8 +229,7 @@ def _error(key: str, summary: Mapping[str, Any]) -> str:
   if interval is not None:
     return ' to '.join(f'{bound:.3g}' for bound in np.ravel(interval))
   error = summary.get(f'{key}_stderr')
-  said = '' if error is None else f'±\u00a0{error:.2g}'
-  return said
+  return '' if error is None else f'±\u00a0{error:.2g}'
 
 
 def _figures(drawings, missing: Mapping[str, str]) -> str:

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 import optax
 
-from bond_jax import micro_batches, ops, quantiles
+from bond_jax import micro_batches, ops, quantiles, step_metrics
 from bond_jax.log_probs import log_probs
 from bond_jax.models import lora, scalar_head
 from bond_jax.sampling import sample
@@ -80,7 +80,7 @@ def init_state(setup: Setup, frozen: Frozen) -> TrainState:
     anchor = jax.tree.map(lambda x: x.astype(jnp.float32), view)
   aux = {}
   if setup.algorithm.quantile_rows:
-    model = scalar_head.init(_on_base(setup, frozen).policy, params)
+    model = scalar_head.init(on_base(setup, frozen).policy, params)
     aux = {'params': model, 'opt_state': setup.optimizer.init(model)}
   return TrainState(
     step=jnp.int32(0),
@@ -101,7 +101,7 @@ def reads_reference(algorithm: Algorithm) -> bool:
   return not algorithm.anchor.moves or bool(algorithm.reference_rows)
 
 
-def _on_base(setup: Setup, frozen: Frozen) -> Setup:
+def on_base(setup: Setup, frozen: Frozen) -> Setup:
   """The setup whose policy is called with what is trained alone."""
   return setup._replace(policy=lora.over(setup.policy, frozen.base))
 
@@ -119,7 +119,7 @@ def rollout(
   `index` counts the rollouts of an iteration from 0. An iteration has at least
   as many steps, so that no two rollouts of a run share a key.
   """
-  setup, algorithm = _on_base(setup, frozen), setup.algorithm
+  setup, algorithm = on_base(setup, frozen), setup.algorithm
   key = jax.random.fold_in(key, state.step + index)
   anchor = anchor_of(setup, state, frozen)
   parts = []
@@ -163,7 +163,7 @@ def score(
   it beats the others (Borda). Returns the M selected completions, and their
   Scores.
   """
-  setup, algorithm = _on_base(setup, frozen), setup.algorithm
+  setup, algorithm = on_base(setup, frozen), setup.algorithm
   if judged.ndim == 3:
     reward, win = ops.borda(judged), judged
   else:
@@ -190,7 +190,7 @@ def score(
     return micro_batches.join(out)
 
   def log_of(params):
-    return lambda size, *x: _log_probs(setup, params, size, *x)
+    return lambda size, *x: log_policy_of(setup, params, size, *x)
 
   def log_quantile(size, *x):
     params, x = state.aux['params'], micro_batches.trim(size, *x)
@@ -247,7 +247,10 @@ def weigh(
     rows=ops.keep_rows(jax.lax.stop_gradient(rows), prompts.weight > 0),
     quantile_target=target,
   )
-  shown = rollout_metrics(setup, prompts, drawn, reward, scores.win)
+  shown = step_metrics.of_rollout(
+    prompts, drawn, reward, scores.win, setup.algorithm.num_policy,
+    setup.stop_ids,
+  )  # fmt: skip
   return batch, {**metrics, **shown}
 
 
@@ -257,29 +260,35 @@ def update(
   """One optimizer step on a batch.
 
   Returns:
-    The next state, its anchor unmoved, and scalar metrics.
+    The next state, its anchor unmoved, and scalar metrics. Where the loss or
+    the gradient is not finite nothing moves but the step, and `skipped` is 1.
   """
-  setup = _on_base(setup, frozen)
-
-  def loss(params, part: Batch, size):
-    log_policy = _log_probs(
-      setup, params, size, part.prompts, part.completion, part.mask
-    )
-    return setup.algorithm.loss(log_policy, part.rows), log_policy
-
+  setup = on_base(setup, frozen)
+  loss = functools.partial(loss_of, setup)
   params, opt_state, value, norm, log_policy = _descend(
     setup, loss, state.params, state.opt_state, batch
   )
   metrics = {
     'loss': value,
     'gradient_norm': norm,
-    'sampler_gap': sampler_gap(batch, log_policy),
+    'sampler_gap': step_metrics.sampler_gap(
+      batch.own * batch.prompts.weight[:, None], batch.log_sampled, log_policy
+    ),
+    'skipped': 1.0 - jnp.isfinite(value + norm),
   }
   aux = state.aux
   if setup.algorithm.quantile_rows:
     aux, metrics['quantile/loss'] = _update_quantile(setup, aux, batch)
   state = TrainState(state.step + 1, params, state.anchor, opt_state, aux)
   return state, metrics
+
+
+def loss_of(setup: Setup, params: Params, part: Batch, size):
+  """The loss of each prompt f32[b], and log pi f32[b, M, T]: of a part."""
+  log_policy = log_policy_of(
+    setup, params, size, part.prompts, part.completion, part.mask
+  )
+  return setup.algorithm.loss(log_policy, part.rows), log_policy
 
 
 def _update_quantile(setup: Setup, aux: Any, batch: Batch) -> tuple[Any, Array]:
@@ -298,8 +307,8 @@ def _update_quantile(setup: Setup, aux: Any, batch: Batch) -> tuple[Any, Array]:
   return {'params': params, 'opt_state': opt_state}, value
 
 
-def _descend(setup: Setup, loss, params: Params, opt_state, batch: Batch):
-  """Descends the weighted mean over prompts of loss(params, part, size).
+def gradient_of(setup: Setup, loss, params: Params, batch: Batch):
+  """The gradient of the weighted mean over prompts of loss(params, part, size).
 
   `loss` returns f32[b] and an array with that leading axis; it needs no more
   of the prompts and completions than `size`, see `micro_batches.fold`. Every
@@ -307,8 +316,7 @@ def _descend(setup: Setup, loss, params: Params, opt_state, batch: Batch):
   exactly the gradient of the batch.
 
   Returns:
-    params, opt_state, the mean loss, the gradient's norm, and the arrays
-    joined, before the step.
+    The gradient, the mean loss, and the arrays joined.
   """
   total = jnp.maximum(batch.prompts.weight.sum(), 1e-9)
 
@@ -327,10 +335,26 @@ def _descend(setup: Setup, loss, params: Params, opt_state, batch: Batch):
   gradient, (value, arrays) = micro_batches.fold(
     setup.buckets, accumulate, zeros, parts, parts.prompts.mask, parts.mask
   )
-  changes, opt_state = setup.optimizer.update(gradient, opt_state, params)
+  return gradient, value.sum(), micro_batches.join(arrays)
+
+
+def _descend(setup: Setup, loss, params: Params, opt_state, batch: Batch):
+  """One step of the optimizer on `gradient_of`, or none if it is not finite.
+
+  Returns:
+    params, opt_state, the mean loss, the gradient's norm, and the arrays
+    joined, before the step.
+  """
+  gradient, value, arrays = gradient_of(setup, loss, params, batch)
   norm = optax.tree.norm(gradient)
-  params = optax.apply_updates(params, changes)
-  return params, opt_state, value.sum(), norm, micro_batches.join(arrays)
+  changes, moved = setup.optimizer.update(gradient, opt_state, params)
+  new = optax.apply_updates(params, changes), moved
+  params, opt_state = jax.tree.map(
+    functools.partial(jnp.where, jnp.isfinite(value + norm)),
+    new,
+    (params, opt_state),
+  )
+  return params, opt_state, value, norm, arrays
 
 
 def move_anchor(
@@ -354,42 +378,7 @@ def move_anchor(
   return state._replace(anchor=anchor), {'anchor/drift': drift}
 
 
-def rollout_metrics(
-  setup: Setup, prompts: Prompts, drawn: Rollout, reward: Array, win: Array
-) -> dict[str, Array]:
-  """What the completions look like, the policy's and the anchor's apart."""
-  mean = functools.partial(ops.weighted_mean, weight=prompts.weight)
-  k, split = reward.shape[1], setup.algorithm.num_policy
-  stops = jnp.array(setup.stop_ids, jnp.int32)
-  last = drawn.mask[..., -1] & ~jnp.isin(drawn.completion[..., -1], stops)
-  tied = ((win == 0.5).sum((-2, -1)) - k) / max(1, k * (k - 1))
-  metrics = {
-    'length/completion': mean(drawn.mask.sum(-1).mean(-1)),
-    'truncated': mean(last.mean(-1)),
-    # The share of the sampler's slots that drew a token.
-    'slots/busy': mean(drawn.mask.sum((-2, -1)))
-    / mean(drawn.slot_steps.sum(-1)),
-    'tie_rate': mean(tied),
-  }
-  if split:
-    metrics['reward/policy'] = mean(reward[:, :split].mean(-1))
-  if split < k:
-    metrics['reward/anchor'] = mean(reward[:, split:].mean(-1))
-  return metrics
-
-
-def sampler_gap(batch: Batch, log_policy: Array) -> Array:
-  """Mean |log pi(y)| difference, nats per completion, sampler against trainer.
-
-  Over the trained rows that the policy drew; rounding alone should be left.
-  """
-  own = batch.own * batch.prompts.weight[:, None]
-  gap = jnp.abs((log_policy - batch.log_sampled).sum(-1))
-  gap = jnp.where(own > 0, own * gap, 0.0)  # a filler row may hold NaN
-  return gap.sum() / jnp.maximum(own.sum(), 1e-9)
-
-
-def _log_probs(
+def log_policy_of(
   setup: Setup, params: Params, size, prompts: Prompts, completion, mask
 ) -> Array:
   """log_probs of that much of the batch, as long as the whole: f32[b, M, T]."""

@@ -17,9 +17,9 @@ FILES = {
 
 # Arrays in, arrays out: no model, no token, no mesh, no config.
 MATHEMATICS = {
-    'ops', 'anchors', 'quantiles', 'bandit', 'bandit_samples', 'measures',
-    'objectives', 'exact', 'curves', 'comparisons', 'preference_losses',
-    'preference_measures',
+    'ops', 'step_metrics', 'anchors', 'quantiles', 'bandit', 'bandit_samples',
+    'measures', 'objectives', 'exact', 'curves', 'comparisons',
+    'preference_losses', 'preference_measures',
 }  # fmt: skip
 # Where the two sides meet; all the rest is the machine.
 MEETING = {
@@ -27,11 +27,12 @@ MEETING = {
     'plan', 'export', 'figures', 'report', 'report_style', 'text_task',
     'enumerable', 'reproduce', 'bandit_figure', 'origin', 'reward_training',
     'reward_report', 'costs', 'programs', 'sweep', 'report_words',
-    'report_cautions', 'report_samples',
+    'report_cautions', 'report_samples', 'faults',
 }  # fmt: skip
 # Must run where only jax, flax, optax and orbax are installed.
 CORE = {'types', 'errors', 'ops', 'anchors', 'log_probs', 'sampling', 'step',
-        'sharding', 'optimizer', 'quantiles', 'micro_batches'}  # fmt: skip
+        'sharding', 'optimizer', 'quantiles', 'micro_batches',
+        'step_metrics'}  # fmt: skip
 # The only readers of configs.
 CONFIGURED = {
     'command', 'build', 'sft', 'reward_model', 'train', 'evaluate', 'sample',

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 
-from bond_jax import anchors, sharding
+from bond_jax import anchors, faults, sharding, step_metrics
 from bond_jax import step as step_lib
 from bond_jax.algorithms import bond, jbond
 from bond_jax.models import gemma, scalar_head
@@ -332,13 +332,74 @@ def test_metrics_say_what_was_drawn(setup, update, frozen, prompts, drawn):
 def test_the_sampler_gap_is_of_the_policy_s_rows():
   """By their weight; whatever the anchor's rows and the fillers hold."""
   gaps = np.float32([[[1, 0], [9, 9]], [[-3, 1], [9, 9]], [[np.nan, 0]] * 2])
-  batch = step_lib.Batch(
-      prompts=Prompts(None, None, None, np.float32([1, 3, 0])),
-      completion=None, mask=None, log_sampled=-gaps,
-      own=np.array([[True, False]] * 3), rows=None, quantile_target=None,
-  )  # fmt: skip
-  gap = step_lib.sampler_gap(batch, jnp.zeros((3, 2, 2)))
+  weight = np.float32([[1, 0], [3, 0], [0, 0]])
+  gap = step_metrics.sampler_gap(weight, -gaps, jnp.zeros((3, 2, 2)))
   np.testing.assert_allclose(gap, (1 * 1 + 3 * 2) / 4)
+
+
+def weighed(setup, state, frozen, prompts, drawn, reward):
+  weigh = jax.jit(step_lib.weigh, static_argnums=0)
+  return weigh(setup, state, frozen, prompts, drawn, reward)[0]
+
+
+def poisoned(batch, prompt, part):
+  """A batch with a NaN in a part of what it knows of one prompt."""
+  if part == 'rows':
+    name = batch.rows._fields[0]
+    value = getattr(batch.rows, name)
+    rows = batch.rows._replace(**{name: value.at[prompt].set(jnp.nan)})
+    return batch._replace(rows=rows), f'rows/{name}'
+  value = getattr(batch, part)
+  return batch._replace(**{part: value.at[prompt].set(jnp.nan)}), part
+
+
+def test_a_step_that_is_not_finite_changes_nothing(
+  setup, frozen, prompts, drawn
+):
+  """But the step; the next one goes on as if it had not been."""
+  setup = setup._replace(optimizer=optax.adam(1e-3))
+  step = jax.jit(step_lib.update, static_argnums=0)
+  state = start(setup, frozen)
+  batch = weighed(setup, state, frozen, prompts, *drawn)
+  assert faults.find(setup, state, frozen, batch) == []
+  state, row = step(setup, state, frozen, batch)
+  assert row['skipped'] == 0
+  bad, _ = poisoned(batch, 1, 'rows')
+  same, row = step(setup, state, frozen, bad)
+  assert row['skipped'] == 1 and not np.isfinite(row['loss'])
+  assert same.step == state.step + 1
+  kept = lambda s: jax.tree.leaves((s.params, s.opt_state, s.anchor, s.aux))
+  for a, b in zip(kept(state), kept(same), strict=True):
+    np.testing.assert_array_equal(a, b)
+  for a, b in zip(
+    kept(step(setup, state, frozen, batch)[0]),
+    kept(step(setup, same, frozen, batch)[0]),
+    strict=True,
+  ):
+    np.testing.assert_array_equal(a, b)
+
+
+def test_what_is_not_finite_is_named(setup, frozen, prompts, drawn):
+  state = start(setup, frozen)
+  batch = weighed(setup, state, frozen, prompts, *drawn)
+  ids = np.asarray(prompts.id)
+  bad, name = poisoned(batch, 1, 'rows')
+  found = faults.find(setup, state, frozen, bad)
+  assert found[0] == f'{name} of prompts {ids[1]}'
+  assert all(x.startswith('gradient/') for x in found[1:]) and found[1:]
+  # A filler is not accused; `weigh` keeps what it holds out of the gradient.
+  weight = np.array(prompts.weight)
+  weight[1] = 0
+  filler = bad._replace(prompts=bad.prompts._replace(weight=weight))
+  found = faults.find(setup, state, frozen, filler)
+  assert all(x.startswith('gradient/') for x in found)
+  scale = state.params['final_norm']['scale'].at[0].set(jnp.inf)
+  params = state.params | {'final_norm': {'scale': scale}}
+  found = faults.find(setup, state._replace(params=params), frozen, batch)
+  assert found[0] == 'params/final_norm/scale'
+  assert found[1].startswith(f'log_policy of prompts {ids[0]}, {ids[1]}')
+  assert faults.broken(params) == ['final_norm/scale']
+  assert faults.broken(state.params) == []
 
 
 def test_donated_state_shares_no_buffer(setup, update, frozen, prompts, drawn):
