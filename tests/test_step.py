@@ -393,7 +393,7 @@ def test_what_is_not_finite_is_named(setup, frozen, prompts, drawn):
   filler = bad._replace(prompts=bad.prompts._replace(weight=weight))
   found = faults.find(setup, state, frozen, filler)
   assert all(x.startswith('gradient/') for x in found)
-  scale = state.params['final_norm']['scale'].at[0].set(jnp.inf)
+  scale = state.params['final_norm']['scale'].at[0].set(jnp.nan)
   params = state.params | {'final_norm': {'scale': scale}}
   found = faults.find(setup, state._replace(params=params), frozen, batch)
   assert found[0] == 'params/final_norm/scale'
