@@ -72,26 +72,26 @@ def look(
 def _changes(early, late, entropy, length, speed) -> dict[str, str]:
   """What is far from what it was in the first rows."""
   found = {}
-  if ratio := _ratio(early, late, 'entropy/token'):
-    if ratio < entropy:
-      found['entropy'] = (
-        f'the entropy per token is {ratio:.0%} of what it was: the policy says'
-        ' ever the same; a smaller anchor rate, or an earlier checkpoint.'
-      )
-  if ratio := _ratio(early, late, 'length/completion'):
-    if not 1 / length <= ratio <= length:
-      found['length'] = (
-        f'completions are {ratio:.1f} times as long as at first: the reward may'
-        ' be measuring length; see reward.length_penalty.'
-      )
+  ratio = _ratio(early, late, 'entropy/token')
+  if ratio is not None and ratio < entropy:
+    found['entropy'] = (
+      f'the entropy per token is {ratio:.0%} of what it was: the policy says'
+      ' ever the same; a smaller anchor rate, or an earlier checkpoint.'
+    )
+  ratio = _ratio(early, late, 'length/completion')
+  if ratio is not None and not 1 / length <= ratio <= length:
+    found['length'] = (
+      f'completions are {ratio:.1f} times as long as at first: the reward may'
+      ' be measuring length; see reward.length_penalty.'
+    )
   seconds = [
     statistics.median(sum(row.get(k) or 0 for k in PHASES) for row in some)
     for some in (early, late)
   ]
   if seconds[0] and seconds[1] > speed * seconds[0]:
     found['speed'] = (
-      f'a step takes {seconds[1] / seconds[0]:.1f} times as long as at first: is'
-      ' the reward slow, the machine shared, or does something compile anew?'
+      f'a step takes {seconds[1] / seconds[0]:.1f} times as long as at first:'
+      ' is the reward slow, the machine shared, or does something compile anew?'
     )
   return found
 

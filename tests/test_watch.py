@@ -32,6 +32,7 @@ def test_a_good_run_has_nothing():
 @pytest.mark.parametrize('late, name, says', [
   ({'kl__reference': 11.0}, 'kl', 'is 11.0 nats, above 10'),
   ({'entropy__token': 1.4}, 'entropy', '47% of what it was'),
+  ({'entropy__token': 0.0}, 'entropy', '0% of what it was'),
   ({'length__completion': 41.0}, 'length', '2.0 times as long'),
   ({'length__completion': 9.0}, 'length', '0.5 times as long'),
   ({'signal__fires': 0.04}, 'signal', 'on 4.0% of the prompts'),
