@@ -34,6 +34,9 @@ def of_rollout(
     # The share of the sampler's slots that drew a token.
     'slots/busy': mean(drawn.mask.sum((-2, -1)))
     / mean(drawn.slot_steps.sum(-1)),
+    # Of those of policy and anchor alike, in nats.
+    'entropy/token': -mean(drawn.log_prob.sum((-2, -1)))
+    / mean(drawn.mask.sum((-2, -1))),
     'tie_rate': mean(tied),
   }
   if split:

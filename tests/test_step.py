@@ -316,6 +316,8 @@ def test_metrics_say_what_was_drawn(setup, update, frozen, prompts, drawn):
       ]),
       'signal/fires': (reward[:, 0] < reward[:, 1:].min(-1)).mean(),
       'kl/policy_anchor': 0,
+      'entropy/token': -one.log_prob.sum() / one.mask.sum(),
+      'skipped': 0,
   }  # fmt: skip
   assert 0 < expected['truncated'] < 1 and 0 < expected['signal/fires'] < 1
   for name, value in expected.items():
