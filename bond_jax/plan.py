@@ -11,6 +11,9 @@ it computes, reads and sends; and the least time that these take.
 from __future__ import annotations
 
 import os
+import signal
+import subprocess
+import sys
 from typing import Any
 
 from absl import flags
@@ -39,6 +42,7 @@ _SEARCH = flags.DEFINE_bool(
 )
 
 GIB = chips.GIB
+CHILD = 'BOND_JAX_PLAN'  # in the environment of the process that compiles
 
 
 # Of which no shape depends on the batch.
@@ -326,7 +330,30 @@ def main(config: ml_collections.ConfigDict, out: str) -> None:
   print(f'{verdict(found)}; see {path}')
 
 
+def in_a_child(args: list[str]) -> int:
+  """Makes the plan in a process of its own; the status to end with.
+
+  A check of the TPU compiler that fails ends its process, with no exception.
+  """
+  command_line = [sys.executable, '-m', 'bond_jax.plan', *args]
+  child = subprocess.Popen(command_line, env={**os.environ, CHILD: '1'})
+  signal.signal(signal.SIGTERM, lambda *_: child.terminate())
+  signal.signal(signal.SIGINT, signal.SIG_IGN)  # the child has got it too
+  status = child.wait()
+  if status >= 0 or -status in (signal.SIGTERM, signal.SIGINT):
+    return abs(status)
+  print(
+    f'error: the compiler was ended by {signal.Signals(-status).name} in the'
+    ' program named last above: it is its own mistake, or the memory of this'
+    ' machine. Try another --config.sampling_mesh.model, or another libtpu.',
+    file=sys.stderr,
+  )
+  return 2
+
+
 if __name__ == '__main__':
+  if CHILD not in os.environ:
+    sys.exit(in_a_child(sys.argv[1:]))
   # The compiler needs none of the devices that may be here.
   jax.config.update('jax_platforms', 'cpu')
   command.run(main, __doc__, folder='out', partial=True)

@@ -206,3 +206,20 @@ def test_slices_have_whole_parts_of_the_data_axis():
   assert slices == [[0, 0], [0, 0], [1, 1], [1, 1]]
   with pytest.raises(UserError, match='2 slices, which split `data`'):
     sharding.make_mesh(1, 8, devices=list(devices))
+
+
+@pytest.mark.parametrize('end, status, says', [
+  ('os.abort()', 2, 'error: the compiler was ended by SIGABRT in the program'),
+  ('sys.exit(7)', 7, ''),
+])  # fmt: skip
+def test_a_compiler_that_aborts_is_one_line(tmp_path, end, status, says):
+  (tmp_path / 'config.py').write_text(f'import os, sys\n{end}\n')
+  done = subprocess.run(
+    [sys.executable, '-m', 'bond_jax.plan', '--topology=cpu:1',
+     f'--config={tmp_path}/config.py', f'--out={tmp_path}/out'],
+    cwd=toy.ROOT, capture_output=True, text=True, check=False,
+  )  # fmt: skip
+  assert done.returncode == status
+  ours = [x for x in done.stderr.splitlines() if x.startswith('error: ')]
+  assert len(ours) == bool(says)
+  assert all(x.startswith(says) for x in ours)
