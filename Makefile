@@ -32,7 +32,7 @@ $(foreach folder,.venv .venv-parity .venv-hf,$(if $(wildcard $(folder)/.done),\
   $(shell $(folder)/bin/python -c '$(healthy)' >&2 || rm $(folder)/.done)))
 
 .PHONY: help setup data demo test test-meshes test-parity test-hf mutations figures \
-  bench sizing overoptimisation notebooks lint venv libtpu browser
+  bench sizing drill soak overoptimisation notebooks lint venv libtpu browser
 
 help:  ## list these commands
 	@sed -n 's/^\([a-z-]*\):.*## /\1: /p' Makefile | column -t -s:
@@ -123,6 +123,12 @@ sizing: venv libtpu  ## docs/sizing.md: which config fits which slice (hours)
 
 bench: venv  ## speed beside other samplers and trainers, into runs/bench
 	@$(PYTHON) -m benchmarks.bench --out=runs/bench
+
+drill: venv  ## kill runs and damage checkpoints, 500 times (an hour)
+	@$(PYTHON) -m benchmarks.drill --out=runs/drill
+
+soak: venv  ## 20,000 steps, watched for leaks, into runs/soak
+	@$(PYTHON) -m benchmarks.soak --out=runs/soak
 
 notebooks: .venv/.notebooks data  ## execute colab/*.ipynb
 	@mkdir -p colab/executed
