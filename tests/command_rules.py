@@ -5,7 +5,8 @@ What is really run, per class of command (`RULES`, the first that fits counts):
   stage     python -m bond_jax.STAGE with one of our configs: as written, in a
             copy of the repository, with sizes appended that fit a test, and a
             data set of 300 lines in the place of the demo's; Gemma's weights
-            and tokenizer are replaced by what a tiny run has exported.
+            and tokenizer are replaced by what a tiny run has exported, and a
+            conversation by one --prompt.
   figures   reproduce: as stage, by a figure whose runs have 2 steps each.
             bandit: as written.
   plan      as written, for a tiny model: libtpu compiles for the slice.

@@ -1,6 +1,7 @@
 """The pages are complete, their links lead somewhere, their code compiles."""
 
 import ast
+import fnmatch
 import glob
 import importlib
 import inspect
@@ -277,6 +278,16 @@ def test_every_page_and_figure_can_be_found():
   }
   folder = os.path.join(toy.ROOT, 'docs', 'figures')
   assert set(os.listdir(folder)) <= shown
+
+
+def test_the_map_of_the_readme_has_every_module():
+  tree = re.search(r'```\n(bond_jax/\n.*?)```', pages()['README.md'], re.S)[1]
+  listed = re.findall(r'[\w*]+\.py', tree)
+  there = os.listdir(os.path.join(toy.ROOT, 'bond_jax'))
+  there = {f for f in there if f.endswith('.py')} - {'__init__.py'}
+  found = [set(fnmatch.filter(there, name)) for name in listed]
+  assert all(found), listed
+  assert set().union(*found) == there
 
 
 def test_the_files_that_are_named_are_there():
