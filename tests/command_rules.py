@@ -9,7 +9,8 @@ What is really run, per class of command (`RULES`, the first that fits counts):
             conversation by one --prompt.
   figures   reproduce: as stage, by a figure whose runs have 2 steps each.
             bandit: as written.
-  plan      as written, for a tiny model: libtpu compiles for the slice.
+  plan      as written, for a tiny model: libtpu compiles for the slice, or,
+            where there is no libtpu, XLA for as many CPU devices.
   hosts     as written, with the enumerable language as its config and two
             processes, which find each other on this machine.
   tpu       launch/tpu.sh and gcloud: the whole block, in a cloud of folders
@@ -34,6 +35,12 @@ import toy
 
 # A flag that is on a page before it is in the code.
 COMING = ('--sweep',)
+# The flags that weights.md gives once, and leaves out with "...".
+GEMMA = (
+  '--config=configs/gemma3_1b_jbond.py'
+  ' --config.reward.function=my_module:my_reward'
+  ' --config.gold.function=my_module:another'
+)
 
 
 def stage(place: Place, command: str):
@@ -55,9 +62,7 @@ def stage(place: Place, command: str):
     elif name in before:
       place.demo(*before[name])
   if '.sample' in command:
-    command = command.replace(
-      '--config=...', '--config=configs/gemma3_1b_jbond.py'
-    )
+    command = command.replace('--config=...', GEMMA)
     command = f'{command} --config.mesh.data=1'
     if '--prompt' not in command:
       command = f"{command} --prompt='the film'"  # for a terminal's lines
@@ -78,11 +83,7 @@ def soft_best_of_n(place: Place, command: str):
 def export(place: Place, command: str):
   """LoRA's adapter is of a run with LoRA."""
   place.weights()
-  base = (
-    'python -m bond_jax.train --config=configs/gemma3_1b_jbond.py'
-    ' --config.reward.function=my_module:my_reward'
-    ' --config.gold.function=my_module:another'
-  )
+  base = f'python -m bond_jax.train {GEMMA}'
   place.stage(f'{base} --workdir=runs/mine')
   out = f'exported_{len(place.done)}'
   command = re.sub(r'--out=\S+', f'--out={out}', command)
@@ -118,7 +119,11 @@ def plan(place: Place, command: str):
     'prompt.length': 8, 'length': 8, 'train.batch': 32,
     'train.micro_batches': 2, 'train.buckets': 1, 'train.probe_prompts': 32,
   }  # fmt: skip
-  if 'TPU_LIBRARY_PATH' not in place.environment():
+  library = os.path.join(toy.ROOT, '.libtpu', 'libtpu', 'libtpu.so')
+  library = os.environ.get('TPU_LIBRARY_PATH', library)
+  if os.path.exists(library):
+    command = f'TPU_LIBRARY_PATH={shlex.quote(library)} {command}'
+  else:
     command = re.sub(r'--topology=\S+', '--topology=cpu:16', command)
   added = ' '.join(f'--config.{k}={v}' for k, v in small.items())
   assert 'fits' in place.run(f'{command} {added} {shlex.quote(SIZES)}')

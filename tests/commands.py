@@ -48,7 +48,8 @@ LEARNED = {
 GEMMA = {
   **TEXT, 'model.name': 'gemma3_tiny', 'model.dtype': 'float32',
   'prompt.kind': 'opening', 'train.micro_batches': 2, 'train.buckets': 1,
-  'weights': 'weights', 'tokenizer.path': 'weights.model',
+  'sampling_mesh.model': 1, 'weights': 'weights',
+  'tokenizer.path': 'weights.model',
 }  # fmt: skip
 EXACT = {
   'enumerable.prompts': 2, 'enumerable.vocab': 3, 'length': 2,
@@ -148,7 +149,6 @@ class Place:
     path.chmod(0o755)
 
   def environment(self):
-    library = os.path.join(toy.ROOT, '.libtpu', 'libtpu', 'libtpu.so')
     env = {
       **os.environ,
       'JAX_DISABLE_MOST_OPTIMIZATIONS': 'true',
@@ -157,9 +157,9 @@ class Place:
       'PATH': f'{self.folder / "bin"}:{os.environ["PATH"]}',
       'PYTHONPATH': str(self.folder),
     }
-    if os.path.exists(library):
-      env.setdefault('TPU_LIBRARY_PATH', library)
-    env.pop('JAX_NUM_CPU_DEVICES', None)
+    # Else jax would look for a TPU in every command.
+    for name in ('JAX_NUM_CPU_DEVICES', 'TPU_LIBRARY_PATH'):
+      env.pop(name, None)
     return env
 
   def start(self, command, **kwargs):
