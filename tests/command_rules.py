@@ -88,7 +88,10 @@ def export(place: Place, command: str):
   out = f'exported_{len(place.done)}'
   command = re.sub(r'--out=\S+', f'--out={out}', command)
   if '--format=adapter' in command:
-    place.stage(f'{base} --workdir=runs/lora --config.model.lora.rank=2')
+    place.stage(
+      f'{base} --workdir=runs/lora --config.model.lora.rank=2'
+      ' --config.model.lora.alpha=2'
+    )
     command = command.replace('runs/mine', 'runs/lora')
   place.run(command)
   assert os.listdir(place.folder / out)
