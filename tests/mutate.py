@@ -21,7 +21,7 @@ import time
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 COPIED = (
   'bond_jax', 'configs', 'benchmarks', 'docs', 'launch', 'tests', 'README.md',
-  'pyproject.toml',
+  'LOG.md', 'CITATION.cff', 'pyproject.toml',
 )  # fmt: skip
 # The copy has no compiler of its own.
 os.environ.setdefault(
