@@ -31,8 +31,9 @@ healthy = import pip, importlib.util as u; \
 $(foreach folder,.venv .venv-parity .venv-hf,$(if $(wildcard $(folder)/.done),\
   $(shell $(folder)/bin/python -c '$(healthy)' >&2 || rm $(folder)/.done)))
 
-.PHONY: help setup data demo test test-meshes test-parity test-hf mutations figures \
-  bench sizing drill soak overoptimisation notebooks lint venv libtpu browser
+.PHONY: help setup data demo test test-docs test-meshes test-parity test-hf \
+  mutations figures bench sizing drill soak overoptimisation notebooks lint \
+  venv libtpu browser
 
 help:  ## list these commands
 	@sed -n 's/^\([a-z-]*\):.*## /\1: /p' Makefile | column -t -s:
@@ -88,6 +89,9 @@ demo: setup  ## sft, reward model, J-BOND and evaluation, into runs/demo
 
 test: venv libtpu browser  ## the core test suite; needs no network and no data
 	@$(PYTHON) -m pytest -n 2 --dist loadfile
+
+test-docs: venv libtpu  ## run every command of README.md and docs/ (minutes)
+	@$(PYTHON) -m pytest -n 2 --dist loadgroup -m slow tests/test_commands.py
 
 test-meshes: venv  ## every mesh, with all numbers of micro-batches (minutes)
 	@$(PYTHON) -m pytest -n 2 -m slow tests/test_meshes.py

@@ -17,7 +17,7 @@ from bond_jax.types import AnchorRule
 
 
 def fixed() -> AnchorRule:
-  """The anchor is the reference for the whole run."""
+  """The anchor is the reference for the whole run: no copy of it is kept."""
   return AnchorRule(
     update=lambda anchor, params, iteration: anchor, moves=False
   )
@@ -28,6 +28,12 @@ def ema(rate: float) -> AnchorRule:
 
   BOND, equation (18): the exponential moving average of J-BOND, whose eta is
   `rate`. A ValueError unless 0 <= rate <= 1.
+
+  Anchor and params are trees of one structure; the anchor keeps its dtype.
+
+  >>> anchor, params = {'w': jnp.array([0.0])}, {'w': jnp.array([1.0])}
+  >>> ema(0.25).update(anchor, params, 1)['w'].tolist()
+  [0.25]
   """
   if not 0 <= rate <= 1:
     raise ValueError(f'anchor rate must lie in [0, 1], got {rate}')
@@ -45,7 +51,8 @@ def periodic(every: int) -> AnchorRule:
   """anchor <- params after every `every` iterations, and stays in between.
 
   Iterative BOND's hard update; with every = 1, the policy before the current
-  iteration, as in SPPO and WIND. A ValueError unless every >= 1.
+  iteration, as in SPPO and WIND. Iterations count from 1. A ValueError unless
+  every >= 1.
   """
   if every < 1:
     raise ValueError(f'an anchor moves every 1 or more iterations, got {every}')
@@ -58,7 +65,16 @@ def periodic(every: int) -> AnchorRule:
 
 
 def named(name: str) -> AnchorRule:
-  """The rule of a name: 'fixed', 'periodic:ITERATIONS' or 'ema:RATE'."""
+  """The rule of a name: 'fixed', 'periodic:ITERATIONS' or 'ema:RATE'.
+
+  A ValueError for another name, and for a number that the rule does not take.
+
+  >>> [named(name).moves for name in ('fixed', 'ema:0.02', 'periodic:50')]
+  [False, True, True]
+  >>> named('ema:2')
+  Traceback (most recent call last):
+  ValueError: anchor 'ema:2': anchor rate must lie in [0, 1], got 2.0
+  """
   kind, _, number = name.partition(':')
   try:
     if kind == 'periodic':

@@ -41,10 +41,17 @@ def monte_carlo(own: Array, anchor: Array, *, zero: str) -> Array:
   Args:
     own: f32[B, M], rewards of the rows.
     anchor: f32[B, k], rewards of the anchor's completions.
-    zero: one of ZEROS.
+    zero: one of ZEROS; a KeyError for another.
 
   Returns:
-    f32[B, M], at most 0.
+    f32[B, M], nats, at most 0.
+
+  Rows that equal or beat none, two and all of four anchor completions:
+
+  >>> anchor = jnp.array([[1.0, 2, 3, 4]])
+  >>> log_p = monte_carlo(jnp.array([[0.0, 2, 9]]), anchor, zero='half')
+  >>> jnp.exp(log_p).tolist()
+  [[0.125, 0.5, 1.0]]
   """
   wins, k = at_most(own, anchor).sum(-1), anchor.shape[-1]  # s, whole numbers
   if zero == 'smooth':
@@ -53,7 +60,7 @@ def monte_carlo(own: Array, anchor: Array, *, zero: str) -> Array:
 
 
 def at_most(own: Array, anchor: Array) -> Array:
-  """r(y') <= r(y): f32[B, M], f32[B, k] -> bool[B, M, k]."""
+  """r(y') <= r(y): rewards f32[B, M], f32[B, k] -> bool[B, M, k]."""
   return anchor[:, None, :] <= own[:, :, None]
 
 
@@ -66,11 +73,14 @@ def floor(own: Array, anchor: Array) -> Array:
   anchor's is not punished.
 
   Args:
-    own: f32[B, M].
-    anchor: f32[B, k].
+    own: f32[B, M], rewards of the rows.
+    anchor: f32[B, k], rewards of the anchor's completions.
 
   Returns:
-    f32[B, M].
+    f32[B, M], nats.
+
+  >>> jnp.exp(floor(jnp.array([[0.0, 1, 2]]), jnp.array([[1.0, 5]]))).tolist()
+  [[0.0625, 1.0, 1.0]]
   """
   k = anchor.shape[-1]
   below_all = own < anchor.min(-1, keepdims=True)
@@ -85,12 +95,18 @@ def second_term(own: Array, anchor: Array, n: int) -> Array:
   from the comparisons; where y wins none, they show no tie, and it is 1.
 
   Args:
-    own: f32[B, M].
-    anchor: f32[B, k].
-    n: of Best-of-n.
+    own: f32[B, M], rewards of the rows.
+    anchor: f32[B, k], rewards of the anchor's completions.
+    n: of Best-of-n, 1 or more.
 
   Returns:
-    f32[B, M].
+    f32[B, M], nats.
+
+  Without a tie n; where half of what y does not lose to ties with it, 1 + 1/2:
+
+  >>> both = jnp.array([[2.0], [2]]), jnp.array([[0.0, 1], [1, 2]])
+  >>> [round(x, 4) for x in jnp.exp(second_term(*both, n=2))[:, 0].tolist()]
+  [2.0, 1.5]
   """
   less = (anchor[:, None, :] < own[:, :, None]).sum(-1)
   wins = at_most(own, anchor).sum(-1)
@@ -108,7 +124,7 @@ def learned_loss(logit: Array, target: Array) -> Array:
       given y is p, the minimiser.
 
   Returns:
-    f32[B].
+    f32[B], nats, the sum over the rows.
   """
   yes, no = jax.nn.log_sigmoid(logit), jax.nn.log_sigmoid(-logit)
   return -(target * yes + (1 - target) * no).sum(-1)

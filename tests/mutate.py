@@ -20,7 +20,8 @@ import time
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 COPIED = (
-  'bond_jax', 'configs', 'benchmarks', 'launch', 'tests', 'pyproject.toml'
+  'bond_jax', 'configs', 'benchmarks', 'docs', 'launch', 'tests', 'README.md',
+  'LOG.md', 'CITATION.cff', 'pyproject.toml',
 )  # fmt: skip
 # The copy has no compiler and no browser of its own.
 os.environ.setdefault('BROWSER', os.path.join(ROOT, '.browser'))

@@ -26,6 +26,8 @@ def make(*, n: int, anchor: str) -> Algorithm:
   Args:
     n: completions of the anchor per prompt, 1 or more.
     anchor: 'fixed', 'periodic:ITERATIONS' or 'ema:RATE'.
+
+  A ValueError for any other.
   """
   if n < 1:
     raise ValueError(f'n must be 1 or more, got {n}')

@@ -43,6 +43,8 @@ def make(*, n: int, sft_weight: float) -> Algorithm:
   Args:
     n: completions of the reference per prompt, 2 or more.
     sft_weight: in [0, 1], the paper's alpha; 1 is `best_of_n`.
+
+  A ValueError for any other.
   """
   if n < 2:
     raise ValueError(f'n must be 2 or more, got {n}')
@@ -79,5 +81,9 @@ def make(*, n: int, sft_weight: float) -> Algorithm:
 
 
 def margin(n: int) -> float:
-  """1 / (2 beta_n), nats: what best and worst of n are apart on average."""
+  """1 / (2 beta_n), nats: what best and worst of n are apart on average.
+
+  >>> round(margin(8), 2)  # the paper's
+  18.15
+  """
   return (n - 1) * sum(1 / k for k in range(1, n))

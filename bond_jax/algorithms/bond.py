@@ -75,6 +75,8 @@ def make(
       `quantiles.monte_carlo`, which alone looks at it.
     second_term: adds the term in brackets; with 'monte_carlo' alone.
     anchor: 'fixed', 'periodic:ITERATIONS' or 'ema:RATE'.
+
+  A ValueError for any other.
   """
   known = ('monte_carlo', 'floor', 'learned')
   if quantile not in known:
@@ -127,6 +129,7 @@ def _distil(
   """BOND for any (n - 1) r_BOND, a function from Scores to f32[B, M].
 
   Rows: the policy's M, then the best of the anchor's first n, unless b = 1.
+  The reward is in nats, and without gradient. A ValueError as in `make`.
   """
   if n < 2:
     raise ValueError(f'n must be 2 or more, got {n}')

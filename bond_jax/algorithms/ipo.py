@@ -22,7 +22,8 @@ def make(*, kl_weight: float) -> Algorithm:
   """Builds online IPO.
 
   Args:
-    kl_weight: > 0, IPO's tau: the larger, the nearer to the reference.
+    kl_weight: > 0, IPO's tau: the larger, the nearer to the reference; a
+      ValueError for others.
   """
 
   def risk(h, win):

@@ -43,6 +43,8 @@ def make(
     backward_weight: in [0, 1].
     anchor_rate: of the moving average, the paper's eta, in [0, 1].
     drift_weight: >= 0.
+
+  A ValueError for any other.
   """
   if num_anchor < 2:
     raise ValueError(f'num_anchor must be 2 or more, got {num_anchor}')

@@ -37,7 +37,8 @@ def make(*, kl_weight: float) -> Algorithm:
   """Builds online DPO.
 
   Args:
-    kl_weight: > 0, DPO's beta: the larger, the nearer to the reference.
+    kl_weight: > 0, DPO's beta: the larger, the nearer to the reference; a
+      ValueError for others.
   """
 
   def risk(h, win):

@@ -34,6 +34,8 @@ def make(*, kl_weight: float) -> Algorithm:
 
   Args:
     kl_weight: >= 0, nats of KL weigh this much reward each.
+
+  A ValueError for any other.
   """
   return policy_gradient(num_policy=1, kl_weight=kl_weight)
 
@@ -42,7 +44,8 @@ def policy_gradient(*, num_policy: int, kl_weight: float) -> Algorithm:
   """REINFORCE on K = num_policy completions of each prompt, 1 or more.
 
   The baseline is the mean signal of the prompt's other completions; where it
-  has none, of the other prompts' completions.
+  has none, of the other prompts' completions. A ValueError unless
+  kl_weight >= 0.
   """
   if kl_weight < 0:
     raise ValueError(f'kl_weight must be >= 0, got {kl_weight}')

@@ -23,6 +23,8 @@ def make(*, num_policy: int, kl_weight: float) -> Algorithm:
   Args:
     num_policy: K, completions of the policy per prompt, 2 or more.
     kl_weight: >= 0, nats of KL weigh this much reward each.
+
+  A ValueError for any other.
   """
   if num_policy < 2:
     raise ValueError(

@@ -35,6 +35,8 @@ def make(*, step_size: float, num_anchor: int, rows: str) -> Algorithm:
     step_size: eta > 0, 1000 in the paper's runs.
     num_anchor: K, 2 or more, 5 in the paper's runs.
     rows: 'extremes', as published, or 'all'.
+
+  A ValueError for any other.
   """
   if rows not in ROWS:
     raise ValueError(f'rows must be one of {ROWS}, got {rows!r}')

@@ -28,6 +28,8 @@ def make(*, n: int, num_quantile: int) -> Algorithm:
   Args:
     n: of Best-of-n, 2 or more; 1 + 1 / (weight of the KL) in the paper.
     num_quantile: k, completions of the reference that y is compared with.
+
+  A ValueError unless n >= 2 and num_quantile >= 1.
   """
   return bond.make(
     n=n,

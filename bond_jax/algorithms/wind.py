@@ -77,19 +77,25 @@ EDGE = 0.05
 
 
 def squared(f: Array, z: Array) -> Array:
-  """(f - z)^2, element by element."""
+  """(f - z)^2; f and z f32[...], the target z in [0, 1]."""
   return (f - z) ** 2
 
 
 def kl(f: Array, z: Array) -> Array:
-  """KL(z || f) of two coins but for the entropy of z, and its parabolas."""
+  """KL(z || f) of two coins but for the entropy of z, and its parabolas.
+
+  Element by element, f any number, z in [0, 1]; finite everywhere.
+  """
   near = jnp.clip(f, EDGE, 1 - EDGE)
   loss = -z * jnp.log(near) - (1 - z) * jnp.log1p(-near)
   return loss + _parabola(f, near, z) / (near * (1 - near))
 
 
 def nce(f: Array, z: Array) -> Array:
-  """The logistic loss with odds f of z against 1, and its parabolas."""
+  """The logistic loss with odds f of z against 1, and its parabolas.
+
+  Element by element, f any number, z in [0, 1]; finite everywhere.
+  """
   near = jnp.clip(f, EDGE, 1)
   loss = (1 + z) * jnp.log1p(near) - z * jnp.log(near)
   return loss + _parabola(f, near, z) / (near * (1 + near))
@@ -130,6 +136,8 @@ def make(
     constant: 'half' or 'fitted'.
     num_anchor: K, 2 or more, completions of pi_t per prompt.
     rows: M of K, those trained on; 2 or more with 'fitted'.
+
+  A ValueError for any other.
   """
 
   def select(reward, win):
@@ -161,7 +169,9 @@ def regress(
 ) -> Algorithm:
   """The body of WIND and SPPO: `select` picks the `rows`; see `make`.
 
-  `with_self` counts a row's comparison with itself, 1/2, into its target.
+  `select` maps rewards f32[B, K] and win f32[B, K, K] to i32[B, M]; `with_self`
+  counts a row's comparison with itself, 1/2, into its target. A ValueError as
+  in `make`.
   """
   _check(rows, num_anchor, kl_weight, step_size, risk, constant)
   everything = tuple(range(rows))
@@ -235,8 +245,8 @@ def fit_constant(
 
   Args:
     risk: of RISKS.
-    g: f32[B, M], without gradient.
-    z: f32[B, M].
+    g: f32[B, M], without gradient; log-ratios, see the head of the file.
+    z: f32[B, M], win rates in [0, 1].
 
   Returns:
     f32[B, 1].
