@@ -25,6 +25,7 @@ from bond_jax import (
   scoring,
   sharding,
   sources,
+  stopping,
 )
 from bond_jax import tokenizer as tokenizer_lib
 from bond_jax.errors import UserError
@@ -363,6 +364,15 @@ def stage(
   path = os.path.normpath(os.path.join(workdir, folder, 'summary.json'))
   if not begin(name, config, path, workdir, asked):
     return
+  with stopping.listening():
+    _work(name, work, config, workdir, path, table, asked)
+    stopping.hear(hosts.gather(stopping.asked()))
+    if stopping.due():  # no stage after it shall start
+      raise stopping.stopped(name, None)
+
+
+def _work(name, work, config, workdir, path, table, asked) -> None:
+  """Runs a stage that is not finished; see `stage`."""
   check_stage(name, config, workdir)
   mesh = check(config)
   hosts.check_mesh(mesh)

@@ -16,7 +16,7 @@ import ml_collections
 from ml_collections import config_flags
 
 from bond_jax import hosts
-from bond_jax.errors import UserError
+from bond_jax.errors import Stopped, UserError
 
 
 def load(reference: str) -> Callable[..., Any]:
@@ -169,7 +169,8 @@ def execute(main: Callable[[], None], doc: str) -> None:
   """Parses the flags and runs `main()`; exits 0 only when it worked.
 
   A UserError ends with one line on stderr and status 2; `--debug` shows the
-  traceback instead. Where `main` joins other hosts, all of them end so.
+  traceback instead. A run that was asked to stop ends with 143 (SIGTERM) or 130
+  (Ctrl-C). Where `main` joins other hosts, all of them end so.
   """
   debug = flags.DEFINE_bool('debug', False, 'Show tracebacks of user errors.')
 
@@ -186,6 +187,9 @@ def execute(main: Callable[[], None], doc: str) -> None:
         raise
       print(f'error: {e}', file=sys.stderr)
       return 2
+    except Stopped as e:
+      print(e, file=sys.stderr)
+      return e.status
     except KeyboardInterrupt:
       print('interrupted; the same command takes it up again', file=sys.stderr)
       return 130

@@ -28,6 +28,7 @@ from bond_jax import (
   preferences,
   reward_report,
   sharding,
+  stopping,
 )
 from bond_jax import optimizer as optimizer_lib
 from bond_jax import preference_measures as measures
@@ -290,14 +291,16 @@ def _fit(settings, folder, batches, held_out, state, update, score, mesh):
     hosts.say(f'reward_model: goes on after step {start}')
   show = ('loss', 'validation_accuracy')
   writer = metrics.Writer(folder, 'reward', settings.steps, start, show)
-  with writer, checkpoints:
+  with stopping.deferred(), writer, checkpoints:
     for step in range((start or 0) + 1, settings.steps + 1):
       with writer.phase('update'):
         batch = sharding.put_batch(next(batches), mesh)
         state, row = update(state, batch)
         row = jax.device_get(row)
-      save = step % settings.save_every == 0 or step == settings.steps
-      if save:
+      stopping.hear(hosts.gather(stopping.asked()))
+      stop = stopping.due()
+      due = step % settings.save_every == 0 or step == settings.steps
+      if due:
         with writer.phase('evaluate'):
           lead = reward_report.leads(
             score(state.params, held_out.pieces), held_out
@@ -306,10 +309,12 @@ def _fit(settings, folder, batches, held_out, state, update, score, mesh):
         row['validation_log_loss'] = measures.log_loss(lead)
       check_finite(row, step, checkpoints.directory)
       writer.write(step, row)
-      if save:
+      if due or stop:
         writer.sync()
-        accuracy = row['validation_accuracy']
+        accuracy = row.get('validation_accuracy')
         checkpoint.save(checkpoints, step, state, batches.get_state(), accuracy)
+      if stop and step < settings.steps:
+        raise stopping.stopped('reward_model', step)
     checkpoints.wait_until_finished()
     best = checkpoint.choose(checkpoints, 'best')
     params = checkpoint.restore_params(checkpoints, state.params, best)

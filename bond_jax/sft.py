@@ -26,6 +26,7 @@ from bond_jax import (
   metrics,
   origin,
   sharding,
+  stopping,
 )
 from bond_jax import optimizer as optimizer_lib
 from bond_jax import tokenizer as tokenizer_lib
@@ -151,14 +152,16 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
     hosts.say(f'sft: goes on after step {start}')
   show = ('loss', 'validation_loss')
   writer = metrics.Writer(folder, 'sft', settings.steps, start, show)
-  with writer, checkpoints:
+  with stopping.deferred(), writer, checkpoints:
     for step in range((start or 0) + 1, settings.steps + 1):
       with writer.phase('update'):
         batch = sharding.put_batch(next(batches), mesh)
         state, row = update(state, batch)
         row = jax.device_get(row)
-      save = step % settings.save_every == 0 or step == settings.steps
-      if save:
+      stopping.hear(hosts.gather(stopping.asked()))
+      stop = stopping.due()
+      due = step % settings.save_every == 0 or step == settings.steps
+      if due:
         with writer.phase('evaluate'):
           values = [
             loss(state.params, sharding.put_batch(batch, mesh))
@@ -167,10 +170,12 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
           row['validation_loss'] = np.mean(jax.device_get(values))
       check_finite(row, step, checkpoints.directory)
       writer.write(step, row)
-      if save:
+      if due or stop:
         writer.sync()
-        score = -row['validation_loss']
+        score = -row['validation_loss'] if due else None
         checkpoint.save(checkpoints, step, state, batches.get_state(), score)
+      if stop and step < settings.steps:
+        raise stopping.stopped('sft', step)
   path = os.path.join(folder, 'metrics.jsonl')
   rows = hosts.once(lambda: metrics.read_rows(path))
   phases = metrics.phase_seconds(rows)

@@ -28,6 +28,7 @@ from bond_jax import (
   scoring,
   sharding,
   shares,
+  stopping,
 )
 from bond_jax import optimizer as optimizer_lib
 from bond_jax import step as step_lib
@@ -114,7 +115,8 @@ def run_iteration(
   one batch is drawn, those before it are rewarded, by the thread that `submit`
   hands them to. `frozen` has what these look at, `whole()` all of it, which the
   last needs. Waits for the device, so that phases are true. Of several hosts
-  each rewards rows of its own, and all learn of all rewards.
+  each rewards rows of its own, and all learn of all rewards, and of a signal
+  that one of them got.
   """
   order = jax.random.fold_in(order, int(state.step))
   drawn, batches, weighed = [], [], []
@@ -131,7 +133,9 @@ def run_iteration(
     on_mesh, rollout, own, scored = drawn.pop(0)
     with phase('reward'):
       scored = scored and scored.result()
-      scored = scoring.join(hosts.gather((own, scored)))
+      told = hosts.gather((own, scored, stopping.asked()))
+      scored = scoring.join([part[:2] for part in told])
+      stopping.hear(part[2] for part in told)
     with phase('update'):
       # A prompt on which the reward failed is a filler row from here on.
       on_mesh = on_mesh._replace(
@@ -204,7 +208,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
   compiled = []  # programs of the step compiled so far, after each iteration
   step = start or 0
   submit = scoring.worker()
-  with writer, checkpoints:
+  with stopping.deferred(), writer, checkpoints:
     # The reference draws for it, while there is nothing else on the devices.
     with writer.phase('evaluate'):
       probe = task.make_probe(task.frozen)
@@ -225,19 +229,22 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
       )  # fmt: skip
       for state, row in steps:
         step += 1
-        save = step % settings.save_every == 0 or step == settings.steps
-        if save:
+        stop = step % (setup.rollouts * setup.epochs) == 0 and stopping.due()
+        due = step % settings.save_every == 0 or step == settings.steps
+        if due:
           with writer.phase('evaluate'):
             row |= probe(state.params, whole)
         check_finite(row, step, checkpoints.directory)
         writer.write(step, row)
-        if save:
+        if due or stop:  # the latter without a probe: rows stay as they are
           with writer.phase('save'):
             writer.sync()
             checkpoint.save(
                 checkpoints, step, state, task.batches.get_state(),
-                row['win_rate/reference'],
+                row.get('win_rate/reference'),
             )  # fmt: skip
+        if stop and step < settings.steps:
+          raise stopping.stopped('train', step)
       compiled.append(metrics.compilations(*Programs._fields))
   path = os.path.join(folder, 'metrics.jsonl')
   rows = hosts.once(lambda: metrics.read_rows(path))

@@ -130,8 +130,9 @@ def context(completions, rows=None, turns=False) -> Context:
 def light(workdir: str, calls: int, how: str, host: int = 0) -> None:
   """Lets something happen at a reward's call number `calls` on one host.
 
-  'raise', 'kill' (-9), or 'forget' all compiled programs. The first call is
-  of the probe's reference; each step calls once, and each save once more.
+  'raise', 'kill' (-9), 'term' (SIGTERM), 'twice' (and another one, while the
+  reward hangs) or 'forget' all compiled programs. The first call is of the
+  probe's reference; each step calls once, and each save once more.
   """
   with open(os.path.join(workdir, f'fuse{host}'), 'w') as f:
     f.write(f'{calls} {how}')
@@ -149,6 +150,13 @@ def _burn(fuse: str) -> None:
     raise RuntimeError('the fuse has burnt down')
   if how == 'forget':
     jax.clear_caches()
+    return
+  if how in ('term', 'twice'):
+    os.kill(os.getpid(), signal.SIGTERM)
+    if how == 'twice':
+      time.sleep(0.5)
+      os.kill(os.getpid(), signal.SIGTERM)
+      time.sleep(100)
     return
   while not steps(os.path.dirname(fuse), 'train'):
     time.sleep(0.01)  # else a fast machine dies before the first save is whole
