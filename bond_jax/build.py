@@ -21,6 +21,7 @@ from bond_jax import (
   command,
   data,
   hosts,
+  locks,
   metrics,
   scoring,
   sharding,
@@ -376,15 +377,17 @@ def _work(name, work, config, workdir, path, table, asked) -> None:
   check_stage(name, config, workdir)
   mesh = check(config)
   hosts.check_mesh(mesh)
-  claim(config, workdir, os.path.dirname(path))
-  devices = f'{mesh.size} {jax.default_backend()} device(s)'
-  if hosts.count() > 1:
-    devices += f' of {hosts.count()} hosts'
-  hosts.say(f'{name}: {config.model.name} on {devices}, into {workdir}')
-  summary = {**work(config, workdir, **asked), **asked, 'versions': versions()}
-  if hosts.first():
-    command.write_json(path, summary)
-    metrics.table(table(summary), f'{name}: done, see {path}')
+  with locks.held(workdir, name):
+    claim(config, workdir, os.path.dirname(path))
+    devices = f'{mesh.size} {jax.default_backend()} device(s)'
+    if hosts.count() > 1:
+      devices += f' of {hosts.count()} hosts'
+    hosts.say(f'{name}: {config.model.name} on {devices}, into {workdir}')
+    summary = work(config, workdir, **asked)
+    summary = {**summary, **asked, 'versions': versions()}
+    if hosts.first():
+      command.write_json(path, summary)
+      metrics.table(table(summary), f'{name}: done, see {path}')
 
 
 def versions() -> dict[str, str]:

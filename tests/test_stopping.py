@@ -62,6 +62,8 @@ def test_signals(how, bound, signals, status, says):
   process = subprocess.Popen(
     [sys.executable, '-c', SCRIPT, how, str(bound)],
     cwd=toy.ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    # In the background of a script pytest itself takes no Ctrl-C.
+    preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
   )  # fmt: skip
   assert process.stdout.readline() == 'ready\n'
   for i, number in enumerate(signals):
@@ -95,6 +97,7 @@ def test_sigterm_and_again_ends_as_an_undisturbed_run(tmp_path):
   assert 'Traceback' not in err
   assert toy.steps(workdir, 'train') == [2]
   assert not os.path.exists(f'{workdir}/train/summary.json')
+  assert not os.path.exists(f'{workdir}/.lock')
   toy.run('train', toy.get_config(toy.folder()), workdir)
   toy.same_end(workdir, toy.finished(), 'train')
 
