@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
-from bond_jax import hosts
+from bond_jax import hosts, integrity
 from bond_jax.errors import UserError
 from bond_jax.types import Params, TrainState
 
@@ -31,6 +31,7 @@ def manager(folder: str, *, keep: int = 2) -> ocp.CheckpointManager:
     preservation_policy=_Kept(keep),
     best_fn=_score,
     enable_async_checkpointing=True,
+    temporary_path_class=integrity.TemporaryPath,
   )
   return ocp.CheckpointManager(os.path.abspath(folder), options=options)
 
@@ -89,6 +90,7 @@ def save(
       data=ocp.args.JsonSave(data),
     ),
     metrics={'score': None if score is None else float(score)},
+    custom_metadata=integrity.MARK,
   )
 
 
@@ -99,6 +101,16 @@ def _all_finite(leaves: list[jax.Array]) -> jax.Array:
 
 def _finite(tree: Any) -> bool:
   return bool(_all_finite(jax.tree.leaves(tree)))
+
+
+def resume(folder: str) -> tuple[ocp.CheckpointManager, int | None]:
+  """The manager of a stage that goes on, and its last step that is good.
+
+  Those that are damaged get other names; a UserError if all are.
+  """
+  hosts.once(lambda: integrity.set_aside(folder))
+  checkpoints = manager(folder)
+  return checkpoints, last_step(checkpoints)
 
 
 def last_step(checkpoints: ocp.CheckpointManager) -> int | None:
@@ -130,7 +142,12 @@ def restore(
 def restore_params(
   checkpoints: ocp.CheckpointManager, like: Params, step: int
 ) -> Params:
-  """Restores the policy of a step alone, into the shardings of `like`."""
+  """Restores the policy of a step alone, into the shardings of `like`.
+
+  A UserError if its files are not as they were written.
+  """
+  folder = os.fspath(checkpoints.directory)
+  hosts.once(lambda: integrity.check(folder, step, ('params',)))
   out = checkpoints.restore(
     step,
     args=ocp.args.Composite(params=ocp.args.StandardRestore(abstract(like))),

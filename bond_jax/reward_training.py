@@ -283,8 +283,7 @@ def _fit(settings, folder, batches, held_out, state, update, score, mesh):
   Best by the share of the validation pairs that are right: the log-loss of a
   model that is too sure of itself is mended by a temperature.
   """
-  checkpoints = checkpoint.manager(os.path.join(folder, 'checkpoints'))
-  start = checkpoint.last_step(checkpoints)
+  checkpoints, start = checkpoint.resume(os.path.join(folder, 'checkpoints'))
   if start is not None:
     state, position = checkpoint.restore(checkpoints, state)
     batches.set_state(position)

@@ -144,8 +144,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
   held_out = batches('validation')
   held_out = [next(held_out) for _ in range(settings.validation_batches)]
   batches = batches('train')
-  checkpoints = checkpoint.manager(os.path.join(folder, 'checkpoints'))
-  start = checkpoint.last_step(checkpoints)
+  checkpoints, start = checkpoint.resume(os.path.join(folder, 'checkpoints'))
   if start is not None:
     state, position = checkpoint.restore(checkpoints, state)
     batches.set_state(position)
