@@ -23,6 +23,7 @@ from bond_jax import (
   hosts,
   locks,
   metrics,
+  saving,
   scoring,
   sharding,
   sources,
@@ -383,11 +384,12 @@ def _work(name, work, config, workdir, path, table, asked) -> None:
     if hosts.count() > 1:
       devices += f' of {hosts.count()} hosts'
     hosts.say(f'{name}: {config.model.name} on {devices}, into {workdir}')
-    summary = work(config, workdir, **asked)
-    summary = {**summary, **asked, 'versions': versions()}
-    if hosts.first():
-      command.write_json(path, summary)
-      metrics.table(table(summary), f'{name}: done, see {path}')
+    with saving.on_disk(workdir):
+      summary = work(config, workdir, **asked)
+      summary = {**summary, **asked, 'versions': versions()}
+      if hosts.first():
+        command.write_json(path, summary)
+        metrics.table(table(summary), f'{name}: done, see {path}')
 
 
 def versions() -> dict[str, str]:

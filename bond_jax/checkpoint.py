@@ -33,7 +33,13 @@ def manager(folder: str, *, keep: int = 2) -> ocp.CheckpointManager:
     enable_async_checkpointing=True,
     temporary_path_class=integrity.TemporaryPath,
   )
-  return ocp.CheckpointManager(os.path.abspath(folder), options=options)
+  folder = os.path.abspath(folder)
+  try:
+    return ocp.CheckpointManager(folder, options=options)
+  except ValueError:  # a step's scores are not JSON
+    for step in integrity.steps(folder):
+      integrity.check(folder, step, ('metrics',))
+    raise
 
 
 def _score(metrics: dict[str, float | None]) -> float:
@@ -69,8 +75,11 @@ def save(
   state: TrainState,
   data: dict[str, Any],
   score: float | None,
+  facts: dict[str, Any] | None = None,
 ) -> None:
   """Saves `state` and `data` (JSON) as `step`; returns before it is written.
+
+  `facts`, of what runs, are JSON too, and change nothing.
 
   The highest score marks the best step; None is of a step that was not meant to
   be saved, and stays until the next one is. The parameters are an item of their
@@ -88,6 +97,7 @@ def save(
       params=ocp.args.StandardSave(state.params),
       rest=ocp.args.StandardSave(state._replace(params={})._asdict()),
       data=ocp.args.JsonSave(data),
+      facts=ocp.args.JsonSave(facts or {}),
     ),
     metrics={'score': None if score is None else float(score)},
     custom_metadata=integrity.MARK,
@@ -101,16 +111,6 @@ def _all_finite(leaves: list[jax.Array]) -> jax.Array:
 
 def _finite(tree: Any) -> bool:
   return bool(_all_finite(jax.tree.leaves(tree)))
-
-
-def resume(folder: str) -> tuple[ocp.CheckpointManager, int | None]:
-  """The manager of a stage that goes on, and its last step that is good.
-
-  Those that are damaged get other names; a UserError if all are.
-  """
-  hosts.once(lambda: integrity.set_aside(folder))
-  checkpoints = manager(folder)
-  return checkpoints, last_step(checkpoints)
 
 
 def last_step(checkpoints: ocp.CheckpointManager) -> int | None:
@@ -137,6 +137,15 @@ def restore(
   )
   state = TrainState(**{**out['rest'], 'params': out['params']})
   return state, out['data']
+
+
+def read_facts(checkpoints: ocp.CheckpointManager, step: int) -> dict[str, Any]:
+  """What was saved of what ran; nothing by an earlier version of this code."""
+  path = os.path.join(checkpoints.directory, str(step), 'facts')
+  if not hosts.once(lambda: os.path.isdir(path)):
+    return {}
+  args = ocp.args.Composite(facts=ocp.args.JsonRestore())
+  return checkpoints.restore(step, args=args)['facts']
 
 
 def restore_params(

@@ -165,6 +165,15 @@ def run(
   )
 
 
+_left_behind = False  # a library's thread that may never end
+
+
+def leave_threads() -> None:
+  """Lets the process end although a thread of a library does not."""
+  global _left_behind
+  _left_behind = True
+
+
 def execute(main: Callable[[], None], doc: str) -> None:
   """Parses the flags and runs `main()`; exits 0 only when it worked.
 
@@ -175,6 +184,14 @@ def execute(main: Callable[[], None], doc: str) -> None:
   debug = flags.DEFINE_bool('debug', False, 'Show tracebacks of user errors.')
 
   def body(argv):
+    status = run_main(argv)
+    if _left_behind:  # Python would wait for it
+      sys.stdout.flush()
+      sys.stderr.flush()
+      os._exit(status)
+    return status
+
+  def run_main(argv):
     logging.set_verbosity(logging.WARNING)
     if len(argv) > 1:
       print(f'error: unexpected argument {argv[1]!r}', file=sys.stderr)

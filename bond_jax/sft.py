@@ -19,12 +19,13 @@ import optax
 
 from bond_jax import (
   build,
-  checkpoint,
   command,
   data,
+  facts,
   hosts,
   metrics,
   origin,
+  saving,
   sharding,
   stopping,
 )
@@ -144,14 +145,17 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
   held_out = batches('validation')
   held_out = [next(held_out) for _ in range(settings.validation_batches)]
   batches = batches('train')
-  checkpoints, start = checkpoint.resume(os.path.join(folder, 'checkpoints'))
+  saver = saving.Saver(
+    os.path.join(folder, 'checkpoints'), 'sft', config.save_failure,
+    facts.of(config, mesh),
+  )  # fmt: skip
+  start = saver.start
   if start is not None:
-    state, position = checkpoint.restore(checkpoints, state)
+    state, position = saver.restore(state)
     batches.set_state(position)
-    hosts.say(f'sft: goes on after step {start}')
   show = ('loss', 'validation_loss')
   writer = metrics.Writer(folder, 'sft', settings.steps, start, show)
-  with stopping.deferred(), writer, checkpoints:
+  with stopping.deferred(), writer, saver:
     for step in range((start or 0) + 1, settings.steps + 1):
       with writer.phase('update'):
         batch = sharding.put_batch(next(batches), mesh)
@@ -167,13 +171,14 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
             for batch in held_out
           ]
           row['validation_loss'] = np.mean(jax.device_get(values))
-      check_finite(row, step, checkpoints.directory)
+      check_finite(row, step, saver.folder)
       writer.write(step, row)
+      saver.look()
       if due or stop:
-        writer.sync()
         score = -row['validation_loss'] if due else None
-        checkpoint.save(checkpoints, step, state, batches.get_state(), score)
+        saver.save(step, state, batches.get_state(), score, writer.sync)
       if stop and step < settings.steps:
+        saver.finish()
         raise stopping.stopped('sft', step)
   path = os.path.join(folder, 'metrics.jsonl')
   rows = hosts.once(lambda: metrics.read_rows(path))

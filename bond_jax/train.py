@@ -19,12 +19,13 @@ import numpy as np
 
 from bond_jax import (
   build,
-  checkpoint,
   command,
   costs,
+  facts,
   hosts,
   metrics,
   origin,
+  saving,
   scoring,
   sharding,
   shares,
@@ -199,7 +200,11 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
   setup = make_setup(config, task.policy, task.stop_ids, mesh)
   cost = costs.of_config(config, setup.algorithm, task.policy.vocab_size)
   hosts.say(f'train: {costs.line(cost)}')
-  checkpoints, start = checkpoint.resume(os.path.join(folder, 'checkpoints'))
+  saver = saving.Saver(
+    os.path.join(folder, 'checkpoints'), 'train', config.save_failure,
+    facts.of(config, mesh),
+  )  # fmt: skip
+  start = saver.start
   show = ('reward/policy', 'signal/fires', 'win_rate/reference', 'kl/reference')
   writer = metrics.Writer(folder, 'train', settings.steps, start, show)
   key = build.key(config.seed, 'train')
@@ -207,7 +212,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
   compiled = []  # programs of the step compiled so far, after each iteration
   step = start or 0
   submit = scoring.worker()
-  with stopping.deferred(), writer, checkpoints:
+  with stopping.deferred(), writer, saver:
     # The reference draws for it, while there is nothing else on the devices.
     with writer.phase('evaluate'):
       probe = task.make_probe(task.frozen)
@@ -215,9 +220,8 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
       state = init_state(setup, task.frozen, mesh)
     else:  # into shapes: two states at one time may be too much for a device
       like = state_like(setup, task.frozen, mesh)
-      state, position = checkpoint.restore(checkpoints, like)
+      state, position = saver.restore(like)
       task.batches.set_state(position)
-      hosts.say(f'train: goes on after step {start}')
     frozen, whole = rest_reference(setup, task.frozen)
     task = task._replace(frozen=None)  # all of it is nowhere else
     programs = make_programs(setup, mesh, state)
@@ -233,16 +237,17 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
         if due:
           with writer.phase('evaluate'):
             row |= probe(state.params, whole)
-        check_finite(row, step, checkpoints.directory)
+        check_finite(row, step, saver.folder)
         writer.write(step, row)
+        saver.look()
         if due or stop:  # the latter without a probe: rows stay as they are
           with writer.phase('save'):
-            writer.sync()
-            checkpoint.save(
-                checkpoints, step, state, task.batches.get_state(),
-                row.get('win_rate/reference'),
+            saver.save(
+                step, state, task.batches.get_state(),
+                row.get('win_rate/reference'), writer.sync,
             )  # fmt: skip
         if stop and step < settings.steps:
+          saver.finish()
           raise stopping.stopped('train', step)
       compiled.append(metrics.compilations(*Programs._fields))
   path = os.path.join(folder, 'metrics.jsonl')

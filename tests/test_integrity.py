@@ -10,8 +10,12 @@ import pytest
 from test_checkpoint import mesh, same, saved, state_of  # noqa: F401
 import toy
 
-from bond_jax import checkpoint, integrity
+from bond_jax import checkpoint, integrity, saving
 from bond_jax.errors import UserError
+
+
+def saver(folder):
+  return saving.Saver(folder, 'train', 'stop', {})
 
 
 def flip(path):
@@ -64,20 +68,18 @@ def test_the_one_before_is_used(tmp_path, mesh, how, capsys):  # noqa: F811
   before = toy.listing(f'{folder}/2')
   with pytest.raises(UserError, match=r'checkpoint 2 .* is damaged \(.*also 1'):
     integrity.check(folder, 2, ('params', 'rest', 'data', 'metrics'))
-  manager, start = checkpoint.resume(folder)
-  with manager as checkpoints:
-    assert start == 1
-    state, data = checkpoint.restore(checkpoints, state_of(9, mesh))
+  with saver(folder) as s:
+    assert s.start == 1
+    state, data = s.restore(state_of(9, mesh))
     same(state, state_of(1, mesh))
     assert data == {'next': [1]}
-    checkpoint.save(checkpoints, 2, state_of(2, mesh), {'next': [2]}, 0.2)
+    s.save(2, state_of(2, mesh), {'next': [2]}, 0.2, lambda: None)
   assert f'DAMAGED: checkpoint 2 in {folder} (' in capsys.readouterr().out
   assert toy.listing(f'{folder}/2.damaged') == before  # nothing is deleted
-  manager, start = checkpoint.resume(folder)
-  manager.close()
-  assert start == 2 and capsys.readouterr().out == ''
+  with saver(folder) as s:
+    assert s.start == 2 and capsys.readouterr().out == ''
   DAMAGES[how](f'{folder}/2')  # once more
-  checkpoint.resume(folder)[0].close()
+  saver(folder).__exit__(None)
   assert {'2.damaged', '2.damaged-1'} < set(os.listdir(folder))
 
 
@@ -87,7 +89,7 @@ def test_none_is_good(tmp_path, mesh):  # noqa: F811
     DAMAGES['flipped'](f'{folder}/{step}')
   before = toy.listing(folder)
   with pytest.raises(UserError, match='every checkpoint in .* is damaged') as e:
-    checkpoint.resume(folder)
+    saver(folder)
   assert 'step 2: params/' in str(e.value) and 'step 1: par' in str(e.value)
   assert 'move this folder away to begin the stage anew' in str(e.value)
   assert toy.listing(folder) == before
