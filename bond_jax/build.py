@@ -21,10 +21,13 @@ from bond_jax import (
   command,
   data,
   hosts,
+  locks,
   metrics,
+  saving,
   scoring,
   sharding,
   sources,
+  stopping,
 )
 from bond_jax import tokenizer as tokenizer_lib
 from bond_jax.errors import UserError
@@ -363,18 +366,30 @@ def stage(
   path = os.path.normpath(os.path.join(workdir, folder, 'summary.json'))
   if not begin(name, config, path, workdir, asked):
     return
+  with stopping.listening():
+    _work(name, work, config, workdir, path, table, asked)
+    stopping.hear(hosts.gather(stopping.asked()))
+    if stopping.due():  # no stage after it shall start
+      raise stopping.stopped(name, None)
+
+
+def _work(name, work, config, workdir, path, table, asked) -> None:
+  """Runs a stage that is not finished; see `stage`."""
   check_stage(name, config, workdir)
   mesh = check(config)
   hosts.check_mesh(mesh)
-  claim(config, workdir, os.path.dirname(path))
-  devices = f'{mesh.size} {jax.default_backend()} device(s)'
-  if hosts.count() > 1:
-    devices += f' of {hosts.count()} hosts'
-  hosts.say(f'{name}: {config.model.name} on {devices}, into {workdir}')
-  summary = {**work(config, workdir, **asked), **asked, 'versions': versions()}
-  if hosts.first():
-    command.write_json(path, summary)
-    metrics.table(table(summary), f'{name}: done, see {path}')
+  with locks.held(workdir, name):
+    claim(config, workdir, os.path.dirname(path))
+    devices = f'{mesh.size} {jax.default_backend()} device(s)'
+    if hosts.count() > 1:
+      devices += f' of {hosts.count()} hosts'
+    hosts.say(f'{name}: {config.model.name} on {devices}, into {workdir}')
+    with saving.on_disk(workdir):
+      summary = work(config, workdir, **asked)
+      summary = {**summary, **asked, 'versions': versions()}
+      if hosts.first():
+        command.write_json(path, summary)
+        metrics.table(table(summary), f'{name}: done, see {path}')
 
 
 def versions() -> dict[str, str]:

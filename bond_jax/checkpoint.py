@@ -6,13 +6,16 @@ process killed inside a save leaves the step before it intact.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+import math
 import os
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
-from bond_jax import hosts
+from bond_jax import hosts, integrity
 from bond_jax.errors import UserError
 from bond_jax.types import Params, TrainState
 
@@ -24,17 +27,46 @@ def manager(folder: str, *, keep: int = 2) -> ocp.CheckpointManager:
     folder: made if absent.
     keep: the number of newest checkpoints that stay.
   """
-  score = lambda metrics: metrics['score']
-  policies = [
-    ocp.checkpoint_managers.LatestN(keep),
-    ocp.checkpoint_managers.BestN(get_metric_fn=score, n=1),
-  ]
   options = ocp.CheckpointManagerOptions(
-    preservation_policy=ocp.checkpoint_managers.AnyPreservationPolicy(policies),
-    best_fn=score,
+    preservation_policy=_Kept(keep),
+    best_fn=_score,
     enable_async_checkpointing=True,
+    temporary_path_class=integrity.TemporaryPath,
   )
-  return ocp.CheckpointManager(os.path.abspath(folder), options=options)
+  folder = os.path.abspath(folder)
+  try:
+    return ocp.CheckpointManager(folder, options=options)
+  except ValueError:  # a step's scores are not JSON
+    for step in integrity.steps(folder):
+      integrity.check(folder, step, ('metrics',))
+    raise
+
+
+def _score(metrics: dict[str, float | None]) -> float:
+  """Of a checkpoint; the lowest of one that was saved without."""
+  return -math.inf if metrics['score'] is None else metrics['score']
+
+
+class _Kept:
+  """What stays: of those with a score the last and the best; and the newest.
+
+  So one that was saved without, on request, goes when the next is there, and
+  the others stay as they would have without it.
+  """
+
+  def __init__(self, keep: int):
+    self._keep = keep
+
+  def should_preserve(self, checkpoints: Sequence[Any], **_) -> list[bool]:
+    last = len(checkpoints) - 1
+    scored = [
+      i
+      for i, info in enumerate(checkpoints)
+      if info.metrics and info.metrics['score'] is not None
+    ]
+    best = sorted(scored, key=lambda i: checkpoints[i].metrics['score'])[-1:]
+    kept = {*scored[-self._keep :], *best, last}
+    return [i in kept for i in range(len(checkpoints))]
 
 
 def save(
@@ -42,22 +74,43 @@ def save(
   step: int,
   state: TrainState,
   data: dict[str, Any],
-  score: float,
+  score: float | None,
+  facts: dict[str, Any] | None = None,
 ) -> None:
   """Saves `state` and `data` (JSON) as `step`; returns before it is written.
 
-  The highest score marks the best step. The parameters are an item of their
-  own, for readers that want them alone.
+  `facts`, of what runs, are JSON too, and change nothing.
+
+  The highest score marks the best step; None is of a step that was not meant to
+  be saved, and stays until the next one is. The parameters are an item of their
+  own, for readers that want them alone. A UserError if those of a step without
+  a score are not finite; the others were looked at to get one.
   """
+  if score is None and not _finite(state.params):
+    raise UserError(
+      f'step {step}: a parameter is not finite. Nothing was saved after the'
+      f' last checkpoint in {checkpoints.directory}.'
+    )
   checkpoints.save(
     step,
     args=ocp.args.Composite(
       params=ocp.args.StandardSave(state.params),
       rest=ocp.args.StandardSave(state._replace(params={})._asdict()),
       data=ocp.args.JsonSave(data),
+      facts=ocp.args.JsonSave(facts or {}),
     ),
-    metrics={'score': float(score)},
+    metrics={'score': None if score is None else float(score)},
+    custom_metadata=integrity.MARK,
   )
+
+
+@jax.jit
+def _all_finite(leaves: list[jax.Array]) -> jax.Array:
+  return jnp.stack([jnp.isfinite(x).all() for x in leaves]).all()
+
+
+def _finite(tree: Any) -> bool:
+  return bool(_all_finite(jax.tree.leaves(tree)))
 
 
 def last_step(checkpoints: ocp.CheckpointManager) -> int | None:
@@ -86,10 +139,24 @@ def restore(
   return state, out['data']
 
 
+def read_facts(checkpoints: ocp.CheckpointManager, step: int) -> dict[str, Any]:
+  """What was saved of what ran; nothing by an earlier version of this code."""
+  path = os.path.join(checkpoints.directory, str(step), 'facts')
+  if not hosts.once(lambda: os.path.isdir(path)):
+    return {}
+  args = ocp.args.Composite(facts=ocp.args.JsonRestore())
+  return checkpoints.restore(step, args=args)['facts']
+
+
 def restore_params(
   checkpoints: ocp.CheckpointManager, like: Params, step: int
 ) -> Params:
-  """Restores the policy of a step alone, into the shardings of `like`."""
+  """Restores the policy of a step alone, into the shardings of `like`.
+
+  A UserError if its files are not as they were written.
+  """
+  folder = os.fspath(checkpoints.directory)
+  hosts.once(lambda: integrity.check(folder, step, ('params',)))
   out = checkpoints.restore(
     step,
     args=ocp.args.Composite(params=ocp.args.StandardRestore(abstract(like))),

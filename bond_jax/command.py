@@ -17,7 +17,7 @@ from ml_collections import config_flags
 
 import bond_jax
 from bond_jax import hosts
-from bond_jax.errors import UserError
+from bond_jax.errors import Stopped, UserError
 
 VERSION = 'version.json'  # of the package that made a run
 
@@ -219,15 +219,33 @@ def run_flags(
   return given
 
 
+_left_behind = False  # a library's thread that may never end
+
+
+def leave_threads() -> None:
+  """Lets the process end although a thread of a library does not."""
+  global _left_behind
+  _left_behind = True
+
+
 def execute(main: Callable[[], None], doc: str) -> None:
   """Parses the flags and runs `main()`; exits 0 only when it worked.
 
   A UserError ends with one line on stderr and status 2; `--debug` shows the
-  traceback instead. Where `main` joins other hosts, all of them end so.
+  traceback instead. A run that was asked to stop ends with 143 (SIGTERM) or 130
+  (Ctrl-C). Where `main` joins other hosts, all of them end so.
   """
   debug = flags.DEFINE_bool('debug', False, 'Show tracebacks of user errors.')
 
   def body(argv):
+    status = run_main(argv)
+    if _left_behind:  # Python would wait for it
+      sys.stdout.flush()
+      sys.stderr.flush()
+      os._exit(status)
+    return status
+
+  def run_main(argv):
     logging.set_verbosity(logging.WARNING)
     if len(argv) > 1:
       print(f'error: unexpected argument {argv[1]!r}', file=sys.stderr)
@@ -240,6 +258,9 @@ def execute(main: Callable[[], None], doc: str) -> None:
         raise
       print(f'error: {e}', file=sys.stderr)
       return 2
+    except Stopped as e:
+      print(e, file=sys.stderr)
+      return e.status
     except KeyboardInterrupt:
       print('interrupted; the same command takes it up again', file=sys.stderr)
       return 130

@@ -118,7 +118,12 @@ def _leave_one_out(low, high, first, size, n):
 
 
 def closed_form(ns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-  """Win rate and KL of Best-of-N where rewards never tie."""
+  """Win rate and KL of Best-of-N where rewards never tie.
+
+  >>> rate, kl = closed_form(4)
+  >>> float(rate), round(float(kl), 3)
+  (0.8, 0.636)
+  """
   ns = np.asarray(ns, np.float64)
   return ns / (ns + 1), np.log(ns) - (ns - 1) / ns
 

@@ -39,7 +39,7 @@ import jax
 from jax._src import clusters, distributed
 from jax.sharding import Mesh
 
-from bond_jax.errors import UserError
+from bond_jax.errors import Stopped, UserError
 
 JOIN = 300  # seconds that hosts wait for each other at the start
 HEARTBEAT = 20  # seconds after which a silent host counts as dead
@@ -99,18 +99,23 @@ def start(timeout: int = JOIN) -> None:
 @contextlib.contextmanager
 def together(debug: bool = False) -> Iterator[None]:
   """Ends all hosts as one: when all have done the work, or one has failed."""
+  stopped = None
   try:
     yield
   except BaseException as e:
-    if _watcher:
-      _fail(e, debug)
-    raise
+    if not isinstance(e, Stopped) or not e.together:
+      if _watcher:
+        _fail(e, debug)
+      raise
+    stopped = e
   if _watcher:
     gather(None)
     if first():
       _client().key_value_set(_STOP, json.dumps(None))
     _watcher.join()
     jax.distributed.shutdown()
+  if stopped:
+    raise stopped
 
 
 def count() -> int:
@@ -254,6 +259,8 @@ def _fail(error: BaseException, debug: bool) -> NoReturn:
   message, status = f'host {index()}: {_brief(error)}', 1
   if isinstance(error, UserError):
     message, status = f'host {index()}: {error}', 2
+  elif isinstance(error, Stopped):
+    message, status = str(error), error.status
   elif isinstance(error, KeyboardInterrupt):
     message, status = f'interrupted; {_AGAIN}', 130
   if isinstance(error, Disagreement):

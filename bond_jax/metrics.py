@@ -13,6 +13,8 @@ import json
 import math
 import os
 import shutil
+import socket
+import struct
 import sys
 import threading
 import time
@@ -20,7 +22,9 @@ from typing import Any, Self
 
 import jax
 import numpy as np
-import tensorboardX
+from tensorboardX import summary
+from tensorboardX.proto import event_pb2
+from tensorboardX.record_writer import masked_crc32c
 
 from bond_jax import hosts
 
@@ -102,11 +106,11 @@ class Writer:
     path = os.path.join(folder, 'metrics.jsonl')
     keep = -1 if resumed_at is None else resumed_at
     _drop_after(path, keep)
-    self._path = path
-    self._file = open(path, 'a', encoding='utf-8')  # noqa: SIM115
-    self._board = tensorboardX.SummaryWriter(
-      os.path.join(folder, 'tensorboard'), purge_step=keep + 1
-    )
+    self._file = _File(path)
+    self._board = _File(_board_path(os.path.join(folder, 'tensorboard')))
+    self._board.append(_event(file_version='brain.Event:2'))
+    start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+    self._board.append(_event(step=keep + 1, session_log=start))
     self._line = _Line(self._status)
 
   def __enter__(self) -> Self:
@@ -145,21 +149,21 @@ class Writer:
     if not self._main:
       return
     row = {'step': step} | {k: _finite(v) for k, v in values.items()}
-    self._file.write(json.dumps(row) + '\n')
-    self._file.flush()
+    self._file.append((json.dumps(row) + '\n').encode())
     for key, value in values.items():
-      self._board.add_scalar(key, value, step)
+      event = _event(step=step, summary=summary.scalar(key, value))
+      self._board.append(event, later=True)
 
   def sync(self) -> None:
     """Closes metrics.jsonl and opens it again, before a checkpoint is saved.
 
     A bucket that is mounted stores a file when it is closed: the rows that a
-    checkpoint takes as written must not be lost with the machine.
+    checkpoint takes as written must not be lost with the machine. An OSError if
+    a row cannot be written; it is tried again with the next one.
     """
     if self._main:
-      self._file.close()
-      self._file = open(self._path, 'a', encoding='utf-8')  # noqa: SIM115
-      self._board.flush()
+      self._file.sync()
+      self._board.append(b'')
 
   def close(self) -> None:
     if self._main:
@@ -186,6 +190,76 @@ class Writer:
     elif phase and not done:
       parts.append(f'{phase[0]} {clock(now - phase[1])}')
     return '  '.join(parts)
+
+
+class _File:
+  """Appends to a file; what cannot be written now is written later.
+
+  The first failure is told. Nothing is torn: what is left is written where the
+  last piece ended.
+  """
+
+  def __init__(self, path: str):
+    self._path, self._rest, self._told = path, b'', False
+    self._fd = self._open()
+
+  def _open(self) -> int:
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
+    return os.open(self._path, flags, 0o644)
+
+  def _send(self) -> None:
+    if self._fd < 0:
+      self._fd = self._open()
+    while self._rest:
+      self._rest = self._rest[os.write(self._fd, self._rest) :]
+    self._told = False
+
+  def append(self, data: bytes, later: bool = False) -> None:
+    """Appends now, or `later` with what comes next."""
+    self._rest += data
+    if later:
+      return
+    try:
+      self._send()
+    except OSError as e:
+      if not self._told:
+        print(
+          f'\nWARNING: cannot write to {self._path} ({e.strerror}); its rows'
+          ' are kept in memory, and written when that is possible.',
+          file=sys.stderr,
+          flush=True,
+        )
+      self._told = True
+
+  def sync(self) -> None:
+    """Writes and closes the file; an OSError if that is not possible.
+
+    The next row opens it again.
+    """
+    self._send()
+    fd, self._fd = self._fd, -1
+    os.close(fd)
+
+  def close(self) -> None:
+    self.append(b'', later=not self._rest)
+    with contextlib.suppress(OSError):  # as told above, or before the save
+      if self._fd >= 0:
+        os.close(self._fd)
+
+
+def _board_path(folder: str) -> str:
+  """A new file that TensorBoard finds."""
+  os.makedirs(folder, exist_ok=True)
+  name = f'events.out.tfevents.{time.time():.0f}.{socket.gethostname()}'
+  return os.path.join(folder, name)
+
+
+def _event(**fields: Any) -> bytes:
+  """A record of TensorBoard's: length, data, and a checksum of each."""
+  data = event_pb2.Event(wall_time=time.time(), **fields).SerializeToString()
+  head = struct.pack('<Q', len(data))
+  sums = [struct.pack('<I', masked_crc32c(part)) for part in (head, data)]
+  return head + sums[0] + data + sums[1]
 
 
 class _Line:

@@ -19,15 +19,17 @@ import optax
 
 from bond_jax import (
   build,
-  checkpoint,
   command,
+  facts,
   hosts,
   metrics,
   origin,
   preference_losses,
   preferences,
   reward_report,
+  saving,
   sharding,
+  stopping,
 )
 from bond_jax import optimizer as optimizer_lib
 from bond_jax import preference_measures as measures
@@ -276,44 +278,50 @@ def make_batches(config, train: preferences.Judged, loss: str, tokenizer):
   )
 
 
-def _fit(settings, folder, batches, held_out, state, update, score, mesh):
+def _fit(config, folder, batches, held_out, state, update, score, mesh):
   """Trains to the last step; returns the best one, and its parameters.
 
   Best by the share of the validation pairs that are right: the log-loss of a
   model that is too sure of itself is mended by a temperature.
   """
-  checkpoints = checkpoint.manager(os.path.join(folder, 'checkpoints'))
-  start = checkpoint.last_step(checkpoints)
+  settings = config.reward_model
+  saver = saving.Saver(
+    os.path.join(folder, 'checkpoints'), 'reward_model', config.save_failure,
+    facts.of(config, mesh),
+  )  # fmt: skip
+  start = saver.start
   if start is not None:
-    state, position = checkpoint.restore(checkpoints, state)
+    state, position = saver.restore(state)
     batches.set_state(position)
-    hosts.say(f'reward_model: goes on after step {start}')
   show = ('loss', 'validation_accuracy')
   writer = metrics.Writer(folder, 'reward', settings.steps, start, show)
-  with writer, checkpoints:
+  with stopping.deferred(), writer, saver:
     for step in range((start or 0) + 1, settings.steps + 1):
       with writer.phase('update'):
         batch = sharding.put_batch(next(batches), mesh)
         state, row = update(state, batch)
         row = jax.device_get(row)
-      save = step % settings.save_every == 0 or step == settings.steps
-      if save:
+      stopping.hear(hosts.gather(stopping.asked()))
+      stop = stopping.due()
+      due = step % settings.save_every == 0 or step == settings.steps
+      if due:
         with writer.phase('evaluate'):
           lead = reward_report.leads(
             score(state.params, held_out.pieces), held_out
           )
         row['validation_accuracy'] = measures.right(lead).mean()
         row['validation_log_loss'] = measures.log_loss(lead)
-      check_finite(row, step, checkpoints.directory)
+      check_finite(row, step, saver.folder)
       writer.write(step, row)
-      if save:
-        writer.sync()
-        accuracy = row['validation_accuracy']
-        checkpoint.save(checkpoints, step, state, batches.get_state(), accuracy)
-    checkpoints.wait_until_finished()
-    best = checkpoint.choose(checkpoints, 'best')
-    params = checkpoint.restore_params(checkpoints, state.params, best)
-  return best, params
+      saver.look()
+      if due or stop:
+        accuracy = row.get('validation_accuracy')
+        saver.save(step, state, batches.get_state(), accuracy, writer.sync)
+      if stop and step < settings.steps:
+        saver.finish()
+        raise stopping.stopped('reward_model', step)
+    saver.finish()
+    return saver.best(state.params)
 
 
 def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
@@ -332,7 +340,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
   update = make_update(loss, optimizer, mesh, state)
   score = reward_lib.scorer(policy, settings.pool, mesh, _BATCH)
   best, params = _fit(
-    settings, folder, batches, judged['validation'], state, update, score, mesh
+    config, folder, batches, judged['validation'], state, update, score, mesh
   )
   scores = {
     split: score(params, part.pieces)

@@ -19,13 +19,15 @@ import optax
 
 from bond_jax import (
   build,
-  checkpoint,
   command,
   data,
+  facts,
   hosts,
   metrics,
   origin,
+  saving,
   sharding,
+  stopping,
 )
 from bond_jax import optimizer as optimizer_lib
 from bond_jax import tokenizer as tokenizer_lib
@@ -143,34 +145,41 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
   held_out = batches('validation')
   held_out = [next(held_out) for _ in range(settings.validation_batches)]
   batches = batches('train')
-  checkpoints = checkpoint.manager(os.path.join(folder, 'checkpoints'))
-  start = checkpoint.last_step(checkpoints)
+  saver = saving.Saver(
+    os.path.join(folder, 'checkpoints'), 'sft', config.save_failure,
+    facts.of(config, mesh),
+  )  # fmt: skip
+  start = saver.start
   if start is not None:
-    state, position = checkpoint.restore(checkpoints, state)
+    state, position = saver.restore(state)
     batches.set_state(position)
-    hosts.say(f'sft: goes on after step {start}')
   show = ('loss', 'validation_loss')
   writer = metrics.Writer(folder, 'sft', settings.steps, start, show)
-  with writer, checkpoints:
+  with stopping.deferred(), writer, saver:
     for step in range((start or 0) + 1, settings.steps + 1):
       with writer.phase('update'):
         batch = sharding.put_batch(next(batches), mesh)
         state, row = update(state, batch)
         row = jax.device_get(row)
-      save = step % settings.save_every == 0 or step == settings.steps
-      if save:
+      stopping.hear(hosts.gather(stopping.asked()))
+      stop = stopping.due()
+      due = step % settings.save_every == 0 or step == settings.steps
+      if due:
         with writer.phase('evaluate'):
           values = [
             loss(state.params, sharding.put_batch(batch, mesh))
             for batch in held_out
           ]
           row['validation_loss'] = np.mean(jax.device_get(values))
-      check_finite(row, step, checkpoints.directory)
+      check_finite(row, step, saver.folder)
       writer.write(step, row)
-      if save:
-        writer.sync()
-        score = -row['validation_loss']
-        checkpoint.save(checkpoints, step, state, batches.get_state(), score)
+      saver.look()
+      if due or stop:
+        score = -row['validation_loss'] if due else None
+        saver.save(step, state, batches.get_state(), score, writer.sync)
+      if stop and step < settings.steps:
+        saver.finish()
+        raise stopping.stopped('sft', step)
   path = os.path.join(folder, 'metrics.jsonl')
   rows = hosts.once(lambda: metrics.read_rows(path))
   phases = metrics.phase_seconds(rows)

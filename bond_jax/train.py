@@ -19,15 +19,17 @@ import numpy as np
 
 from bond_jax import (
   build,
-  checkpoint,
   command,
   costs,
+  facts,
   hosts,
   metrics,
   origin,
+  saving,
   scoring,
   sharding,
   shares,
+  stopping,
 )
 from bond_jax import optimizer as optimizer_lib
 from bond_jax import step as step_lib
@@ -114,7 +116,8 @@ def run_iteration(
   one batch is drawn, those before it are rewarded, by the thread that `submit`
   hands them to. `frozen` has what these look at, `whole()` all of it, which the
   last needs. Waits for the device, so that phases are true. Of several hosts
-  each rewards rows of its own, and all learn of all rewards.
+  each rewards rows of its own, and all learn of all rewards, and of a signal
+  that one of them got.
   """
   order = jax.random.fold_in(order, int(state.step))
   drawn, batches, weighed = [], [], []
@@ -131,7 +134,9 @@ def run_iteration(
     on_mesh, rollout, own, scored = drawn.pop(0)
     with phase('reward'):
       scored = scored and scored.result()
-      scored = scoring.join(hosts.gather((own, scored)))
+      told = hosts.gather((own, scored, stopping.asked()))
+      scored = scoring.join([part[:2] for part in told])
+      stopping.hear(part[2] for part in told)
     with phase('update'):
       # A prompt on which the reward failed is a filler row from here on.
       on_mesh = on_mesh._replace(
@@ -195,8 +200,11 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
   setup = make_setup(config, task.policy, task.stop_ids, mesh)
   cost = costs.of_config(config, setup.algorithm, task.policy.vocab_size)
   hosts.say(f'train: {costs.line(cost)}')
-  checkpoints = checkpoint.manager(os.path.join(folder, 'checkpoints'))
-  start = checkpoint.last_step(checkpoints)
+  saver = saving.Saver(
+    os.path.join(folder, 'checkpoints'), 'train', config.save_failure,
+    facts.of(config, mesh),
+  )  # fmt: skip
+  start = saver.start
   show = ('reward/policy', 'signal/fires', 'win_rate/reference', 'kl/reference')
   writer = metrics.Writer(folder, 'train', settings.steps, start, show)
   key = build.key(config.seed, 'train')
@@ -204,7 +212,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
   compiled = []  # programs of the step compiled so far, after each iteration
   step = start or 0
   submit = scoring.worker()
-  with writer, checkpoints:
+  with stopping.deferred(), writer, saver:
     # The reference draws for it, while there is nothing else on the devices.
     with writer.phase('evaluate'):
       probe = task.make_probe(task.frozen)
@@ -212,9 +220,8 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
       state = init_state(setup, task.frozen, mesh)
     else:  # into shapes: two states at one time may be too much for a device
       like = state_like(setup, task.frozen, mesh)
-      state, position = checkpoint.restore(checkpoints, like)
+      state, position = saver.restore(like)
       task.batches.set_state(position)
-      hosts.say(f'train: goes on after step {start}')
     frozen, whole = rest_reference(setup, task.frozen)
     task = task._replace(frozen=None)  # all of it is nowhere else
     programs = make_programs(setup, mesh, state)
@@ -225,19 +232,23 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
       )  # fmt: skip
       for state, row in steps:
         step += 1
-        save = step % settings.save_every == 0 or step == settings.steps
-        if save:
+        stop = step % (setup.rollouts * setup.epochs) == 0 and stopping.due()
+        due = step % settings.save_every == 0 or step == settings.steps
+        if due:
           with writer.phase('evaluate'):
             row |= probe(state.params, whole)
-        check_finite(row, step, checkpoints.directory)
+        check_finite(row, step, saver.folder)
         writer.write(step, row)
-        if save:
+        saver.look()
+        if due or stop:  # the latter without a probe: rows stay as they are
           with writer.phase('save'):
-            writer.sync()
-            checkpoint.save(
-                checkpoints, step, state, task.batches.get_state(),
-                row['win_rate/reference'],
+            saver.save(
+                step, state, task.batches.get_state(),
+                row.get('win_rate/reference'), writer.sync,
             )  # fmt: skip
+        if stop and step < settings.steps:
+          saver.finish()
+          raise stopping.stopped('train', step)
       compiled.append(metrics.compilations(*Programs._fields))
   path = os.path.join(folder, 'metrics.jsonl')
   rows = hosts.once(lambda: metrics.read_rows(path))

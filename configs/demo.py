@@ -76,6 +76,8 @@ def get_config(argument: str = 'algorithm=jbond') -> ml_collections.ConfigDict:
   # The run whose sft and reward stages this one starts from: by default its
   # own. Give a finished run's folder to compare algorithms on one reference.
   config.reference = '{workdir}'
+  # A save that fails: 'stop', or 'go_on' and try again at the next.
+  config.save_failure = 'stop'
   config.task = 'bond_jax.text_task'  # the module that says what is trained on
   # Devices along each axis; data=-1 takes all.
   config.mesh = dict(data=-1, model=1)

@@ -14,7 +14,8 @@
 #     run      starts the commands after "--" on every worker, detached, one
 #              after another until one fails
 #     logs     follows worker 0, or --worker=K of --slice=S, until the run ends
-#     status   what each worker does; 0: the run is finished, 4: it is on
+#     status   what each worker does; 0: the run is finished, 4: it is on, 7: it
+#              was asked to end, has saved, and goes on with "resume" or "keep"
 #     stop     ends the run on every worker
 #     resume   whatever of create, setup and run is missing: replaces a TPU that
 #              was preempted, and starts the command again if it does not run
@@ -157,7 +158,7 @@ run() {
 }
 
 # 0: finished everywhere with status 0, 4: it runs, 5: it ended otherwise or was
-# never started, 6: a worker cannot be reached.
+# never started, 6: a worker cannot be reached, 7: it saved on SIGTERM and ended.
 outcome() {
   if some unreachable; then
     echo 6
@@ -165,6 +166,8 @@ outcome() {
     echo 4
   elif [[ ${statuses[*]} =~ ^(finished 0 ?)+$ ]]; then
     echo 0
+  elif [[ ${statuses[*]} =~ ^((finished 0|preempted) ?)+$ ]]; then
+    echo 7
   else
     echo 5
   fi
@@ -205,7 +208,8 @@ resume() {
     return
   fi
   # Where one worker has ended, the others wait for it in vain.
-  ! some running || ! some 'finished\|lost\|new\|none' || each stop_one
+  ! some running || ! some 'finished\|preempted\|lost\|new\|none' \
+    || each stop_one
   # lost: the VM was started anew, and the bucket is no longer mounted.
   if [ -n "$dry_run" ] || some 'new\|lost'; then setup; fi
   start_all
@@ -238,6 +242,7 @@ keep() {
       status.0) return ;;
       status.4 | resume.0) step=status tries=0 looks=0 ;;
       status.1) step=resume pause=0 ;;
+      status.7) step=resume ;; # the machine may be going down: after a pause
       status.[56] | resume.6)
         looks=$((looks + 1))
         [ "$looks" -lt 3 ] || fail 1 "the run does not go on, and the TPU is" \

@@ -4,7 +4,9 @@
 #     launch/worker.sh setup [BUCKET]   # mounts it on runs/, makes .venv-tpu
 #     launch/worker.sh start COMMAND..  # launch/tpu_vm.sh COMMAND.., detached;
 #                                       # after "--" may follow another
-#     launch/worker.sh status           # new | none | running | finished N | lost
+#     launch/worker.sh status           # new | none | running | finished N | lost,
+#                                       # or preempted: saved on a SIGTERM that
+#                                       # did not come from stop
 #     launch/worker.sh log FROM         # lines from FROM on, numbered, to its end
 #     launch/worker.sh stop
 #
@@ -14,7 +16,8 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 GCSFUSE=3.1.0
-STOP_SECONDS=${STOP_SECONDS:-60}
+# bond_jax/stopping.py ends a run by itself in 300.
+STOP_SECONDS=${STOP_SECONDS:-330}
 
 fail() {
   echo "error: $*" >&2
@@ -36,7 +39,10 @@ alive() {
 }
 
 status() {
-  if [ -e .run/status ]; then
+  if [ -e .run/status ] && [ "$(cat .run/status)" = 143 ] \
+    && [ ! -e .run/stopped ]; then
+    echo preempted
+  elif [ -e .run/status ]; then
     echo "finished $(cat .run/status)"
   elif alive; then
     echo running
@@ -95,7 +101,7 @@ start() {
     return
   fi
   mv .run/asked .run/command
-  rm -f .run/status .run/id
+  rm -f .run/status .run/id .run/stopped
   [ ! -e .run/log ] || mv .run/log .run/log.before
   # setsid: no hang-up reaches it when the connection ends.
   setsid launch/worker.sh hold "$@" </dev/null >.run/log 2>&1 9>&- &
@@ -137,12 +143,12 @@ stop() {
     return
   fi
   read -r pid _ <.run/id
+  touch .run/stopped
   kill -TERM -- "-$pid"
   for ((i = 0; i < STOP_SECONDS * 10; i++)); do
     [ "$(status)" = running ] || break
     sleep 0.1
   done
-  # jax itself catches SIGTERM where several hosts run together.
   if [ "$(status)" = running ]; then
     kill -KILL -- "-$pid"
     echo 137 | put .run/status

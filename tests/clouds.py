@@ -118,10 +118,10 @@ class Cloud:
       shutil.rmtree(home)
     (self.path / 'nodes' / self.nodes[0] / 'state').write_text('PREEMPTED\n')
 
-  def kill(self, folder):
+  def kill(self, folder, number=signal.SIGKILL):
     for path, pid in self.runs().items():
       if path.startswith(str(folder)) and os.path.exists(f'/proc/{pid}'):
-        os.killpg(pid, signal.SIGKILL)
+        os.killpg(pid, number)
 
   def end(self, status=0):
     (self.path / 'going').write_text(f'{status}\n')

@@ -18,8 +18,8 @@ What is really run, per class of command (`RULES`, the first that fits counts):
   xpk       a stand-in looks at the flags; the --command of it is run.
   make      `make -n` knows the target, and every module and file that it would
             run is there. Its own stages are run where a page has them.
-  benchmark minutes to hours: `--help` is asked for, and has the flags; one
-            that takes none is imported; costs.py is run.
+  benchmark minutes to hours: `--help` is asked for, and has the flags, or
+            the file is imported, and defines them; costs.py is run.
   server    as written, on a free port; curl asks that one.
   plain     tail, mv ...: as written.
 """
@@ -33,8 +33,6 @@ import clouds
 from commands import flags, free_port, listens, Place, SIZES, TIMEOUT
 import toy
 
-# A flag that is on a page before it is in the code.
-COMING = ('--sweep',)
 # The flags that weights.md gives once, and leaves out with "...".
 GEMMA = (
   '--config=configs/gemma3_1b_jbond.py'
@@ -44,10 +42,7 @@ GEMMA = (
 
 
 def stage(place: Place, command: str):
-  if any(flag in command for flag in COMING):
-    with open(place.folder / 'bond_jax/evaluate.py') as f:
-      if "'sweep'" not in f.read():
-        return
+  if '--config' not in command:  # of a run, which knows its own
     place.demo()
     place.run(command)
     return
@@ -219,15 +214,17 @@ def make(place: Place, command: str):
 
 
 def benchmark(place: Place, command: str):
+  command = re.sub(r'-m benchmarks\.(\w+)', r'benchmarks/\1.py', command)
   path, *given = re.search(r'python (benchmarks/\S+)(.*)', command).groups()
   given = re.findall(r'--\w+', given[0])
   text = (place.folder / path).read_text()
   if path.endswith('costs.py'):
     assert '| jbond |' in place.run(command)
-  elif given or 'ArgumentParser' in text:
+  elif 'ArgumentParser' in text:
     told = place.run(f'PYTHONPATH=. python {path} --help')
     assert all(flag in told for flag in given), told
   else:
+    assert all(f"'{flag[2:]}'" in text for flag in given), given
     place.run(
       'PYTHONPATH=. python -c "import runpy;'
       f" runpy.run_path('{path}', run_name='imported')\""
@@ -254,7 +251,7 @@ def plain(place: Place, command: str):
 
 RULES = (
   (r'make \S+', make),
-  (r'(PYTHONPATH=\S+ )?python benchmarks/\w+\.py', benchmark),
+  (r'(PYTHONPATH=\S+ )?python (benchmarks/|-m benchmarks\.)\w+', benchmark),
   (r'python -m bond_jax\.plan ', plan),
   (r'python -m bond_jax\.(reproduce|bandit) ', figures),
   (r'python -m bond_jax\.export ', export),

@@ -90,6 +90,19 @@ def test_the_last_two_and_the_best_stay(tmp_path, mesh, scores, kept):
     assert checkpoint.choose(checkpoints, str(kept[0])) == kept[0]
 
 
+def test_one_saved_on_request_displaces_none(tmp_path, mesh):
+  """It has no score: the newest until the next, and never the best."""
+  scores = [0.5, 0.1, 0.2, None]
+  folder = saved(tmp_path, scores, mesh)
+  with checkpoint.manager(folder) as checkpoints:
+    assert sorted(checkpoints.all_steps()) == [1, 2, 3, 4]
+    assert checkpoint.choose(checkpoints, 'last') == 4
+    assert checkpoint.choose(checkpoints, 'best') == 1
+    checkpoint.save(checkpoints, 5, state_of(5, mesh), {}, 0.3)
+  with checkpoint.manager(folder) as checkpoints:
+    assert sorted(checkpoints.all_steps()) == [1, 3, 5]
+
+
 @pytest.mark.parametrize('which', ['3', '-1', 'first', '', '5.0'])
 def test_a_checkpoint_that_is_not_there(tmp_path, mesh, which):
   folder = saved(tmp_path, [0.1, 0.2], mesh)

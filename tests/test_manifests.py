@@ -4,10 +4,13 @@ import math
 import os
 import re
 import subprocess
+import time
 
 import pytest
 import toy
 import yaml
+
+from bond_jax import stopping
 
 # Chips of a host with all of them, by GKE's name of the accelerator.
 CHIPS = {'tpu-v5-lite-podslice': 4}
@@ -92,6 +95,31 @@ def test_the_commands_exist(name, tmp_path):
     if module != 'movie_reviews':
       assert os.path.exists(os.path.join(toy.ROOT, values['--config']))
       assert values['--workdir'].startswith('runs/')
+
+
+def test_a_pod_that_is_evicted_hands_the_signal_on(tmp_path):
+  """And says by its status that it is to start again."""
+  (tmp_path / 'launch').mkdir()
+  path = tmp_path / 'launch' / 'tpu_vm.sh'
+  path.write_text(
+    '#!/bin/bash\necho "$1"\n[ "$1" = reward_model ] || exit 0\n'
+    "trap 'sleep 0.5; exit 143' TERM\nfor i in {1..100}; do sleep 0.1; done\n"
+  )
+  path.chmod(0o755)
+  pod_ = subprocess.Popen(
+    ['bash', '-euc', scripts()['gke']], cwd=tmp_path, text=True,
+    stdout=subprocess.PIPE, env={'PATH': '/usr/bin:/bin'},
+  )  # fmt: skip
+  while pod_.stdout.readline() != 'reward_model\n':
+    pass
+  time.sleep(0.3)  # its trap is set
+  pod_.terminate()
+  assert pod_.wait(20) == 143
+  assert pod_.stdout.read() == ''  # no other stage
+  (rule,) = job()['podFailurePolicy']['rules']
+  assert rule['onExitCodes']['values'] == [143]
+  assert rule['onExitCodes']['containerName'] == container()['name']
+  assert pod()['terminationGracePeriodSeconds'] > stopping.BOUND
 
 
 def test_what_the_manifest_leaves_open():

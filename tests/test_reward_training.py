@@ -2,6 +2,8 @@
 
 import collections
 import json
+import os
+import signal
 
 import jax
 import numpy as np
@@ -10,7 +12,7 @@ import test_tokenizer
 import toy
 
 from bond_jax import build, preferences, reward_training, tokenizer
-from bond_jax.errors import UserError
+from bond_jax.errors import Stopped, UserError
 from bond_jax.models import scalar_head
 from bond_jax.rewards import gemma as reward
 from configs import demo_learned_reward
@@ -359,6 +361,23 @@ def test_resuming_is_going_on(finished, tmp_path, monkeypatch):
   assert max(toy.steps(workdir, 'reward')) == 40
   with pytest.raises(UserError, match='there is no reward model in'):
     reward.scalar_head(f'{workdir}/reward')
+  toy.run('reward_model', get_config(), workdir)
+  toy.same_end(workdir, finished, 'reward', step=STEPS)
+
+
+def test_a_signal_costs_nothing(finished, tmp_path, monkeypatch):
+  check, workdir = reward_training.check_finite, str(tmp_path / 'run')
+
+  def signals(row, step, folder):
+    check(row, step, folder)
+    if step == 33:
+      os.kill(os.getpid(), signal.SIGTERM)
+
+  with monkeypatch.context() as m:
+    m.setattr(reward_training, 'check_finite', signals)
+    with pytest.raises(Stopped, match='reward_model: SIGTERM: ended after'):
+      toy.run('reward_model', get_config(), workdir)
+  assert max(toy.steps(workdir, 'reward')) in (33, 34)
   toy.run('reward_model', get_config(), workdir)
   toy.same_end(workdir, finished, 'reward', step=STEPS)
 

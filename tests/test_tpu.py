@@ -2,6 +2,7 @@
 
 import os
 import re
+import signal
 import subprocess
 import time
 
@@ -95,6 +96,32 @@ def test_kept_through_a_preemption(cloud):
   assert (cloud.repo / 'runs/demo/summary.json').exists()
   assert not (cloud.repo / 'runs/demo/train/checkpoints').exists()
   assert 'finished' not in cloud.tpu('resume', '--bucket=bkt', *COMMAND)[1]
+
+
+def test_kept_through_a_signal(cloud):
+  """SIGTERM on machines that stay: saved, and started again on them."""
+  keep = cloud.start('keep', '--bucket=bkt', *COMMAND)
+  step = cloud.path / 'buckets/bkt/demo/train/checkpoints/step'
+  until(lambda: step.exists() and len(cloud.runs()) == 2, keep)
+  before = cloud.runs()
+  cloud.kill(cloud.path, signal.SIGTERM)
+  until(lambda: not set(before.values()) & set(cloud.runs().values()), keep)
+  cloud.end()
+  _, err = keep.communicate(timeout=20)
+  assert keep.returncode == 0, err
+  assert len([x for x in cloud.log() if ' create ' in x]) == 1
+  for home in cloud.homes():
+    assert (home / 'bond_jax/.run/log').read_text().startswith('from step 3\n')
+
+
+def test_what_was_stopped_by_a_signal_goes_on(cloud):
+  cloud.up()
+  cloud.tpu('run', *COMMAND)
+  cloud.kill(cloud.path, signal.SIGTERM)
+  assert cloud.wait('preempted', 'preempted') == 7
+  cloud.tpu('resume', *COMMAND)
+  cloud.tpu('stop')
+  assert cloud.wait('finished 143', 'finished 143') == 5
 
 
 def test_resume_starts_what_is_missing(cloud):

@@ -130,8 +130,10 @@ def context(completions, rows=None, turns=False) -> Context:
 def light(workdir: str, calls: int, how: str, host: int = 0) -> None:
   """Lets something happen at a reward's call number `calls` on one host.
 
-  'raise', 'kill' (-9), or 'forget' all compiled programs. The first call is
-  of the probe's reference; each step calls once, and each save once more.
+  'raise', 'kill' (-9), 'term' (SIGTERM), 'fill' the file system, and free it
+  three calls later, make checkpoints 'readonly', or 'forget' all compiled
+  programs. The first call is of the probe's reference; each step calls once,
+  and each save once more.
   """
   with open(os.path.join(workdir, f'fuse{host}'), 'w') as f:
     f.write(f'{calls} {how}')
@@ -150,8 +152,27 @@ def _burn(fuse: str) -> None:
   if how == 'forget':
     jax.clear_caches()
     return
-  while not steps(os.path.dirname(fuse), 'train'):
-    time.sleep(0.01)  # else a fast machine dies before the first save is whole
+  if how == 'term':
+    os.kill(os.getpid(), signal.SIGTERM)
+    return
+  workdir = os.path.dirname(fuse)
+  ballast = os.path.join(workdir, 'ballast')
+  while how in ('fill', 'readonly', 'kill') and not steps(workdir, 'train'):
+    time.sleep(0.01)  # else a fast machine is before the first save is whole
+  if how == 'fill':
+    light(workdir, 3, 'free')
+    with contextlib.suppress(OSError), open(ballast, 'wb', 0) as f:
+      while f.write(b'x' * 512):
+        pass
+    return
+  if how == 'free':
+    os.remove(ballast)
+    return
+  if how == 'readonly':
+    there = os.path.join(workdir, 'train', 'checkpoints')
+    for flags in ('--bind', there), ('-o', 'remount,ro,bind'):
+      subprocess.run(['mount', *flags, there], check=True)
+    return
   os.kill(os.getpid(), signal.SIGKILL)
 
 
