@@ -83,13 +83,14 @@ def save(
 
   The highest score marks the best step; None is of a step that was not meant to
   be saved, and stays until the next one is. The parameters are an item of their
-  own, for readers that want them alone. A UserError if those of a step without
-  a score are not finite; the others were looked at to get one.
+  own, for readers that want them alone. A UserError if anything in it is not
+  finite.
   """
-  if score is None and not _finite(state.params):
+  if names := broken(state._asdict()):
     raise UserError(
-      f'step {step}: a parameter is not finite. Nothing was saved after the'
-      f' last checkpoint in {checkpoints.directory}.'
+      f'step {step}: {", ".join(names[:3])}'
+      f'{f" and {len(names) - 3} more" if len(names) > 3 else ""} not finite.'
+      f' Nothing was saved after the last checkpoint in {checkpoints.directory}.'
     )
   checkpoints.save(
     step,
@@ -105,12 +106,25 @@ def save(
 
 
 @jax.jit
-def _all_finite(leaves: list[jax.Array]) -> jax.Array:
-  return jnp.stack([jnp.isfinite(x).all() for x in leaves]).all()
+def not_finite(tree: Any) -> Any:
+  """Which arrays of a tree hold anything that is not finite: bool[]."""
+
+  def one(x):
+    if not jnp.issubdtype(x.dtype, jnp.inexact):
+      return jnp.bool_(False)
+    return ~jnp.isfinite(x).all()
+
+  return jax.tree.map(one, tree)
 
 
-def _finite(tree: Any) -> bool:
-  return bool(_all_finite(jax.tree.leaves(tree)))
+def broken(tree: Any) -> list[str]:
+  """The paths of arrays that hold anything that is not finite."""
+  flags = jax.device_get(not_finite(tree))
+  return [
+    jax.tree_util.keystr(path, simple=True, separator='/')
+    for path, bad in jax.tree_util.tree_leaves_with_path(flags)
+    if bad
+  ]
 
 
 def last_step(checkpoints: ocp.CheckpointManager) -> int | None:

@@ -56,6 +56,11 @@ def checkpoint_flag() -> flags.Flag:
   return flags.FLAGS['checkpoint']
 
 
+def debugging() -> bool:
+  """Whether this is a command that was given --debug."""
+  return 'debug' in flags.FLAGS and bool(flags.FLAGS['debug'].value)
+
+
 def differences(a: dict[str, Any], b: dict[str, Any], prefix='') -> list[str]:
   """Lists the leaves in which nested dicts differ, as `path: old -> new`."""
   rows = []

@@ -10,12 +10,12 @@ import functools
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from bond_jax import shares
 from bond_jax import step as step_lib
-from bond_jax.types import Array, Frozen, TrainState
+from bond_jax.checkpoint import not_finite
+from bond_jax.types import Frozen, TrainState
 
 NAMES = ('params/', 'anchor/', 'opt_state/', 'log_sampled', 'rows/',
          'log_policy', 'gradient/')  # fmt: skip
@@ -48,14 +48,15 @@ def find(
   return found
 
 
-def broken(tree: Any) -> list[str]:
-  """The paths of arrays that hold anything that is not finite."""
-  flags = jax.device_get(jax.jit(_whole)(tree))
-  return [
-    jax.tree_util.keystr(path, simple=True, separator='/')
-    for path, bad in jax.tree_util.tree_leaves_with_path(flags)
-    if bad
-  ]
+def rerun(
+  setup: step_lib.Setup,
+  state: TrainState,
+  frozen: Frozen,
+  batch: step_lib.Batch,
+) -> None:
+  """Makes the step again, operation by operation; raises where a NaN arises."""
+  with jax.disable_jit(), jax.debug_nans(True):
+    step_lib.update(setup, state, frozen, batch)
 
 
 def _flags(setup, state, frozen, batch) -> tuple[Any, ...]:
@@ -65,24 +66,13 @@ def _flags(setup, state, frozen, batch) -> tuple[Any, ...]:
     setup, loss, state.params, batch
   )
   real = batch.prompts.weight > 0
-  of_prompts = lambda x: real & jax.vmap(_bad)(x)
+  of_prompts = lambda x: real & jax.vmap(not_finite)(x)
   return (
-    _whole(state.params),
-    _whole(state.anchor),
-    _whole(state.opt_state),
+    not_finite(state.params),
+    not_finite(state.anchor),
+    not_finite(state.opt_state),
     of_prompts(batch.log_sampled),
     jax.tree.map(of_prompts, batch.rows),
     of_prompts(log_policy),
-    _whole(gradient),
+    not_finite(gradient),
   )
-
-
-def _whole(tree: Any) -> Any:
-  return jax.tree.map(_bad, tree)
-
-
-def _bad(x: Array) -> Array:
-  """Whether any number of an array is not finite."""
-  if not jnp.issubdtype(x.dtype, jnp.inexact):
-    return jnp.bool_(False)
-  return ~jnp.isfinite(x).all()

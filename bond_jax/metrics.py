@@ -139,20 +139,21 @@ class Writer:
       self._first, self._since = step, time.monotonic()
     self._step = step
 
-  def write(self, step: int, metrics: Mapping[str, Any]) -> None:
-    """Writes one row; scalars only, non-finite ones become null in JSONL."""
+  def write(self, step: int, metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """Writes one row, and returns it; scalars only, null if not finite."""
     self.advance(step)
     values = {key: np.asarray(value).item() for key, value in metrics.items()}
     values |= {f'seconds/{k}': round(v, 6) for k, v in self._seconds.items()}
     self._seconds.clear()
     self._last |= values
-    if not self._main:
-      return
     row = {'step': step} | {k: _finite(v) for k, v in values.items()}
+    if not self._main:
+      return row
     self._file.append((json.dumps(row) + '\n').encode())
     for key, value in values.items():
       event = _event(step=step, summary=summary.scalar(key, value))
       self._board.append(event, later=True)
+    return row
 
   def sync(self) -> None:
     """Closes metrics.jsonl and opens it again, before a checkpoint is saved.

@@ -31,6 +31,7 @@ from bond_jax import (
   shares,
   stopping,
 )
+from bond_jax import guard as guard_lib
 from bond_jax import optimizer as optimizer_lib
 from bond_jax import step as step_lib
 from bond_jax.errors import UserError
@@ -108,6 +109,7 @@ def run_iteration(
   mesh,
   phase,
   submit: Callable[..., futures.Future],
+  broken: Callable[[TrainState, Frozen, step_lib.Batch], None],
 ) -> Iterator[tuple[TrainState, dict[str, Any]]]:
   """Yields the state and the metrics after every step of one iteration.
 
@@ -117,7 +119,7 @@ def run_iteration(
   hands them to. `frozen` has what these look at, `whole()` all of it, which the
   last needs. Waits for the device, so that phases are true. Of several hosts
   each rewards rows of its own, and all learn of all rewards, and of a signal
-  that one of them got.
+  that one of them got. A step that was skipped is shown to `broken`.
   """
   order = jax.random.fold_in(order, int(state.step))
   drawn, batches, weighed = [], [], []
@@ -159,6 +161,8 @@ def run_iteration(
           state, moved = programs.move_anchor(state, whole())
           row |= moved
         rows, row = jax.device_get((weighed, row))
+      if row['skipped']:
+        broken(state, frozen, batches[int(place)])
       yield state, {k: np.mean([r[k] for r in rows]) for k in rows[0]} | row
 
 
@@ -178,10 +182,9 @@ def rest_reference(
 
 
 def check_finite(row: dict[str, Any], step: int, folder: str) -> None:
-  """Stops the run before a broken state can be saved.
+  """Stops a run whose numbers are broken; `checkpoint.save` looks at the state.
 
-  The loss is of the parameters before the step; those that are about to be
-  saved are in the validation numbers, which are there when they are saved.
+  The loss is of the parameters before the step.
   """
   for name in ('loss', 'gradient_norm', 'validation_loss', 'kl/reference'):
     if name in row and not np.isfinite(row[name]):
@@ -200,6 +203,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
   setup = make_setup(config, task.policy, task.stop_ids, mesh)
   cost = costs.of_config(config, setup.algorithm, task.policy.vocab_size)
   hosts.say(f'train: {costs.line(cost)}')
+  guard = guard_lib.Guard(config, setup)
   saver = saving.Saver(
     os.path.join(folder, 'checkpoints'), 'train', config.save_failure,
     facts.of(config, mesh),
@@ -222,13 +226,14 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
       like = state_like(setup, task.frozen, mesh)
       state, position = saver.restore(like)
       task.batches.set_state(position)
+      guard.catch_up(folder)
     frozen, whole = rest_reference(setup, task.frozen)
     task = task._replace(frozen=None)  # all of it is nowhere else
     programs = make_programs(setup, mesh, state)
     while step < settings.steps:
       steps = run_iteration(
         programs, setup, task, state, frozen, whole, key, order, mesh,
-        writer.phase, submit,
+        writer.phase, submit, guard.broken,
       )  # fmt: skip
       for state, row in steps:
         step += 1
@@ -237,8 +242,11 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
         if due:
           with writer.phase('evaluate'):
             row |= probe(state.params, whole)
-        check_finite(row, step, saver.folder)
-        writer.write(step, row)
+          row |= guard.look(step, row)
+        guard.check(row, step, saver.folder)
+        if not row['skipped']:
+          check_finite(row, step, saver.folder)
+        guard.keep(writer.write(step, row))
         saver.look()
         if due or stop:  # the latter without a probe: rows stay as they are
           with writer.phase('save'):
@@ -246,9 +254,9 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
                 step, state, task.batches.get_state(),
                 row.get('win_rate/reference'), writer.sync,
             )  # fmt: skip
-        if stop and step < settings.steps:
+        if (why := guard.stops) or (stop and step < settings.steps):
           saver.finish()
-          raise stopping.stopped('train', step)
+          raise why or stopping.stopped('train', step)
       compiled.append(metrics.compilations(*Programs._fields))
   path = os.path.join(folder, 'metrics.jsonl')
   rows = hosts.once(lambda: metrics.read_rows(path))

@@ -1,7 +1,7 @@
 """What goes wrong slowly in training, seen in its metrics, and what to do.
 
 `look` compares the latest rows of metrics.jsonl with the first ones; what it
-finds is a line of advice for each name in NAMES.
+finds is a line of advice for each name in MEANING.
 """
 
 from __future__ import annotations
@@ -15,7 +15,25 @@ Row = Mapping[str, Any]
 WINDOW = 20  # rows at either end; the first row compiles, and counts in neither
 # Phases of a step; saving and probing come now and then.
 PHASES = 'seconds/sample', 'seconds/reward', 'seconds/update'
-NAMES = 'kl', 'entropy', 'length', 'signal', 'anchor', 'speed', 'skipped'
+
+
+# What a name says of a run, as a report does afterwards.
+MEANING = {
+  'kl': 'the KL to the reference was above its limit',
+  'entropy': 'the entropy had fallen far: the policy said ever the same',
+  'length': 'completions were far longer, or shorter, than at first',
+  'signal': 'the reward hardly gave a signal',
+  'anchor': 'the anchor did not move',
+  'speed': 'steps took far longer than at first',
+  'skipped': 'steps were not finite, and changed nothing',
+}
+
+
+def keep(seen: list[Row], row: Row) -> None:
+  """Adds a row to those that `look` compares: the first ones and the last."""
+  seen.append(row)
+  if len(seen) > 2 * WINDOW + 1:
+    del seen[WINDOW + 1]
 
 
 def look(

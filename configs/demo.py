@@ -49,6 +49,18 @@ def adam(learning_rate, *, warmup_steps, decay_to):
   )
 
 
+def watch():
+  """When training warns of what goes wrong slowly; see docs/config.md."""
+  return dict(
+    kl=10.0,  # nats to the reference
+    entropy=0.5,  # per token, less than this share of what it was at first
+    length=2.0,  # times as long, or as short, as at first
+    signal=0.05,  # share of prompts with a signal
+    speed=2.0,  # times the seconds of a step at first
+    stop=(),  # at which of these it ends: ('kl', 'entropy')
+  )
+
+
 def reward(function, **args):
   """A reward, or a judge of pairs, and how it is called."""
   return dict(
@@ -163,6 +175,8 @@ def get_config(argument: str = 'algorithm=jbond') -> ml_collections.ConfigDict:
     buckets=1,
     optimizer=adam(rate, warmup_steps=20, decay_to=0.1),
     save_every=20,
+    skip_limit=0,  # steps in a row that may not be finite, and change nothing
+    watch=watch(),
     probe_prompts=128,  # validation openings that the curves are made of
     probe_completions=4,
   )

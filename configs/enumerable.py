@@ -9,6 +9,8 @@ size: 8 prompts, completions of at most 3 tokens out of 8, 400 in all.
 
 import ml_collections
 
+from configs import demo
+
 ALGORITHMS = dict(
   jbond=dict(
     num_anchor=2, backward_weight=0.5, anchor_rate=0.02, drift_weight=0.0
@@ -102,5 +104,7 @@ def get_config(argument: str = 'algorithm=jbond') -> ml_collections.ConfigDict:
       clip=1.0,
     ),
     save_every=50,
+    skip_limit=0,
+    watch=demo.watch(),
   )
   return config

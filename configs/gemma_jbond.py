@@ -101,6 +101,8 @@ def get_config(
       clip=1.0,
     ),
     save_every=100,
+    skip_limit=3,  # steps in a row that may not be finite, and change nothing
+    watch=demo.watch(),
     probe_prompts=128,
     probe_completions=2,
   )

@@ -27,7 +27,7 @@ MEETING = {
     'plan', 'export', 'figures', 'report', 'report_style', 'text_task',
     'enumerable', 'reproduce', 'bandit_figure', 'origin', 'reward_training',
     'reward_report', 'costs', 'programs', 'sweep', 'report_words',
-    'report_cautions', 'report_samples', 'faults', 'facts',
+    'report_cautions', 'report_samples', 'faults', 'facts', 'guard',
 }  # fmt: skip
 # Must run where only jax, flax, optax and orbax are installed.
 CORE = {'types', 'errors', 'ops', 'anchors', 'log_probs', 'sampling', 'step',
@@ -37,7 +37,7 @@ CORE = {'types', 'errors', 'ops', 'anchors', 'log_probs', 'sampling', 'step',
 CONFIGURED = {
     'command', 'build', 'sft', 'reward_model', 'train', 'evaluate', 'sample',
     'plan', 'export', 'text_task', 'enumerable', 'reproduce', 'origin',
-    'reward_training', 'costs', 'programs', 'facts',
+    'reward_training', 'costs', 'programs', 'facts', 'guard',
 }  # fmt: skip
 
 

@@ -222,7 +222,7 @@ def dry_run(
 
   def update(state, frozen, batch):
     called.append(('update', batch))
-    return state, {}
+    return state, {'skipped': np.float32(0)}
 
   def move_anchor(state, frozen):
     called.append(('move_anchor', None))
@@ -249,6 +249,7 @@ def dry_run(
     sharding.make_mesh(1, 1),
     lambda name: contextlib.nullcontext(),
     scoring.worker(),
+    None,
   )
   assert len(list(steps)) == rollouts * epochs
   return called, [batch for name, batch in called if name == 'update']

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 
-from bond_jax import anchors, faults, sharding, step_metrics
+from bond_jax import anchors, checkpoint, faults, sharding, step_metrics
 from bond_jax import step as step_lib
 from bond_jax.algorithms import bond, jbond
 from bond_jax.models import gemma, scalar_head
@@ -400,8 +400,8 @@ def test_what_is_not_finite_is_named(setup, frozen, prompts, drawn):
   found = faults.find(setup, state._replace(params=params), frozen, batch)
   assert found[0] == 'params/final_norm/scale'
   assert found[1].startswith(f'log_policy of prompts {ids[0]}, {ids[1]}')
-  assert faults.broken(params) == ['final_norm/scale']
-  assert faults.broken(state.params) == []
+  assert checkpoint.broken(params) == ['final_norm/scale']
+  assert checkpoint.broken(state.params) == []
 
 
 def test_donated_state_shares_no_buffer(setup, update, frozen, prompts, drawn):

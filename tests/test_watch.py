@@ -42,7 +42,7 @@ def test_a_good_run_has_nothing():
 ])  # fmt: skip
 def test_what_is_wrong_has_its_name_and_its_advice(late, name, says):
   found = watch.look(rows(**late), **LIMITS)
-  assert list(found) == [name] and name in watch.NAMES
+  assert list(found) == [name] and name in watch.MEANING
   assert says in found[name]
 
 
@@ -70,3 +70,12 @@ def test_the_first_rows_are_too_few_to_compare():
   assert list(watch.look(rows(41, signal__fires=0.0), **LIMITS)) == ['signal']
   # But not for what is wrong by itself.
   assert list(watch.look(rows(21, kl__reference=11.0), **LIMITS)) == ['kl']
+
+
+def test_what_is_kept_is_enough():
+  """Of a long run the first rows and the last, and the same is found."""
+  run, seen = rows(300, signal__fires=0.0, entropy__token=1.0), []
+  for i, row in enumerate(run):
+    watch.keep(seen, row)
+    assert watch.look(seen, **LIMITS) == watch.look(run[: i + 1], **LIMITS)
+  assert [row['step'] for row in seen] == [*range(1, 22), *range(281, 301)]
