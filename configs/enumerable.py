@@ -53,6 +53,7 @@ def get_config(argument: str = 'algorithm=jbond') -> ml_collections.ConfigDict:
   config.seed = 0
   config.mesh = dict(data=1, model=1)
   config.sampling_mesh = dict(data=1, model=1)
+  config.save_failure = 'stop'  # or 'go_on', when a save fails
   config.task = 'bond_jax.enumerable'
   config.reference = '{workdir}'
   config.enumerable = dict(

@@ -46,6 +46,7 @@ def get_config(
   config = ml_collections.ConfigDict()
   config.seed = 0
   config.reference = '{workdir}'
+  config.save_failure = 'stop'  # or 'go_on', when a save fails
   config.task = 'bond_jax.text_task'
   config.weights = unset()
   config.mesh = dict(data=-1, model=1)
