@@ -88,9 +88,9 @@ def save(
   """
   if names := broken(state._asdict()):
     raise UserError(
-      f'step {step}: {", ".join(names[:3])}'
-      f'{f" and {len(names) - 3} more" if len(names) > 3 else ""} not finite.'
-      f' Nothing was saved after the last checkpoint in {checkpoints.directory}.'
+      f'step {step}: not finite are {", ".join(names[:3])}'
+      f'{f" and {len(names) - 3} more" if len(names) > 3 else ""}. Nothing was'
+      f' saved after the last checkpoint in {checkpoints.directory}.'
     )
   checkpoints.save(
     step,

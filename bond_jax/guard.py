@@ -63,8 +63,8 @@ class Guard:
     if self._skipped > self._limit:
       raise UserError(
         f'{what}. train.skip_limit allows {self._limit} such steps in a row.'
-        f' The last checkpoint in {folder} is good; a lower learning rate is the'
-        ' usual remedy, and --debug shows where it arose.'
+        f' The last checkpoint in {folder} is good; a lower learning rate is'
+        ' the usual remedy, and --debug shows where it arose.'
       )
     hosts.say(f'train: {what}')
 
@@ -78,9 +78,9 @@ class Guard:
     for name in self._stop_at:
       if name in found:
         self.stops = UserError(
-          f'step {step}: {found[name]} The run ends here, since train.watch.stop'
-          f' has {name!r}; this step is saved, and the same command goes on'
-          ' from it to the next.'
+          f'step {step}: {found[name]} The run ends here, since'
+          f' train.watch.stop has {name!r}; this step is saved, and the same'
+          ' command goes on from it to the next.'
         )
     return {f'watch/{name}': 1.0 for name in found}
 

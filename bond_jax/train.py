@@ -254,9 +254,9 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
                 step, state, task.batches.get_state(),
                 row.get('win_rate/reference'), writer.sync,
             )  # fmt: skip
-        if (why := guard.stops) or (stop and step < settings.steps):
+        if (guard.stops or stop) and step < settings.steps:
           saver.finish()
-          raise why or stopping.stopped('train', step)
+          raise guard.stops or stopping.stopped('train', step)
       compiled.append(metrics.compilations(*Programs._fields))
   path = os.path.join(folder, 'metrics.jsonl')
   rows = hosts.once(lambda: metrics.read_rows(path))

@@ -5,11 +5,13 @@ import json
 import os
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import toy
 
-from bond_jax import build, checkpoint, scoring, text_task, train
+from bond_jax import build, checkpoint, command, scoring, text_task, train
+from bond_jax import step as step_lib
 from bond_jax.errors import UserError
 from bond_jax.types import TrainState
 from configs import demo
@@ -135,17 +137,94 @@ def test_a_bad_reward_is_one_line(
   assert toy.steps(workdir, 'train') == []
 
 
-def test_a_poisoned_parameter_stops_the_run(config, workdir):
+def test_a_poisoned_parameter_stops_the_run(config, workdir, monkeypatch):
   toy.before('train', workdir)
   params = jax.tree.map(np.copy, toy.saved(workdir, 'sft', 6)['params'])
   params['final_norm']['scale'][3] = np.nan
   state = TrainState(np.int32(7), params, {}, {}, {})
-  with checkpoint.manager(f'{workdir}/sft/checkpoints') as checkpoints:
-    checkpoint.save(checkpoints, 7, jax.device_put(state), {}, 0.0)
-  with pytest.raises(UserError, match='step 1: loss is nan') as e:
+  with monkeypatch.context() as m:
+    m.setattr(checkpoint, 'broken', lambda _: [])
+    with checkpoint.manager(f'{workdir}/sft/checkpoints') as checkpoints:
+      checkpoint.save(checkpoints, 7, jax.device_put(state), {}, 0.0)
+  with pytest.raises(
+    UserError, match='step 1 changed nothing: its loss is nan'
+  ) as e:
     toy.run('train', config, workdir)
+  assert 'Not finite are params/final_norm/scale, ' in str(e.value)
   assert '\n' not in str(e.value)
   assert toy.steps(workdir, 'train') == []
+
+
+def poison(monkeypatch, steps):
+  """Puts a NaN into what the first prompt of some steps is found worth."""
+  weigh = step_lib.weigh
+
+  def poisoned(setup, state, *args):
+    batch, row = weigh(setup, state, *args)
+    bad = jnp.isin(state.step, jnp.array(steps) - 1)
+    spoil = lambda x: x.at[0].set(jnp.where(bad, jnp.nan, x[0]))
+    return batch._replace(rows=jax.tree.map(spoil, batch.rows)), row
+
+  monkeypatch.setattr(step_lib, 'weigh', poisoned)
+
+
+def test_a_step_that_is_not_finite_is_skipped_as_often_as_asked(
+  config, workdir, monkeypatch, capsys
+):
+  config.train.skip_limit = 1
+  toy.before('train', workdir, config)
+  poison(monkeypatch, [2, 4])
+  toy.run('train', config, workdir)
+  rows = toy.rows(workdir, 'train')
+  assert [row['skipped'] for row in rows] == [0, 1, 0, 1, 0, 0]
+  assert [r['step'] for r in rows if r['loss'] is None] == [2, 4]
+  assert np.isfinite([r['kl/reference'] for r in rows[2::3]]).all()
+  said = capsys.readouterr().out
+  assert 'step 2 changed nothing: its loss is nan' in said
+  assert 'Not finite are rows/' in said and ' of prompts ' in said
+  assert toy.summary(workdir, 'train')['steps'] == 6
+
+
+def test_two_such_steps_in_a_row_are_too_many(config, workdir, monkeypatch):
+  config.train.skip_limit = 1
+  toy.before('train', workdir, config)
+  poison(monkeypatch, [5, 6])
+  with pytest.raises(UserError, match='train.skip_limit allows 1 such') as e:
+    toy.run('train', config, workdir)
+  assert str(e.value).startswith('step 6 changed nothing')
+  assert toy.steps(workdir, 'train') == [3]
+
+
+def test_debug_shows_where_a_nan_arose(config, workdir, monkeypatch):
+  toy.before('train', workdir, config)
+  poison(monkeypatch, [1])
+  monkeypatch.setattr(command, 'debugging', lambda: True)
+  with pytest.raises(FloatingPointError) as e:
+    toy.run('train', config, workdir)
+  files = {os.path.basename(str(entry.path)) for entry in e.traceback}
+  assert {'faults.py', 'step.py'} <= files
+
+
+def test_a_slow_fault_ends_a_run_that_asks_for_it(
+  config, workdir, monkeypatch, capsys
+):
+  """With its step saved, and the same command goes on from it."""
+  config.train.skip_limit, config.train.watch.stop = 1, ('skipped',)
+  toy.before('train', workdir, config)
+  poison(monkeypatch, [2])
+  with pytest.raises(UserError, match="train.watch.stop has 'skipped'") as e:
+    toy.run('train', config, workdir)
+  assert str(e.value).startswith('step 3: 1 of the last 3 steps were not')
+  assert toy.steps(workdir, 'train') == [3]
+  assert toy.rows(workdir, 'train')[-1]['watch/skipped'] == 1
+  assert 'train: step 3: 1 of the last 3' in capsys.readouterr().out
+  toy.run('train', config, workdir)
+  rows = toy.rows(workdir, 'train')
+  assert [row['step'] for row in rows if 'watch/skipped' in row] == [3, 6]
+  assert toy.summary(workdir, 'train')['steps'] == 6
+  config.train.watch.stop = ('kl', 'luck')
+  with pytest.raises(UserError, match="has 'luck'; known are kl, entropy"):
+    train.train(config, workdir)
 
 
 @pytest.mark.parametrize(
