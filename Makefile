@@ -32,7 +32,8 @@ $(foreach folder,.venv .venv-parity .venv-hf,$(if $(wildcard $(folder)/.done),\
   $(shell $(folder)/bin/python -c '$(healthy)' >&2 || rm $(folder)/.done)))
 
 .PHONY: help setup data demo test test-meshes test-parity test-hf mutations figures \
-  bench sizing overoptimisation notebooks lint venv libtpu
+  bench sizing overoptimisation notebooks notebooks-keep lm-eval lint venv \
+  libtpu
 
 help:  ## list these commands
 	@sed -n 's/^\([a-z-]*\):.*## /\1: /p' Makefile | column -t -s:
@@ -86,14 +87,21 @@ test-meshes: venv  ## every mesh, with all numbers of micro-batches (minutes)
 	@$(PYTHON) -m pytest -n 2 -m slow tests/test_meshes.py
 
 HF_TESTS := $(addprefix tests/parity/test_,transformers.py rewards_hf.py \
-  datasets.py)
+  datasets.py lm_eval.py)
 
 test-parity: .venv-parity/.done  ## against the gemma library; own environment
 	@.venv-parity/bin/python -m pytest tests/parity \
 	  $(HF_TESTS:%=--ignore=%)
 
-test-hf: .venv-hf/.done  ## with transformers, peft and datasets; likewise
+test-hf: .venv-hf/.done  ## with transformers, peft, datasets and lm_eval; likewise
 	@.venv-hf/bin/python -m pytest $(HF_TESTS)
+
+# GSM8K, HellaSwag and MMLU are fetched from the hub; see docs/lm_eval.md.
+RUN ?= $(WORKDIR)
+TASKS ?= gsm8k,hellaswag,mmlu
+lm-eval: .venv-hf/.done  ## benchmarks before and after: RUN=runs/mine TASKS=gsm8k
+	@.venv-hf/bin/python -m benchmarks.harness --workdir=$(RUN) \
+	  --tasks=$(TASKS) $(ARGS)
 
 mutations: venv  ## break the code in every line of tests/mutations.txt
 	@$(PYTHON) tests/mutate.py
@@ -117,7 +125,7 @@ sizing: venv libtpu  ## docs/sizing.md: which config fits which slice (hours)
 bench: venv  ## speed beside other samplers and trainers, into runs/bench
 	@$(PYTHON) -m benchmarks.bench --out=runs/bench
 
-notebooks: .venv/.notebooks data  ## execute colab/*.ipynb
+notebooks: .venv/.notebooks data  ## execute colab/*.ipynb into colab/executed
 	@mkdir -p colab/executed
 	@shopt -s nullglob; for notebook in colab/*.ipynb; do \
 	  echo "executing $$notebook"; \
@@ -125,6 +133,9 @@ notebooks: .venv/.notebooks data  ## execute colab/*.ipynb
 	    $(PYTHON) -m jupyter execute --kernel_name=python3 \
 	    --output=executed/$$(basename $$notebook) $$notebook; \
 	done
+
+notebooks-keep: .venv/.notebooks  ## the outputs of the last `make notebooks`
+	@$(PYTHON) colab/keep_outputs.py
 
 lint: venv  ## ruff, as .pre-commit-config.yaml has it
 	@.venv/bin/ruff check .

@@ -25,7 +25,7 @@ MEETING = {
     'step', 'build', 'train', 'sft', 'reward_model', 'evaluate', 'sample',
     'plan', 'export', 'figures', 'report', 'report_style', 'text_task',
     'enumerable', 'reproduce', 'bandit_figure', 'origin', 'reward_training',
-    'reward_report', 'costs', 'programs',
+    'reward_report', 'costs', 'programs', 'notebook',
 }  # fmt: skip
 # Must run where only jax, flax, optax and orbax are installed.
 CORE = {'types', 'errors', 'ops', 'anchors', 'log_probs', 'sampling', 'step',
