@@ -37,6 +37,18 @@ def export(workdir: str, side: str, checkpoint: str, dtype: str) -> str:
   return out
 
 
+def check_template(model: str) -> None:
+  """A UserError if a folder knows no turns, which --chat asks for."""
+  path = os.path.join(model, 'tokenizer_config.json')
+  described = command.read_json(path) if os.path.exists(path) else {}
+  apart = os.path.join(model, 'chat_template.jinja')
+  if not (described.get('chat_template') or os.path.exists(apart)):
+    raise UserError(
+      f'--chat: {model} has no chat template, since the vocabulary of the run'
+      ' knows no turns; delete the folder lm_eval of the run and ask without.'
+    )
+
+
 def arguments(
   model: str, task: str, out: str, *, chat: bool, batch: str, device: str,
   limit: int, include: str,
@@ -145,6 +157,8 @@ def main(
     'reference': export(workdir, 'reference', 'reference', dtype),
     'policy': export(workdir, 'policy', checkpoint, dtype),
   }
+  if settings['chat']:
+    check_template(models['policy'])
   results = {
     task: {
       side: judge(model, task, os.path.join(folder, side, task), **settings)

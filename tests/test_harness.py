@@ -94,3 +94,17 @@ def test_a_folder_of_other_settings_is_left_alone(tmp_path):
   with pytest.raises(UserError, match='chat: True -> False'):
     harness.main(str(tmp_path), ['x'], 'last', 'float32', **SETTINGS)
   assert os.listdir(tmp_path / 'lm_eval') == ['summary.json']
+
+
+def test_turns_are_asked_for_where_the_folder_knows_them(tmp_path):
+  with pytest.raises(UserError, match='has no chat template'):
+    harness.check_template(str(tmp_path))
+  described = tmp_path / 'tokenizer_config.json'
+  described.write_text('{"bos_token": "<s>"}')
+  with pytest.raises(UserError, match='has no chat template'):
+    harness.check_template(str(tmp_path))
+  described.write_text('{"chat_template": "{{ messages }}"}')
+  harness.check_template(str(tmp_path))
+  described.unlink()
+  (tmp_path / 'chat_template.jinja').write_text('{{ messages }}')
+  harness.check_template(str(tmp_path))
