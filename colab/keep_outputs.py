@@ -2,8 +2,9 @@
 
     make notebooks notebooks-keep
 
-Refuses a notebook that was executed before its source was changed. What says
-where and when it ran is left out, so that the same outputs are the same file.
+Refuses a notebook that was executed before its source was changed, or after a
+stage had been run that it runs. What says where and when it ran is left out, so
+that the same outputs are the same file.
 """
 
 import os
@@ -16,9 +17,14 @@ FOLDER = pathlib.Path(__file__).parent
 
 
 def kept(source, executed, root: str):
-  """`source` with the outputs of `executed`; a ValueError if they differ."""
+  """`source` with the outputs of `executed`; a ValueError if it cannot be."""
   if [c.source for c in source.cells] != [c.source for c in executed.cells]:
     raise ValueError('its source has changed since; make notebooks first')
+  if 'finished already' in str(executed):
+    raise ValueError(
+      'a stage of it had been run before: move its folder in runs/ away, and'
+      ' make notebooks again'
+    )
   for cell, done in zip(source.cells, executed.cells, strict=True):
     cell.metadata = {}
     if cell.cell_type == 'code':

@@ -20,7 +20,8 @@ import time
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 COPIED = (
-  'bond_jax', 'configs', 'benchmarks', 'launch', 'tests', 'pyproject.toml'
+  'bond_jax', 'configs', 'benchmarks', 'launch', 'tests', 'colab',
+  'pyproject.toml', 'requirements.txt', 'requirements-hf.txt',
 )  # fmt: skip
 # The copy has no compiler of its own.
 os.environ.setdefault(
