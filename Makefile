@@ -32,8 +32,8 @@ $(foreach folder,.venv .venv-parity .venv-hf,$(if $(wildcard $(folder)/.done),\
   $(shell $(folder)/bin/python -c '$(healthy)' >&2 || rm $(folder)/.done)))
 
 .PHONY: help setup data demo test test-docs test-meshes test-parity test-hf \
-  mutations figures bench sizing drill soak overoptimisation notebooks lint \
-  venv libtpu browser
+  mutations figures bench sizing drill soak overoptimisation notebooks \
+  notebooks-keep lm-eval lint venv libtpu browser
 
 help:  ## list these commands
 	@sed -n 's/^\([a-z-]*\):.*## /\1: /p' Makefile | column -t -s:
@@ -97,14 +97,21 @@ test-meshes: venv  ## every mesh, with all numbers of micro-batches (minutes)
 	@$(PYTHON) -m pytest -n 2 -m slow tests/test_meshes.py
 
 HF_TESTS := $(addprefix tests/parity/test_,transformers.py rewards_hf.py \
-  datasets.py)
+  datasets.py lm_eval.py)
 
 test-parity: .venv-parity/.done  ## against the gemma library; own environment
 	@.venv-parity/bin/python -m pytest tests/parity \
 	  $(HF_TESTS:%=--ignore=%)
 
-test-hf: .venv-hf/.done  ## with transformers, peft and datasets; likewise
+test-hf: .venv-hf/.done  ## with transformers, peft, datasets and lm_eval; likewise
 	@.venv-hf/bin/python -m pytest $(HF_TESTS)
+
+# GSM8K, HellaSwag and MMLU are fetched from the hub; see docs/lm_eval.md.
+RUN ?= $(WORKDIR)
+TASKS ?= gsm8k,hellaswag,mmlu
+lm-eval: .venv-hf/.done  ## benchmarks before and after: RUN=runs/mine TASKS=gsm8k
+	@.venv-hf/bin/python -m benchmarks.harness --workdir=$(RUN) \
+	  --tasks=$(TASKS) $(ARGS)
 
 mutations: venv browser  ## break the code in every line of tests/mutations.txt
 	@$(PYTHON) tests/mutate.py
@@ -134,7 +141,7 @@ drill: venv  ## kill runs and damage checkpoints, 500 times (an hour)
 soak: venv  ## 20,000 steps, watched for leaks, into runs/soak
 	@$(PYTHON) -m benchmarks.soak --out=runs/soak
 
-notebooks: .venv/.notebooks data  ## execute colab/*.ipynb
+notebooks: .venv/.notebooks data  ## execute colab/*.ipynb into colab/executed
 	@mkdir -p colab/executed
 	@shopt -s nullglob; for notebook in colab/*.ipynb; do \
 	  echo "executing $$notebook"; \
@@ -142,6 +149,9 @@ notebooks: .venv/.notebooks data  ## execute colab/*.ipynb
 	    $(PYTHON) -m jupyter execute --kernel_name=python3 \
 	    --output=executed/$$(basename $$notebook) $$notebook; \
 	done
+
+notebooks-keep: .venv/.notebooks  ## the outputs of the last `make notebooks`
+	@$(PYTHON) colab/keep_outputs.py
 
 lint: venv  ## ruff, as .pre-commit-config.yaml has it
 	@.venv/bin/ruff check .

@@ -5,6 +5,7 @@
 `--format=hf` (the default) is a Hugging Face folder: weights, config.json, the
 tokenizer, and how to sample; LoRA is merged. `--format=adapter` is LoRA alone,
 as peft reads it; `--format=official` the layout of Gemma's public checkpoints.
+`--checkpoint=reference` is the model that the policy started from.
 An existing folder is never touched, and a new one appears when it is complete.
 """
 
@@ -20,7 +21,6 @@ import ml_collections
 
 from bond_jax import (
   build,
-  checkpoint,
   command,
   hf,
   hf_adapter,
@@ -44,7 +44,8 @@ def export(
   Args:
     workdir: of the run.
     out: the folder to make.
-    which: the checkpoint, 'last', 'best' or a step.
+    which: the checkpoint, 'last', 'best' or a step; 'reference' is what
+      training started from.
     form: one of FORMATS.
     dtype: of the weights; an official checkpoint keeps that of the run.
   """
@@ -66,7 +67,14 @@ def export(
   if form != 'official' or not origin.is_library(config.model):
     sizes = origin.make_sizes(config.model, config.tokenizer.vocab_size)
   policy = origin.make_policy(config.model, config.tokenizer.vocab_size)
-  trained = origin.load_params(policy, workdir, 'train', which, mesh)
+  frozen = None
+  if which == 'reference' or (settings.rank and form != 'adapter'):
+    frozen = origin.load_frozen(config, policy, workdir, mesh)
+  if which == 'reference':
+    trained, step = frozen.reference, 0
+  else:
+    trained = origin.load_params(policy, workdir, 'train', which, mesh)
+    step = origin.find_step(workdir, 'train', which)
   params, adapters = trained, None
   if settings.rank:
     adapters = trained
@@ -76,7 +84,7 @@ def export(
     )
   else:
     if adapters is not None:
-      params = origin.load_frozen(config, policy, workdir, mesh).base
+      params = frozen.base
     if form == 'hf':
       hf_export.export(
         params,
@@ -91,8 +99,6 @@ def export(
     else:
       params = lora.merge(sizes, params, adapters) if adapters else params
       weights.save_official(params, sizes, out)
-  with checkpoint.manager(os.path.join(workdir, 'train', 'checkpoints')) as c:
-    step = checkpoint.choose(c, which)
   return {
     'workdir': os.path.abspath(workdir),
     'model': config.model.name,

@@ -20,8 +20,9 @@ import time
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 COPIED = (
-  'bond_jax', 'configs', 'benchmarks', 'docs', 'launch', 'tests', 'README.md',
-  'LOG.md', 'CITATION.cff', 'pyproject.toml',
+  'bond_jax', 'configs', 'benchmarks', 'docs', 'launch', 'tests', 'colab',
+  'README.md', 'LOG.md', 'CITATION.cff', 'pyproject.toml', 'requirements.txt',
+  'requirements-hf.txt',
 )  # fmt: skip
 # The copy has no compiler and no browser of its own.
 os.environ.setdefault('BROWSER', os.path.join(ROOT, '.browser'))

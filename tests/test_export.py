@@ -100,6 +100,17 @@ def test_the_checkpoint_that_was_asked_for(runs, tmp_path, which, seed, capsys):
   assert tokenizer.load(ours).sha256 == tokenizer.load(theirs).sha256
 
 
+@pytest.mark.parametrize('form', ['hf', 'official'])
+def test_what_the_policy_started_from(runs, tmp_path, form):
+  """The sft stage's parameters; with LoRA a fresh adapter adds nothing."""
+  for name in ('full', 'low'):
+    out = str(tmp_path / name)
+    export.main(runs[name], out, 'reference', form, 'float32')
+    same(weights.load(out, toy.MODEL, like()), random_params(toy.MODEL, 5))
+    found = toy.summary(out)
+    assert (found['step'], found['checkpoint']) == (0, 'reference')
+
+
 def test_the_official_layout(runs, tmp_path):
   out = str(tmp_path / 'out')
   export.main(runs['full'], out, 'last', 'official', 'bfloat16')

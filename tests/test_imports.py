@@ -27,7 +27,7 @@ MEETING = {
     'plan', 'export', 'figures', 'report', 'report_style', 'text_task',
     'enumerable', 'reproduce', 'bandit_figure', 'origin', 'reward_training',
     'reward_report', 'costs', 'programs', 'sweep', 'report_words',
-    'report_cautions', 'report_samples', 'faults', 'facts', 'guard',
+    'report_cautions', 'report_samples', 'faults', 'facts', 'guard', 'notebook',
 }  # fmt: skip
 # Must run where only jax, flax, optax and orbax are installed.
 CORE = {'types', 'errors', 'ops', 'anchors', 'log_probs', 'sampling', 'step',
