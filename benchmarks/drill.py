@@ -44,7 +44,7 @@ FAMILIES = {
   'jbond': {},
   'bond': {},
   'bond, learned quantile': {
-    'algorithm.args.quantile': 'learned', 'algorithm.args.anchor': 'periodic',
+    'algorithm.args.quantile': 'learned', 'algorithm.args.anchor': 'periodic:20',
   },
   'best_of_n': {},
   'vbon': {},
@@ -168,7 +168,8 @@ def drill_family(name: str, kills: int, rng: random.Random) -> dict:
   shutil.rmtree(root, ignore_errors=True)
   quiet = os.path.join(root, 'undisturbed')
   begun = time.monotonic()
-  start(name, quiet).wait(PATIENCE)
+  if status := start(name, quiet).wait(PATIENCE):
+    raise SystemExit(f'{quiet}: ended with {status}, undisturbed')
   took = time.monotonic() - begun
   wanted = params_of(quiet)
   told = dict(kills=0, saving=0, runs=0, same=0, stuck=0, lost=[])
