@@ -21,7 +21,7 @@ import functools
 import os
 from typing import Any
 
-from absl import app, flags
+from absl import app, flags, logging
 import jax
 import numpy as np
 
@@ -119,6 +119,7 @@ def summary(n: int, rewards: np.ndarray) -> dict[str, Any]:
 
 
 def main(_) -> None:
+  logging.set_verbosity(logging.WARNING)
   build.configure_jax()
   os.makedirs(_OUT.value, exist_ok=True)
   path = os.path.join(_OUT.value, 'rewards.npy')

@@ -26,12 +26,12 @@ import subprocess
 import sys
 import time
 
-from absl import app, flags
+from absl import app, flags, logging
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from bond_jax import checkpoint, command, metrics
+from bond_jax import checkpoint, command, integrity, metrics
 from bond_jax.errors import UserError
 
 _OUT = flags.DEFINE_string('out', None, 'Of the runs.', required=True)
@@ -275,16 +275,18 @@ def outcome(folder: str, newest: int, whole) -> str:
   """'seen', 'harmless' or 'used': what becomes of a damaged checkpoint."""
   try:
     with contextlib.redirect_stdout(io.StringIO()):
-      checkpoints, step = checkpoint.resume(folder)
+      integrity.set_aside(folder)  # what a stage that goes on begins with
   except UserError:
     return 'seen'
-  with checkpoints:
+  with checkpoint.manager(folder) as checkpoints:
+    step = checkpoint.last_step(checkpoints)
     if step != newest:
       return 'seen'
     return 'harmless' if equal(read(checkpoints, step), whole) else 'used'
 
 
 def main(_) -> None:
+  logging.set_verbosity(logging.WARNING)
   os.makedirs(_OUT.value, exist_ok=True)
   names = list(FAMILIES)
   table = [('fault', 'times', 'seen or harmless', 'steps lost', 'same end')]
