@@ -44,7 +44,8 @@ FAMILIES = {
   'jbond': {},
   'bond': {},
   'bond, learned quantile': {
-    'algorithm.args.quantile': 'learned', 'algorithm.args.anchor': 'periodic:20',
+    'algorithm.args.quantile': 'learned',
+    'algorithm.args.anchor': 'periodic:20',
   },
   'best_of_n': {},
   'vbon': {},

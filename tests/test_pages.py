@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import toy
 
-from bond_jax import build, ops, scoring
+from bond_jax import build, ops, scoring, watch
 from bond_jax.types import Scores
 from configs import demo, demo_learned_reward, figures, gemma_jbond
 
@@ -209,6 +209,7 @@ def of_an_exact_run(workdir):
 def test_the_page_has_what_other_runs_leave(tmp_path):
   page = sections('metrics')
   left = of_the_algorithms() | of_a_reward() | of_an_exact_run(str(tmp_path))
+  left |= {f'watch/{name}' for name in watch.MEANING}
   usual = names(page['train/metrics.jsonl'])
   assert names(page['In some runs only']) == left - usual
 
