@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from bond_jax import watch
 from bond_jax.report_words import opponent
 
 Rows = Sequence[Mapping[str, Any]]
@@ -150,3 +151,11 @@ def _of_training(got, train: Rows) -> Iterator[tuple[bool, str]]:
     f'The loss was not finite on {len(broken)} rows, the first at step'
     f' {broken[0] if broken else None}. Lower the learning rate.',
   )
+  for name, meaning in watch.MEANING.items():
+    steps = [r['step'] for r in train if r.get(f'watch/{name}')]
+    yield (
+      bool(steps),
+      f'While training, {meaning} (seen at {len(steps)} saves, steps'
+      f' {min(steps, default=0)} to {max(steps, default=0)}). Compare an'
+      ' earlier checkpoint.',
+    )

@@ -261,7 +261,9 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
   path = os.path.join(folder, 'metrics.jsonl')
   rows = hosts.once(lambda: metrics.read_rows(path))
   compilations = compiled[-1] - compiled[0] if compiled else 0
-  return summarise(rows, compilations) | dict(task.facts, cost=cost._asdict())
+  moves = setup.algorithm.anchor.moves
+  summary = summarise(rows, compilations, moves)
+  return summary | dict(task.facts, cost=cost._asdict())
 
 
 def init_state(setup, frozen: Frozen, mesh) -> TrainState:
@@ -282,7 +284,9 @@ def state_like(setup, frozen: Frozen, mesh) -> TrainState:
   return sharding.tree_structs(jax.eval_shape(init, frozen), mesh)
 
 
-def summarise(rows: list[dict[str, Any]], compilations: int) -> dict[str, Any]:
+def summarise(
+  rows: list[dict[str, Any]], compilations: int, moves: bool
+) -> dict[str, Any]:
   """The numbers of the stage, from its metrics."""
   last = rows[-1]
   phases = metrics.phase_seconds(rows)
@@ -290,7 +294,7 @@ def summarise(rows: list[dict[str, Any]], compilations: int) -> dict[str, Any]:
     'steps': last['step'],
     'win_rate_validation': last['win_rate/reference'],
     'kl_validation': last['kl/reference'],
-    'anchor_drift': last['anchor/drift'],
+    'anchor_drift': last['anchor/drift'] if moves else None,
     'signal_fires': float(np.mean([row['signal/fires'] for row in rows])),
     'compilations_after_first_step': compilations,
     'seconds': round(sum(phases.values()), 3),

@@ -126,6 +126,14 @@ def test_cautions_of_the_rows_of_training():
   assert 'not finite on 1 rows, the first at step 4' in caution
 
 
+def test_cautions_repeat_what_training_warned_of():
+  rows = [{'step': s, 'loss': 0.1} for s in range(1, 9)]
+  rows[3]['watch/entropy'] = rows[5]['watch/entropy'] = 1.0
+  (line,) = cautions({}, rows)
+  assert 'While training, the entropy had fallen far' in line
+  assert '(seen at 2 saves, steps 4 to 6)' in line
+
+
 def test_cautions_of_what_is_unknown():
   assert cautions({}, []) == []
   assert cautions(dict.fromkeys(GOOD), []) == []
