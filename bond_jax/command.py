@@ -151,7 +151,7 @@ def read_config(workdir: str) -> ml_collections.ConfigDict:
     check_version(workdir)
     # What was a tuple is a list in JSON, and must be hashable again.
     config = ml_collections.ConfigDict(_tuples(read_json(path)))
-  except (OSError, ValueError, TypeError, KeyError) as e:
+  except (OSError, ValueError, TypeError, LookupError, AttributeError) as e:
     reason = getattr(e, 'strerror', None) or 'it is not JSON of ours'
     raise UserError(
       f'cannot read {path} ({reason}); --workdir is the folder of a run, and of'

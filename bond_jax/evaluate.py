@@ -267,6 +267,9 @@ def main(
 ) -> None:
   """One evaluation of one run."""
   hosts.start()  # before anything is looked at that hosts must agree on
+  build.configure_jax()
+  build.check_stage('evaluate', config, workdir)
+  build.check(config)  # a checkpoint may be there for a config that is wrong
   if against != 'reference':
     against = os.path.normpath(against)
   step = origin.find_step(workdir, 'train', checkpoint)

@@ -156,13 +156,14 @@ def run_iteration(
     for i, place in enumerate(places):
       last = epoch == setup.epochs - 1 and i == setup.rollouts - 1
       with phase('update'):
-        state, row = programs.update(state, frozen, batches[int(place)])
+        batch = batches[int(place)]
+        state, row = programs.update(state, frozen, batch)
         if last:
           state, moved = programs.move_anchor(state, whole())
           row |= moved
         rows, row = jax.device_get((weighed, row))
       if row['skipped']:
-        broken(state, frozen, batches[int(place)])
+        broken(state, frozen, batch)
       yield state, {k: np.mean([r[k] for r in rows]) for k in rows[0]} | row
 
 

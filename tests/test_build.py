@@ -152,7 +152,9 @@ def test_a_stage_works_once(config, tmp_path, capsys):
   )
   run(checkpoint='last')
   written = toy.listing(workdir)
-  assert sorted(written) == ['config.json', 'sft/summary.json']
+  assert sorted(written) == [
+    'config.json', 'sft/summary.json', 'version.json'
+  ]  # fmt: skip
   summary = json.loads(written['sft/summary.json'])
   assert summary['loss'] == 0.25
   assert summary['checkpoint'] == 'last'
@@ -180,7 +182,7 @@ def test_a_stage_that_fails_is_not_done(config, tmp_path):
   for _ in range(2):
     with pytest.raises(UserError, match='no'):
       build.stage('sft', work, config, workdir, folder='sft')
-  assert list(toy.listing(workdir)) == ['config.json']
+  assert sorted(toy.listing(workdir)) == ['config.json', 'version.json']
 
 
 def test_params_of_an_unfinished_stage_are_refused(config, tmp_path):

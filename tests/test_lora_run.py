@@ -104,7 +104,7 @@ def run(mesh, steps=3):
   for _ in range(steps):
     ((state, row),) = train.run_iteration(
         programs, setup, task, state, frozen, lambda: frozen, key, key, mesh,
-        lambda name: contextlib.nullcontext(), submit,
+        lambda name: contextlib.nullcontext(), submit, None,
     )  # fmt: skip
     rows.append(row)
     states.append(jax.device_get(state))

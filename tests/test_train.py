@@ -350,8 +350,13 @@ def test_what_a_second_run_borrows_it_does_not_make(second, stage):
 @pytest.mark.parametrize(
   'section, key, value, says',
   [
-    ('tokenizer', 'vocab_size', 90, 'tokenizer.vocab_size: 96 -> 90'),
-    ('model', 'sizes', {'layers': 1}, "model.sizes.layers: '.absent.' -> 1"),
+    ('tokenizer', 'vocab_size', 90, 'has 96 pieces, .* another model than toy'),
+    (
+      'model',
+      'sizes',
+      {'layers': 1},
+      r"another model \(model.sizes.layers: '.absent.' -> 1\);",
+    ),
   ],
 )
 def test_a_reference_of_another_model_is_refused(
@@ -360,7 +365,7 @@ def test_a_reference_of_another_model_is_refused(
   config.reference = toy.finished()
   with config.unlocked(), config.ignore_type():
     config[section][key] = value
-  with pytest.raises(UserError, match=f'another model .{says}.;') as e:
+  with pytest.raises(UserError, match=says) as e:
     toy.run('train', config, workdir)
   assert '\n' not in str(e.value)
 

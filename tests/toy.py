@@ -303,7 +303,8 @@ def summary(*path: str) -> dict:
   """A summary.json, without the times."""
   with open(os.path.join(*path, 'summary.json')) as f:
     found = json.load(f)
-  return {k: v for k, v in found.items() if 'seconds' not in k}
+  times = 'seconds', 'tokens_per_second', 'phase_seconds'
+  return {k: v for k, v in found.items() if k not in times}
 
 
 def listing(path: str) -> dict[str, bytes]:
