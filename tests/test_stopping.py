@@ -170,7 +170,7 @@ def test_what_is_broken_is_not_saved_on_request(tmp_path, monkeypatch):
   monkeypatch.setattr(train, 'make_programs', poisoned)
   toy.light(str(tmp_path), 2, 'term')
   with pytest.raises(
-    UserError, match='step 1: not finite are .*params/final_norm'
+    UserError, match='step 1: not finite are .*params/final_n'
   ):
     toy.run('train', config, str(tmp_path))
   assert toy.steps(tmp_path, 'train') == []
