@@ -40,7 +40,7 @@ def main() -> int:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument('--only', default='')
   parser.add_argument('--seed', type=int, default=0)
-  parser.add_argument('--inputs', type=int, default=500)
+  parser.add_argument('--inputs', type=int, default=400)
   parser.add_argument('--out', default='runs/fuzz')
   parser.add_argument('--source', choices=SOURCES)
   args = parser.parse_args()
