@@ -325,6 +325,9 @@ def _parse(args: list[str], doc: str) -> list[str]:
   """Parses flags; an unknown key or flag is one line and status 2."""
   sys.modules['__main__'].__doc__ = doc
   try:
+    for name in (arg.partition('=')[0] for arg in args[1:]):
+      if name.startswith('-') and len(name) > 200:  # absl compares them all
+        raise flags.Error(f'Unknown command line flag {name[:40]!r} ...')
     return flags.FLAGS(args)
   except (
     flags.Error,

