@@ -414,15 +414,20 @@ REPLIES = [
 ]
 
 
+def read_request(file) -> None:
+  """All of it: a socket with unread bytes is reset, not closed."""
+  size = 0
+  while (line := file.readline()).strip():
+    name, _, value = line.partition(b':')
+    size = int(value) if name.lower() == b'content-length' else size
+  file.read(size)
+
+
 class _Raw(socketserver.StreamRequestHandler):
   """Answers each request with the bytes that the server holds, and hangs up."""
 
   def handle(self):
-    size = 0
-    while (line := self.rfile.readline()).strip():
-      name, _, value = line.partition(b':')
-      size = int(value) if name.lower() == b'content-length' else size
-    self.rfile.read(size)
+    read_request(self.rfile)
     with contextlib.suppress(OSError):
       self.wfile.write(self.server.answer)
 

@@ -122,8 +122,7 @@ def test_a_run_folder_says_which_code_it_names(tmp_path, capsys):
 
 class _Handler(socketserver.StreamRequestHandler):
   def handle(self):
-    while self.rfile.readline().strip():
-      pass
+    fuzz_targets.read_request(self.rfile)
     with contextlib.suppress(OSError):  # it has hung up
       self.server.act(self.wfile)
 
