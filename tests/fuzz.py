@@ -52,7 +52,9 @@ def main() -> int:
   rows = collections.defaultdict(collections.Counter)
   for name in [args.only] if args.only else found:
     for source in SOURCES if have else SOURCES[:2]:
-      rows[name] += one(args, name, source)
+      row, most = one(args, name, source), rows[name]['megabytes']
+      rows[name] += row
+      rows[name]['megabytes'] = max(most, row['megabytes'])
     print(line(name, rows[name]), flush=True)
   total = sum(rows.values(), collections.Counter())
   del total['megabytes']
@@ -89,13 +91,20 @@ def one(args, name: str, source: str) -> collections.Counter:
     if os.path.exists(told):
       row.update(json.loads(pathlib.Path(told).read_text()))
     row['seconds'] = time.monotonic() - start
+    tell_end(args, name, source, done, row, folder)
+  return row
+
+
+def tell_end(args, name, source, done, row, folder: str) -> None:
+  """Prints what a process found, and how it ended unless well."""
   print(''.join(f'  {x}\n' for x in done.stdout.splitlines()
                 if x.startswith('FOUND')), end='')  # fmt: skip
   if done.returncode:
     row['crash'] += 1
     print(f'  {name}, {source}: ended with {done.returncode}')
+    for path in pathlib.Path(folder).glob('*/input'):
+      print(f'  the input was {keep(args, name, path.read_bytes())}')
     print('    ' + '\n    '.join(done.stderr.splitlines()[-12:]))
-  return row
 
 
 def child(args) -> None:
@@ -121,10 +130,11 @@ def child(args) -> None:
   watch = fuzzing.Watch(str(folder))
   for seed in reversed(target.seeds):  # imports, caches, compiled programs
     outcome = fuzzing.judge(target, seed, watch)
-  if outcome.kind != 'accepted':  # else nothing behind it is looked at
-    print(f'FOUND the first seed is {outcome.kind}: {outcome.said}')
-  limit_memory()
   row, seen = collections.Counter(), set()
+  if outcome.kind != 'accepted':  # then nothing behind it is looked at
+    print(f'FOUND the first seed is {outcome.kind}: {outcome.said}')
+    row['traceback'] += 1
+  limit_memory()
   before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
   def inside_out() -> list:
@@ -142,7 +152,9 @@ def child(args) -> None:
     row['inputs'] += 1
     if outcome.kind in KINDS[2:] and outcome.said.split(' at ')[-1] not in seen:
       seen.add(outcome.said.split(' at ')[-1])
-      print(f'FOUND {outcome.kind}: {outcome.said} <- {keep(args, data)}')
+      print(
+        f'FOUND {outcome.kind}: {outcome.said} <- {keep(args, args.only, data)}'
+      )
     if row['inputs'] % 50 == 0:
       tell()
     if row['inputs'] == last:
@@ -175,10 +187,10 @@ def limit_memory() -> None:
   resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 
 
-def keep(args, data: bytes) -> str:
+def keep(args, name: str, data: bytes) -> str:
   folder = HERE.parent / args.out
   folder.mkdir(parents=True, exist_ok=True)
-  path = folder / f'{args.only}-{hashlib.sha256(data).hexdigest()[:12]}'
+  path = folder / f'{name}-{hashlib.sha256(data).hexdigest()[:12]}'
   path.write_bytes(data)
   return os.path.relpath(path, HERE.parent)
 

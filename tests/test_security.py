@@ -2,6 +2,7 @@
 
 import ast
 import contextlib
+import functools
 import gzip
 import io
 import json
@@ -120,6 +121,12 @@ def test_a_run_folder_says_which_code_it_names(tmp_path, capsys):
 # -- Servers that mean no good
 
 
+def start(server):
+  """In a thread that does not keep a failed test from its end."""
+  run = functools.partial(server.serve_forever, 0.01)
+  threading.Thread(target=run, daemon=True).start()
+
+
 class _Handler(socketserver.StreamRequestHandler):
   def handle(self):
     fuzz_targets.read_request(self.rfile)
@@ -137,7 +144,7 @@ def asking(monkeypatch):
     server = socketserver.ThreadingTCPServer(('127.0.0.1', 0), _Handler)
     server.daemon_threads, server.act = True, act
     servers.append(server)
-    threading.Thread(target=server.serve_forever, args=[0.01]).start()
+    start(server)
     url = f'http://127.0.0.1:{server.server_address[1]}/'
     reward = http.scorer(url, timeout=timeout, retries=0)
     with pytest.raises(UserError) as e:
@@ -205,7 +212,7 @@ def test_a_redirect_is_not_followed(asking):
   reached = []
   other = socketserver.TCPServer(('127.0.0.1', 0), _Handler)
   other.act = reached.append
-  threading.Thread(target=other.serve_forever, args=[0.01]).start()
+  start(other)
   where = b'http://127.0.0.1:%d/' % other.server_address[1]
   answer = b'HTTP/1.1 307 Go\r\nLocation: ' + where
   said = asking(
@@ -220,7 +227,7 @@ def test_a_request_that_claims_too_much():
   """Our own server reads no more than it is made for."""
   reward = lambda prompts, completions, context: np.zeros((2, 2))
   with serve.serve(reward, '127.0.0.1', 0) as server:
-    threading.Thread(target=server.serve_forever, args=[0.01]).start()
+    start(server)
     for length in (b'1000000000000000000', b'-1', b'x'):
       with socket.create_connection(server.server_address, timeout=10) as s:
         s.sendall(b'POST / HTTP/1.1\r\nContent-Length: %s\r\n\r\n' % length)
