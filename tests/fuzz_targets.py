@@ -518,8 +518,10 @@ def served_request(folder: Path) -> Target:
   )  # fmt: skip
 
   def read(content):
-    with contextlib.suppress(ValueError):
+    try:
       serve.read(content)
+    except ValueError as e:  # answered as a line
+      raise Refused(' '.join(f'{e}'.split())) from e
 
   return Target('served request', 'json', [json.dumps(seed).encode()], read)
 

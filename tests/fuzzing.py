@@ -265,7 +265,7 @@ def replaced(value: Any, strange: Any, draw: Callable[[int], int]) -> Any:
 def _alike(value: Any) -> list[Any]:
   """Values of the same kind, which are read further than others."""
   found = [x for x in STRANGE if type(x) is type(value)]
-  if type(value) in (int, float):
+  if type(value) in (int, float) and abs(value) < 1e300:
     found += [value + 1, -value, value * 3, value / 2, value // 2, 10**6]
   return found
 
