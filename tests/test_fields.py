@@ -115,6 +115,14 @@ def test_a_section_that_no_task_needs_may_be_missing(config, name):
   fields.check(config, build.NEEDED)
 
 
+def test_an_argument_of_an_algorithm_of_another_kind_is_one_line():
+  config = toy.get_config('nowhere')
+  with config.unlocked():
+    config.algorithm.args = dict(config.algorithm.args, backward_weight='x')
+  with pytest.raises(UserError, match="algorithm jbond: .*'x'"):
+    build.make_algorithm(config)
+
+
 def test_the_check_of_a_run_looks_at_its_fields():
   """Of what every task has, and of what texts need beside."""
   for path, says in (

@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 import toy
 
-from bond_jax import command, hosts, movie_reviews, scoring, tokenizer
+from bond_jax import command, hf, hosts, movie_reviews, scoring, tokenizer
 from bond_jax.errors import UserError
 from bond_jax.rewards import http, ridge, serve
 
@@ -205,6 +205,22 @@ def test_brackets_without_an_end(asking):
   body = b'[' * 10**6
   head = HEAD + b'Content-Length: %d\r\n\r\n' % len(body)
   assert 'answered no JSON' in asking(lambda out: out.write(head + body))
+
+
+def test_a_request_without_sense_is_a_line():
+  """Brackets without an end, and numbers where lists must be."""
+  good = json.loads(fuzz_targets.served_request(None).seeds[0])
+  for bad in ({'tokens': [1, 2]}, {'finished': [True, False]}):
+    with pytest.raises(ValueError, match='is not as it must be'):
+      serve.read(json.dumps(good | bad).encode())
+  with pytest.raises(ValueError, match='brackets without an end'):
+    serve.read(b'[' * 10**6)
+
+
+def test_a_config_of_brackets_is_one_line(tmp_path):
+  (tmp_path / 'config.json').write_text('[' * 10**6)
+  with pytest.raises(UserError, match='not JSON'):
+    hf.read_config(str(tmp_path))
 
 
 def test_a_redirect_is_not_followed(asking):
