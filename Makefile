@@ -32,8 +32,8 @@ $(foreach folder,.venv .venv-parity .venv-hf,$(if $(wildcard $(folder)/.done),\
   $(shell $(folder)/bin/python -c '$(healthy)' >&2 || rm $(folder)/.done)))
 
 .PHONY: help setup data demo test test-docs test-meshes test-parity test-hf \
-  mutations figures bench sizing drill soak overoptimisation notebooks \
-  notebooks-keep lm-eval lint venv libtpu browser
+  mutations fuzz audit figures bench sizing drill soak overoptimisation \
+  notebooks notebooks-keep lm-eval lint venv libtpu browser
 
 help:  ## list these commands
 	@sed -n 's/^\([a-z-]*\):.*## /\1: /p' Makefile | column -t -s:
@@ -52,6 +52,14 @@ help:  ## list these commands
 
 .venv-hf/.done: requirements.txt requirements-dev.txt requirements-hf.txt
 	@$(call environment,.venv-hf,$^)
+	@touch $@
+
+.venv-fuzz/.done: requirements.txt requirements-dev.txt requirements-fuzz.txt
+	@$(call environment,.venv-fuzz,$^)
+	@touch $@
+
+.venv-audit/.done: requirements-audit.txt
+	@$(call environment,.venv-audit,$^)
 	@touch $@
 
 venv: .venv/.done
@@ -115,6 +123,19 @@ lm-eval: .venv-hf/.done  ## benchmarks before and after: RUN=runs/mine TASKS=gsm
 
 mutations: venv browser  ## break the code in every line of tests/mutations.txt
 	@$(PYTHON) tests/mutate.py
+
+# 25,000 inputs, in about 15 minutes; SEED=1 gives others.
+SEED ?= 0
+fuzz: .venv-fuzz/.done  ## 25,000 strange files, answers and flags; own environment
+	@.venv-fuzz/bin/python tests/fuzz.py --seed=$(SEED)
+
+# Every version is pinned, so nothing is resolved; what cannot be looked up is an
+# error.
+audit: .venv-audit/.done  ## known vulnerabilities of all that is pinned, by PyPI
+	@status=0; for file in requirements*.txt; do echo "== $$file"; \
+	  .venv-audit/bin/pip-audit --strict --no-deps --disable-pip \
+	    --progress-spinner=off -r $$file || status=1; \
+	done; exit $$status
 
 # WIND's first figure is of exact tables; the others train.
 FIGURES := bond_2 bond_b1 bond_4 bond_5 bond_6 bond_7 bond_8 wind_2

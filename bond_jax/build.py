@@ -20,6 +20,7 @@ import numpy as np
 from bond_jax import (
   command,
   data,
+  fields,
   hosts,
   locks,
   metrics,
@@ -57,6 +58,11 @@ def keep_compilations(backend: str) -> None:
   if backend != 'cpu' and not jax.config.jax_compilation_cache_dir:
     folder = os.path.expanduser('~/.cache/bond_jax')
     jax.config.update('jax_compilation_cache_dir', folder)
+
+
+# Of a config, whatever its task is.
+NEEDED = ('seed', 'reference', 'save_failure', 'task', 'mesh', 'train',
+          'algorithm')  # fmt: skip
 
 
 class Task(NamedTuple):
@@ -105,8 +111,9 @@ def make_algorithm(config: ml_collections.ConfigDict):
   _check_arguments(f'algorithm {name}', module.make, config.algorithm.args)
   try:
     return module.make(**config.algorithm.args)
-  except ValueError as e:
-    raise UserError(f'algorithm {name}: {e}.') from e
+  except (TypeError, ValueError) as e:
+    args = dict(config.algorithm.args)
+    raise UserError(f'algorithm {name}: {e}; args are {args}.') from e
 
 
 def _check_arguments(name: str, function: Callable[..., Any], args) -> None:
@@ -238,6 +245,7 @@ def texts(
 
 def check(config: ml_collections.ConfigDict) -> Mesh:
   """The mesh of a config; a UserError for what no stage could work with."""
+  fields.check(config.to_dict(), NEEDED)
   settings = config.train
   mesh = sharding.make_mesh(**config.mesh)
   sharding.check_batch(

@@ -16,10 +16,11 @@ import ml_collections
 from ml_collections import config_flags
 
 import bond_jax
-from bond_jax import hosts
+from bond_jax import fields, hosts
 from bond_jax.errors import Stopped, UserError
 
 VERSION = 'version.json'  # of the package that made a run
+_RESTORE = 'it was cut or changed: restore it, or move it away'
 
 
 def load(reference: str) -> Callable[..., Any]:
@@ -136,8 +137,13 @@ def check_version(workdir: str) -> None:
   path = os.path.join(workdir, VERSION)
   if not os.path.exists(path):
     return
-  theirs, ours = read_json(path)['bond_jax'], bond_jax.__version__
-  number = lambda version: [int(x) for x in re.findall(r'\d+', version)]
+  theirs, ours = read_json(path).get('bond_jax'), bond_jax.__version__
+  number = lambda version: [int(x) for x in re.findall(r'\d{1,9}', version)]
+  if not isinstance(theirs, str):
+    raise UserError(
+      f'{path} names no version of bond_jax; the newest one may read the run'
+      ' once that file is moved away.'
+    )
   if number(theirs) > number(ours):
     raise UserError(
       f'{workdir} was made by bond_jax {theirs}, and this is {ours}: update it.'
@@ -147,17 +153,19 @@ def check_version(workdir: str) -> None:
 def read_config(workdir: str) -> ml_collections.ConfigDict:
   """The config that a run was started with; a UserError if there is none."""
   path = os.path.join(workdir, 'config.json')
+  remedy = (
+    '--workdir is the folder of a run, and of a new one --config says what it'
+    ' is'
+  )
+  check_version(workdir)
+  raw = read_json(path, remedy)
   try:
-    check_version(workdir)
     # What was a tuple is a list in JSON, and must be hashable again.
-    config = ml_collections.ConfigDict(_tuples(read_json(path)))
-  except (OSError, ValueError, TypeError, LookupError, AttributeError) as e:
-    reason = getattr(e, 'strerror', None) or 'it is not JSON of ours'
+    return ml_collections.ConfigDict(_tuples(raw)).lock()
+  except (ValueError, TypeError, LookupError, AttributeError) as e:
     raise UserError(
-      f'cannot read {path} ({reason}); --workdir is the folder of a run, and of'
-      ' a new one --config says what it is.'
+      f'{path} is no config ({_line(e)}); restore it, or give --config.'
     ) from e
-  return config.lock()
 
 
 def _tuples(value: Any) -> Any:
@@ -175,9 +183,19 @@ def write_json(path: str, value: Any) -> None:
   os.replace(temporary, path)
 
 
-def read_json(path: str) -> Any:
-  with open(path, encoding='utf-8') as f:
-    return json.load(f)
+def read_json(path: str, remedy: str = _RESTORE) -> dict[str, Any]:
+  """The object in a file of ours; a UserError if it is cut or changed."""
+  reason = 'it is not JSON of ours'
+  try:
+    with open(path, encoding='utf-8') as f:
+      value = json.load(f)
+    if isinstance(value, dict):
+      return value
+  except OSError as e:
+    reason = e.strerror
+  except (ValueError, RecursionError):  # also of bytes that are not UTF-8
+    pass
+  raise UserError(f'cannot read {path} ({reason}); {remedy}.')
 
 
 def run(
@@ -216,10 +234,10 @@ def run_flags(
       raise UserError(f'--{folder} is not set; it says where to write.')
     where = os.path.normpath(path.value)
     if flags.FLAGS['config'].present:
-      return _loaded(config_file.value, partial), where
+      return _loaded(config_file, partial), where
     if folder != 'workdir':
       raise UserError('--config is not set; give a configs/*.py file.')
-    return read_config(where), where
+    return _told(read_config(where), where), where
 
   return given
 
@@ -231,6 +249,20 @@ def leave_threads() -> None:
   """Lets the process end although a thread of a library does not."""
   global _left_behind
   _left_behind = True
+
+
+def _told(
+  config: ml_collections.ConfigDict, workdir: str
+) -> ml_collections.ConfigDict:
+  """Says which code beside ours a run's own config.json lets us call."""
+  named = fields.functions(config.to_dict())
+  if others := [x for x in named if not x.startswith('bond_jax.')]:
+    print(
+      f'{workdir}/config.json names {", ".join(map(repr, others))}: code that'
+      ' is run; go on only if you trust that folder.',
+      file=sys.stderr,
+    )
+  return config
 
 
 def execute(main: Callable[[], None], doc: str) -> None:
@@ -274,9 +306,15 @@ def execute(main: Callable[[], None], doc: str) -> None:
   app.run(body, flags_parser=lambda args: _parse(args, doc))
 
 
-def _loaded(config: Any, partial: bool) -> ml_collections.ConfigDict:
+def _loaded(
+  given: flags.FlagHolder, partial: bool
+) -> ml_collections.ConfigDict:
   """The config; a UserError if its file could not be read."""
   path = config_flags.get_config_filename(flags.FLAGS['config'])
+  try:
+    config = given.value
+  except OSError:
+    config = None
   if isinstance(config, ml_collections.ConfigDict):
     unset = [] if partial else _unset(config, '--config')
     if unset:
@@ -303,16 +341,21 @@ def _parse(args: list[str], doc: str) -> list[str]:
   """Parses flags; an unknown key or flag is one line and status 2."""
   sys.modules['__main__'].__doc__ = doc
   try:
+    for name in (arg.partition('=')[0] for arg in args[1:]):
+      if name.startswith('-') and len(name) > 200:  # absl compares them all
+        raise flags.Error(f'Unknown command line flag {name[:40]!r} ...')
     return flags.FLAGS(args)
   except (
     flags.Error,
     AttributeError,
     KeyError,
+    OSError,
     SyntaxError,
     TypeError,
     ValueError,
   ) as e:
-    print(f'error: {_unknown_key(args) or _line(e)}', file=sys.stderr)
+    said = UserError(_unknown_key(args) or _line(e))
+    print(f'error: {said}', file=sys.stderr)
     sys.exit(2)
 
 

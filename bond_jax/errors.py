@@ -1,8 +1,26 @@
-"""The two ends of a run that need no traceback; imports nothing."""
+"""The two ends of a run that need no traceback; imports nothing of ours."""
+
+import re
+
+_LONGEST = 4000  # characters; a file that is quoted may be one long name
+# What ends a line, speaks to a terminal, turns the direction of the text, or
+# is half a character. Lists of differences go on in lines of two spaces.
+_UNSAFE = re.compile(
+  '\n(?!  )|[\0-\x09\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]'
+)
 
 
 class UserError(Exception):
-  """Something the user can mend: says what, got, allowed and remedy."""
+  """Something the user can mend: says what, got, allowed and remedy.
+
+  It quotes files and answers of others: it stays one line, whatever they hold.
+  """
+
+  def __str__(self) -> str:
+    text = super().__str__()
+    if len(text) > _LONGEST:
+      text = f'{text[: _LONGEST // 2]} ... {text[-_LONGEST // 2 :]}'
+    return _UNSAFE.sub(lambda m: m[0].encode('unicode_escape').decode(), text)
 
 
 class Stopped(BaseException):

@@ -114,7 +114,7 @@ def evaluate(
 
   def told() -> dict[str, Any]:
     watched = metrics.read_rows(os.path.join(own_rows, 'metrics.jsonl'))
-    summary = measures.summarise(rows) | throughput(watched)
+    summary = summarise(where, rows) | throughput(watched)
     summary |= history(config, workdir, watched)
     summary |= {'checkpoint': checkpoint, 'against': against}
     draw_report(config, workdir, where, rows, summary)
@@ -171,12 +171,29 @@ def make_judges(config, workdir: str, opponents, prompts, read, own):
   }
 
 
+def summarise(folder: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
+  """What the rows of a folder's completions.jsonl say; see `measures`."""
+  try:
+    return measures.summarise(rows)
+  except ValueError as e:
+    path = os.path.join(folder, 'completions.jsonl')
+    raise UserError(
+      f'{path}: {e}. If it was changed, move it away, to draw them anew.'
+    ) from e
+
+
 def throughput(rows: list[dict[str, Any]]) -> dict[str, Any]:
   """Tokens per second of drawing and scoring, of the calls' median.
 
   A call that compiles is slow, so that one call says nothing.
   """
-  rates = [row['tokens/decoded'] / row['seconds/sample'] for row in rows]
+  pairs = [(row.get('tokens/decoded'), row.get('seconds/sample'))
+           for row in rows]  # fmt: skip
+  rates = [
+    tokens / seconds
+    for tokens, seconds in pairs
+    if all(map(metrics.is_number, (tokens, seconds))) and seconds > 1e-6
+  ]
   rate, reason = None, None
   if len(rates) < 3:
     reason = f'there were {len(rates)} calls, and those that compile are slow'
@@ -198,30 +215,48 @@ def history(config, workdir: str, own) -> dict[str, Any]:
     **{f'evaluate/{k}': v for k, v in metrics.phase_seconds(own).items()},
   }
   row = {}
-  if train := summary_of(workdir, 'train'):
-    keys = ('steps', 'anchor_drift', 'signal_fires',
-            'compilations_after_first_step')  # fmt: skip
+  keys = ('steps', 'anchor_drift', 'signal_fires',
+          'compilations_after_first_step')  # fmt: skip
+  if train := summary_of(workdir, 'train', *keys):
     row |= {key: train[key] for key in keys}
   if 'sft' in config:
-    sft = summary_of(start, 'sft')
-    phases |= {f'sft/{k}': v for k, v in sft['phase_seconds'].items()}
+    keys = 'phase_seconds', 'parameters', 'validation_loss'
+    sft = summary_of(start, 'sft', *keys)
+    took = (
+      sft['phase_seconds'] if isinstance(sft['phase_seconds'], dict) else {}
+    )
+    phases |= {f'sft/{k}': v for k, v in took.items()}
     row['parameters'] = sft['parameters']
     row['sft_validation_loss'] = sft['validation_loss']
-  if reward := summary_of(start, 'reward'):  # one of the user's has no stage
+  if reward := summary_of(
+    start, 'reward', 'seconds'
+  ):  # one of the user's has no stage
     phases['reward/fit'] = reward['seconds']
     row |= {  # of preferences there is no correlation, of a ridge no share
       f'reward_{key}': reward[key]
       for key in ('test_pearson', 'accuracy')
       if key in reward
     }
+  phases = {k: v for k, v in phases.items() if metrics.is_number(v)}
   row['seconds'] = round(sum(phases.values()), 3)
   return {**row, 'phase_seconds': {k: round(v, 3) for k, v in phases.items()}}
 
 
-def summary_of(workdir: str, stage: str) -> dict[str, Any]:
-  """What a stage has left; nothing if it has not finished."""
+def summary_of(workdir: str, stage: str, *keys: str) -> dict[str, Any]:
+  """What a stage has left; nothing if it has not finished.
+
+  A UserError if it lacks one of `keys`.
+  """
   path = os.path.join(workdir, stage, 'summary.json')
-  return command.read_json(path) if os.path.exists(path) else {}
+  if not os.path.exists(path):
+    return {}
+  summary = command.read_json(path)
+  if missing := [key for key in keys if key not in summary]:
+    raise UserError(
+      f'{path} lacks {", ".join(missing)}: it was changed, or another version'
+      f' of bond_jax wrote it. Restore it, or run the {stage} stage again.'
+    )
+  return summary
 
 
 def stage_rows(workdir: str, stage: str) -> list[dict[str, Any]]:

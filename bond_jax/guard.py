@@ -20,9 +20,11 @@ class Guard:
     self.stops: UserError | None = None
     self._setup = setup
     self._limit = config.train.skip_limit
-    settings = config.train.watch.to_dict()
-    self._stop_at = settings.pop('stop')
-    self._limits = settings | {'moves': setup.algorithm.anchor.moves}
+    settings = config.train.watch
+    self._stop_at = settings.stop
+    names = 'kl', 'entropy', 'length', 'signal', 'speed'
+    self._limits = {name: settings[name] for name in names}
+    self._limits['moves'] = setup.algorithm.anchor.moves
     if unknown := sorted(set(self._stop_at) - set(watch.MEANING)):
       raise UserError(
         f'train.watch.stop has {", ".join(map(repr, unknown))}; known are'

@@ -155,6 +155,12 @@ def _open(folder: str) -> dict[str, Tensor]:
     where = index.get('weight_map')
     if not isinstance(where, dict) or not where:
       raise UserError(f'{folder}/{INDEX} has no weight_map; download it again.')
+    strange = [x for x in where.values() if not _is_file_name(x)]
+    if strange:
+      raise UserError(
+        f'{folder}/{INDEX} names {strange[0]!r:.60}, which is no .safetensors'
+        ' file of that folder; download it again.'
+      )
   elif not os.path.exists(os.path.join(folder, SINGLE)):
     raise UserError(
       f'{folder} has neither {SINGLE} nor {INDEX}; weights in other formats'
@@ -177,6 +183,12 @@ def _open(folder: str) -> dict[str, Tensor]:
       f' says it does, nor {len(lost) - 1} others; download it again.'
     )
   return tensors
+
+
+def _is_file_name(value: Any) -> bool:
+  """Whether it is a file beside the index, and not somewhere else."""
+  pattern = r'[\w-][\w.-]*\.safetensors'
+  return isinstance(value, str) and bool(re.fullmatch(pattern, value))
 
 
 def headers(path: str) -> dict[str, Tensor]:
@@ -247,7 +259,7 @@ def check_dtype(tensor: Tensor) -> None:
 
 def _check_head(folder, raw, tensors, prefix) -> None:
   """Refuses a head that is not the embedding."""
-  text = raw.get('text_config', {})
+  text = raw.get('text_config') or {}
   tied = raw.get('tie_word_embeddings', text.get('tie_word_embeddings', True))
   head = next((k for k in tensors if k.endswith('lm_head.weight')), None)
   if head is None and not tied:
@@ -367,7 +379,7 @@ def read_json(folder: str, name: str, remedy: str) -> dict[str, Any]:
   try:
     with open(path, encoding='utf-8') as f:
       value = json.load(f)
-  except (OSError, ValueError) as e:
+  except (OSError, ValueError, RecursionError) as e:
     reason = getattr(e, 'strerror', None) or 'not JSON'
     raise UserError(f'cannot read {path} ({reason}); {remedy}.') from e
   if not isinstance(value, dict):

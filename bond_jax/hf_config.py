@@ -140,14 +140,23 @@ def to_json(config: gemma.Config, dtype: str) -> dict[str, Any]:
   return out
 
 
+_SIZES = ('vocab_size', 'hidden_size', 'num_hidden_layers',
+          'num_attention_heads', 'num_key_value_heads', 'head_dim',
+          'intermediate_size')  # fmt: skip
+_MOST = dict.fromkeys(_SIZES, 2**31) | {'num_hidden_layers': 1000}
+
+
 def from_json(raw: dict[str, Any], path: str) -> gemma.Config:
   """The model of a config.json; a UserError if we do not compute that."""
+  _check_kinds(raw, path)
   kind = _model_type(raw, path)
   if kind == 'gemma3':
     # The head is a matter of the whole model.
     tied = {k: raw[k] for k in ('tie_word_embeddings',) if k in raw}
-    raw, kind = {**raw.get('text_config', {}), **tied}, 'gemma3_text'
+    raw, kind = {**(raw.get('text_config') or {}), **tied}, 'gemma3_text'
+    _check_kinds(raw, path)
   raw = {**_DEFAULTS[kind], **raw}
+  _check_sizes(raw, path)
   _refuse(raw, kind, path)
   new = kind != 'gemma'
   base = 1_000_000.0 if kind == 'gemma3_text' else 10_000.0
@@ -179,6 +188,52 @@ def from_json(raw: dict[str, Any], path: str) -> gemma.Config:
   )
   name = known_as(config)
   return gemma.CONFIGS[name] if name else config
+
+
+def _check_kinds(raw: dict[str, Any], path: str) -> None:
+  """Refuses values that are not of the kind that their names promise."""
+  is_number = lambda x: isinstance(x, int | float) and 0 < x < 1e30
+  is_texts = lambda x: (
+    isinstance(x, list) and all(isinstance(y, str) for y in x)
+  )
+  is_table = lambda x: isinstance(x, dict)
+  kinds = {
+    'a positive number': (is_number, (
+      'query_pre_attn_scalar', 'attn_logit_softcapping', 'rms_norm_eps',
+      'final_logit_softcapping', 'rope_theta', 'rope_local_base_freq',
+      'sliding_window', 'factor')),
+    'a list of names': (is_texts, ('architectures', 'layer_types')),
+    'an object': (is_table, (
+      'text_config', 'rope_parameters', 'rope_scaling', *_KINDS)),
+  }  # fmt: skip
+  for expected, (good, names) in kinds.items():
+    for name in names:
+      if raw.get(name) is not None and not good(raw[name]):
+        raise UserError(
+          f'{path}/config.json: {name} is {raw[name]!r:.60}, expected'
+          f' {expected}; download it again.'
+        )
+  for name in ('rope_parameters', 'rope_scaling', *_KINDS):
+    if raw.get(name):
+      _check_kinds(raw[name], path)
+
+
+def _check_sizes(raw: dict[str, Any], path: str) -> None:
+  for name in (*_SIZES, 'sliding_window_pattern', 'sliding_window'):
+    value, most = raw.get(name, 1), _MOST.get(name, 2**31)
+    if not isinstance(value, int) or not 1 <= value <= most:
+      raise UserError(
+        f'{path}/config.json: {name} is {value!r:.60}, expected a whole number'
+        f' from 1 to {most}; download it again.'
+      )
+  if raw['num_attention_heads'] % raw['num_key_value_heads']:
+    raise UserError(
+      f'{path}/config.json: num_attention_heads'
+      f' ({raw["num_attention_heads"]}) is no multiple of num_key_value_heads'
+      f' ({raw["num_key_value_heads"]}); download it again.'
+    )
+  if raw.get('rms_norm_eps') is None:
+    raise UserError(f'{path}/config.json: rms_norm_eps is null, not 1e-6.')
 
 
 def _model_type(raw: dict[str, Any], path: str) -> str:
@@ -222,13 +277,14 @@ def _rope(
   if not new and layers == 'full_attention':
     rope = raw.get('rope_scaling') or {}
   kind = rope.get('rope_type', rope.get('type', 'default'))
+  kind = kind if isinstance(kind, str) else repr(kind)
   if kind not in ('default', 'linear'):
     raise UserError(
       f'{path}/config.json: rope_type is {kind!r}; readable are default and'
       ' linear.'
     )
   theta = rope.get('rope_theta', raw.get(key, base))
-  return float(theta), float(rope.get('factor', 1.0))
+  return float(theta or base), float(rope.get('factor') or 1.0)
 
 
 def _pattern(raw: dict[str, Any], path: str) -> tuple[str, ...]:

@@ -28,6 +28,7 @@ RECORD_KEYS = (
   'truncated',  # True: cut at the length limit, so there is no EOS
 )
 _TEXTS = ('id', 'prompt', 'completion', 'who')
+_LARGEST = 1e100  # sums and squares of numbers as large still are numbers
 
 
 def mean_and_stderr(x: np.ndarray) -> tuple[float, float]:
@@ -78,13 +79,17 @@ def grid(records: Iterable[Mapping[str, Any]], who: str) -> dict[str, Any]:
   """Gathers the rows of one side into arrays [X, completions], by prompt id.
 
   Raises:
-    ValueError: a key is missing, or prompts have different numbers of rows.
+    ValueError: a key is missing, or no number or text as it must be, or prompts
+      have different numbers of rows.
   """
   rows: dict[Any, list[Mapping[str, Any]]] = {}
   for i, record in enumerate(records):
     missing = [key for key in RECORD_KEYS if key not in record]
     if missing:
       raise ValueError(f'completion {i + 1} lacks {", ".join(missing)}')
+    for key in RECORD_KEYS:
+      if problem := _problem(key, record[key]):
+        raise ValueError(f'completion {i + 1}: {key} is {problem}')
     if record['who'] == who:
       rows.setdefault(record['id'], []).append(record)
   counts = sorted({len(group) for group in rows.values()})
@@ -101,6 +106,18 @@ def grid(records: Iterable[Mapping[str, Any]], who: str) -> dict[str, Any]:
   }
   text = [[r['completion'] for r in rows[i]] for i in ids]
   return columns | {'id': ids, 'completion': text}
+
+
+def _problem(key: str, value: Any) -> str:
+  """What is wrong with a value of a row; '' if nothing."""
+  if key in _TEXTS:
+    kind = int if key == 'id' else str
+    good = isinstance(value, kind) and not isinstance(value, bool)
+    expected = 'a whole number' if kind is int else 'a text'
+  else:
+    good = isinstance(value, int | float) and abs(value) <= _LARGEST
+    expected = 'a finite number'
+  return '' if good else f'{value!r:.60}, expected {expected}'
 
 
 def summarise(records: Iterable[Mapping[str, Any]]) -> dict[str, Any]:

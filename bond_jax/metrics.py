@@ -27,6 +27,7 @@ from tensorboardX.proto import event_pb2
 from tensorboardX.record_writer import masked_crc32c
 
 from bond_jax import hosts
+from bond_jax.errors import UserError
 
 # jax reports a scalar of this name when a compilation starts, and a duration
 # when it has ended; a hit in the persistent cache counts as a short one.
@@ -295,10 +296,30 @@ class _Line:
 
 
 def read_rows(path: str) -> list[dict[str, Any]]:
-  """Reads a JSONL file, less a last line that a kill has torn."""
-  with open(path, encoding='utf-8') as f:
-    lines = f.read().split('\n')
-  return [json.loads(line) for line in lines[:-1]]
+  """Reads a JSONL file, less a last line that a kill has torn.
+
+  A UserError names a line that is no JSON object.
+  """
+  try:
+    with open(path, 'rb') as f:
+      lines = f.read().split(b'\n')
+  except OSError as e:
+    raise UserError(
+      f'cannot read {path} ({e.strerror}); has the stage that writes it run?'
+    ) from e
+  rows = []
+  for number, line in enumerate(lines[:-1], 1):
+    try:
+      row = json.loads(line.decode('utf-8'))
+    except (ValueError, RecursionError):
+      row = None
+    if not isinstance(row, dict):
+      raise UserError(
+        f'{path}:{number} is no JSON object of ours; the file was cut or'
+        ' changed: restore it, or move it away.'
+      )
+    rows.append(row)
+  return rows
 
 
 def phase_seconds(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
@@ -306,16 +327,24 @@ def phase_seconds(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
   total: collections.defaultdict[str, float] = collections.defaultdict(float)
   for row in rows:
     for key, value in row.items():
-      if key.startswith('seconds/'):
+      if key.startswith('seconds/') and is_number(value):
         total[key.removeprefix('seconds/')] += value
   return dict(total)
+
+
+def is_number(value: Any) -> bool:
+  """Whether a value of JSON is a finite number."""
+  if not isinstance(value, int | float) or isinstance(value, bool):
+    return False
+  return abs(value) <= sys.float_info.max
 
 
 def _drop_after(path: str, step: int) -> None:
   """Rewrites a JSONL file, whole or not at all, without rows after `step`."""
   if not os.path.exists(path):
     return
-  rows = [row for row in read_rows(path) if row['step'] <= step]
+  rows = read_rows(path)
+  rows = [r for r in rows if is_number(r.get('step')) and r['step'] <= step]
   with open(path + '.tmp', 'w', encoding='utf-8') as f:
     f.writelines(json.dumps(row) + '\n' for row in rows)
   os.replace(path + '.tmp', path)

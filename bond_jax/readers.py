@@ -112,7 +112,8 @@ def parquet(paths: Sequence[str]) -> Table:
   for path in paths:
     try:
       tables.append(pyarrow.parquet.ParquetFile(path).read())
-    except (pa.ArrowException, OSError) as e:
+    # Arrow says by many kinds what is wrong with a file, some of them Python's.
+    except (pa.ArrowException, OSError, ValueError, TypeError, KeyError) as e:
       reason = getattr(e, 'strerror', None) or _first_line(e)
       raise UserError(f'cannot read {path}: {reason.rstrip(".")}.') from e
     if not len(tables[-1]):

@@ -142,6 +142,12 @@ def call(
   parts = {
     k: check(v, shape, prompts, f'{name}[{k!r}]') for k, v in values.items()
   }
+  if len({v.ndim for v in parts.values()}) > 1:
+    kinds = ', '.join(f'{k} {list(v.shape)}' for k, v in parts.items())
+    raise UserError(
+      f'reward {name} has parts of both kinds ({kinds}): a sum is of scores,'
+      ' or of judges of pairs.'
+    )
   total = sum(parts.values())
   return total, {k: v for k, v in parts.items() if v.ndim == 2}
 
@@ -161,8 +167,8 @@ def check(
   pairs = array.ndim == 3
   if array.shape != shape + shape[1:] * pairs:
     rows = list(values) if np.iterable(values) else []
-    bad = (i for i, r in enumerate(rows) if np.shape(r) != shape[1:])
-    i = next(bad, min(len(rows), shape[0] - 1))
+    bad = (i for i, r in enumerate(rows) if _shape(r) != shape[1:])
+    i = min(next(bad, len(rows)), shape[0] - 1)
     got = list(array.shape) if array.dtype != object else type(values).__name__
     raise UserError(
       f'reward {name} returned {got}, expected one number per completion,'
@@ -185,6 +191,14 @@ def check(
       f' ({quote(i, prompts)}).'
     )
   return _antisymmetric(result, prompts, name) if pairs else result
+
+
+def _shape(row: Any) -> tuple[int, ...] | None:
+  """Of what one prompt was given; None if it is ragged."""
+  try:
+    return np.shape(row)
+  except ValueError:
+    return None
 
 
 def _antisymmetric(win: np.ndarray, prompts, name: str) -> np.ndarray:

@@ -30,6 +30,7 @@ class Points(NamedTuple):
   reward: np.ndarray
 
 
+_MOST = 1e100  # sums and squares of numbers as large still are numbers
 KEYS = 'step', 'kl/reference', 'win_rate/reference', 'reward/validation'
 
 
@@ -66,11 +67,16 @@ def sweep(pattern: str, out: str | None) -> None:
 
 
 def watched(folder: str) -> Points:
-  """What training has seen of each checkpoint that it saved."""
+  """What training has seen of each checkpoint that it saved.
+
+  A number that was not finite is null there, and its checkpoint is left out.
+  """
   path = os.path.join(folder, 'train', 'metrics.jsonl')
   rows = metrics.read_rows(path) if os.path.exists(path) else []
-  kept = [[row[k] for k in KEYS] for row in rows if row.get(KEYS[1]) is not None
-          and row.get(KEYS[2]) is not None and KEYS[3] in row]  # fmt: skip
+  found = [[row.get(k) for k in KEYS] for row in rows]
+  kept = [values for values in found if None not in values]
+  for values in kept:
+    _check_numbers(path, dict(zip(KEYS, values)))
   return Points(*np.array(kept, np.float64).reshape(-1, len(KEYS)).T)
 
 
@@ -80,8 +86,35 @@ def evaluations(folder: str) -> list[dict[str, Any]]:
   paths += sorted(
     glob.glob(os.path.join(folder, 'evaluate', '*', 'summary.json'))
   )
-  found = [command.read_json(path) for path in paths if os.path.exists(path)]
-  return [x for x in found if x.get('against', 'reference') == 'reference']
+  found = []
+  for path in filter(os.path.exists, paths):
+    told = command.read_json(path)
+    if told.get('against', 'reference') == 'reference':
+      _check_evaluation(path, told)
+      found.append(told)
+  return found
+
+
+def _check_evaluation(path: str, told: dict[str, Any]) -> None:
+  """A UserError unless a summary has what is drawn of it."""
+  interval = told.get('win_rate_interval')
+  if not isinstance(interval, list) or len(interval) != 2:
+    interval = [None, None]
+  ends = dict(zip(('win_rate_interval[0]', 'win_rate_interval[1]'), interval))
+  drawn = ('kl', 'kl_stderr', 'win_rate', 'reward_policy')
+  _check_numbers(path, {key: told.get(key) for key in drawn} | ends)
+  for key in ('effective_n', 'frontier_efficiency'):
+    if told.get(key) is not None:
+      _check_numbers(path, {key: told[key]})
+
+
+def _check_numbers(path: str, values: dict[str, Any]) -> None:
+  for key, value in values.items():
+    if not metrics.is_number(value) or abs(value) > _MOST:
+      raise UserError(
+        f'{path}: {key} is {value!r:.60}, expected a number; the file was'
+        ' changed or is of another version: restore it, or move it away.'
+      )
 
 
 def summarise(runs: dict[str, Points]) -> dict[str, Any]:
@@ -180,10 +213,11 @@ def draw(runs: dict[str, Points], summary: dict[str, Any], path: str) -> None:
       left.plot(run.kl[order], run.win_rate[order], label=name, **style)
       right.plot(run.kl[order], run.reward[order], **style)
       for told in summary['runs'][name]['evaluations']:
-        low, high = told['win_rate_interval']
+        rate, (low, high) = told['win_rate'], told['win_rate_interval']
         left.errorbar(
-          told['kl'], told['win_rate'], xerr=1.96 * told['kl_stderr'],
-          yerr=[[told['win_rate'] - low], [high - told['win_rate']]],
+          told['kl'], rate, xerr=1.96 * abs(told['kl_stderr']),
+          # A mean that rounding puts outside its interval is drawn as well.
+          yerr=[[max(rate - low, 0)], [max(high - rate, 0)]],
           fmt='*', ms=9, color=colour, elinewidth=1,
         )  # fmt: skip
         right.plot(told['kl'], told['reward_policy'], '*', ms=9, color=colour)

@@ -17,6 +17,7 @@ from bond_jax import (
   build,
   comparisons,
   data,
+  fields,
   hosts,
   origin,
   reward_training,
@@ -31,12 +32,16 @@ from bond_jax.log_probs import log_probs
 from bond_jax.models import lora
 from bond_jax.sampling import sample
 
+NEEDED = ('sampling_mesh', 'data', 'weights', 'tokenizer', 'model', 'prompt',
+          'length', 'chunk', 'slots', 'reward', 'gold', 'evaluate')  # fmt: skip
+
 
 def check(config: ml_collections.ConfigDict, mesh) -> None:
   """Refuses what some stage could not work with.
 
   A wrong setting of a late stage must not cost the early ones.
   """
+  fields.check(config.to_dict(), NEEDED)
   batches = {
     'train.probe_prompts': config.train.probe_prompts,
     'evaluate.prompts': config.evaluate.prompts,

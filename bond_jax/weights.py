@@ -201,6 +201,8 @@ def _open(path: str) -> dict[str, ts.TensorStore]:
       tuple(str(part['key']) for part in entry['key_metadata'])
       for entry in metadata['tree_metadata'].values()
     ]
+    if () in keys:
+      raise ValueError('an array without a name')
     use_ocdbt = ocp.type_handlers.is_ocdbt_checkpoint(folder)
   except Exception as e:
     raise UserError(_damaged(path, marker, e)) from e

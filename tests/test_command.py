@@ -221,3 +221,46 @@ def test_json_is_written_whole_or_not_at_all(tmp_path):
   with pytest.raises(TypeError):
     command.write_json(path, {'a': 2, 'b': object()})
   assert command.read_json(path) == {'a': [1, None]}
+
+
+@pytest.mark.parametrize('content', ['', '{', '[' * 10**5, '3', '"\\xff"'])
+def test_a_json_file_that_was_cut_is_one_line(tmp_path, content):
+  path = tmp_path / 'summary.json'
+  path.write_text(content, encoding='latin-1')
+  with pytest.raises(UserError, match='it is not JSON of ours.*restore it'):
+    command.read_json(str(path))
+
+
+def test_a_config_whose_keys_are_no_names_is_one_line(tmp_path):
+  (tmp_path / 'config.json').write_text('{"a.b": {"c": 1}}')
+  with pytest.raises(UserError, match='is no config'):
+    command.read_config(str(tmp_path))
+
+
+@pytest.mark.parametrize('content', ['{}', '{"bond_jax": 3}', '[]'])
+def test_a_version_that_is_none(tmp_path, content):
+  (tmp_path / command.VERSION).write_text(content)
+  with pytest.raises(UserError, match=command.VERSION):
+    command.check_version(str(tmp_path))
+
+
+def test_a_version_of_endless_digits(tmp_path):
+  text = json.dumps({'bond_jax': '9' * 9999})
+  (tmp_path / command.VERSION).write_text(text)
+  with pytest.raises(UserError, match='update it'):
+    command.check_version(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+  'args',
+  [
+    ['--\x1b[2J=1'],
+    ['--config=-1'],
+    ['--config.train.steps=\x1b[2J'],
+    ['--' + 'a' * 3000],
+  ],
+)
+def test_strange_words_are_one_line(call, args):
+  done = call(*args, '--workdir=run')
+  assert done.returncode == 2 and done.stderr.count('\n') == 1
+  assert '\x1b' not in done.stderr and 'Traceback' not in done.stderr

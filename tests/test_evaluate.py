@@ -387,3 +387,30 @@ def test_the_report_is_one_file():
   assert page.count('class="pair"') == 5
   pngs = [f for f in os.listdir(toy.finished()) if f.endswith('.png')]
   assert len(pngs) >= 6
+
+
+def test_completions_that_are_no_table_are_one_line():
+  with pytest.raises(
+    UserError, match='F/completions.jsonl: completion 1 lacks'
+  ):
+    evaluate.summarise('F', [{'id': 3}])
+
+
+def test_what_stages_have_left_and_somebody_has_changed(tmp_path):
+  """A field that is gone is named; rows without numbers have no rate."""
+  (tmp_path / 'train').mkdir()
+  path = tmp_path / 'train' / 'summary.json'
+  assert evaluate.summary_of(str(tmp_path), 'train', 'steps') == {}
+  path.write_text('{"steps": 6}')
+  assert evaluate.summary_of(str(tmp_path), 'train', 'steps') == {'steps': 6}
+  with pytest.raises(UserError, match='summary.json lacks drift, fires: '):
+    evaluate.summary_of(str(tmp_path), 'train', 'steps', 'drift', 'fires')
+  path.write_text('{"steps"')
+  with pytest.raises(UserError, match='it is not JSON of ours'):
+    evaluate.summary_of(str(tmp_path), 'train')
+  good = {'tokens/decoded': 8, 'seconds/sample': 2.0}
+  strange = [{}, good | {'seconds/sample': 0}, good | {'seconds/sample': 'x'}]
+  told = evaluate.throughput([*strange, good, good, good])
+  assert told['tokens_per_second'] == 4
+  told = evaluate.throughput([good, good, *strange])
+  assert told['tokens_per_second'] is None

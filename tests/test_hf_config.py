@@ -174,3 +174,41 @@ def test_a_source_without_a_sentencepiece_model(tmp_path):
   exported('gemma3', tmp_path / 'b', source=str(tmp_path / 'a'))
   said = read(tmp_path / 'b', 'generation_config.json')
   assert said['eos_token_id'] == [1, 106]
+
+
+@pytest.mark.parametrize(
+  'values',
+  [
+    dict(hidden_size='1152'),
+    dict(num_hidden_layers=10**18),
+    dict(num_hidden_layers=0),
+    dict(num_key_value_heads=3),
+    dict(vocab_size=None),
+    dict(head_dim=True * 0.5),
+    dict(rms_norm_eps='x'),
+    dict(rms_norm_eps=None),
+    dict(query_pre_attn_scalar=-1),
+    dict(final_logit_softcapping=[30]),
+    dict(sliding_window_pattern=0, layer_types=None),
+    dict(sliding_window=None),
+    dict(layer_types=['full_attention', 3]),
+    dict(layer_types={'a': 1}),
+    dict(architectures='Gemma3ForCausalLM'),
+    dict(architectures=[['Gemma3ForCausalLM']]),
+    dict(rope_parameters=3),
+    dict(rope_parameters={'full_attention': 'x'}),
+    dict(rope_scaling={'rope_type': ['linear']}),
+    dict(rope_scaling={'rope_type': 'linear', 'factor': 'x'}),
+    dict(rope_theta=10**400),
+    dict(architectures=['Gemma3ForConditionalGeneration'], text_config=[3]),
+    dict(
+      architectures=['Gemma3ForConditionalGeneration'],
+      text_config={'hidden_size': 'x'},
+    ),
+  ],
+)
+def test_values_of_another_kind_are_one_line(values):
+  raw = hf_config.to_json(gemma_configs.CONFIGS['gemma3_1b'], 'float32')
+  with pytest.raises(UserError, match='F/config.json|F holds') as e:
+    hf_config.from_json({**raw, **values}, 'F')
+  assert '\n' not in str(e.value)

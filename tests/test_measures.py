@@ -115,3 +115,21 @@ def test_summary_refuses_rows_that_are_no_table():
   moved = [r | {'id': r['id'] + 1} if r['who'] == 'policy' else r for r in rows]
   with pytest.raises(ValueError, match='different prompts'):
     measures.summarise(moved)
+
+
+@pytest.mark.parametrize(
+  'key, values',
+  [
+    ('id', [None, 'x', 1.5, True, [1]]),
+    ('completion', [None, 3, ['a']]),
+    ('who', [None, 3, ['policy']]),
+    ('reward', [None, 'x', [1.0], float('nan'), float('inf'), 10**400]),
+    ('length', ['2', None]),
+    ('truncated', ['no', None]),
+  ],
+)
+def test_summary_refuses_values_that_are_none(key, values):
+  rows = best_of_n_records(1, prompts=3, size=4)
+  for value in values:
+    with pytest.raises(ValueError, match=f'completion 3: {key} is .*expected'):
+      measures.summarise([*rows[:2], rows[2] | {key: value}, *rows[3:]])

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import pytest
 
 from bond_jax import hosts, metrics
+from bond_jax.errors import UserError
 
 
 def strip_times(rows):
@@ -221,4 +222,29 @@ def test_rows_are_in_a_closed_file_when_a_checkpoint_is_saved(tmp_path):
     assert path.name not in open_files()
     assert len(metrics.read_rows(str(path))) == 1
     writer.write(2, {'loss': 0.5})
+  assert [row['step'] for row in metrics.read_rows(str(path))] == [1, 2]
+
+
+@pytest.mark.parametrize('bad', [b'{"step"', b'3', b'\xff', b'[' * 10**5, b''])
+def test_a_line_that_is_no_row_is_named(tmp_path, bad):
+  path = tmp_path / 'x.jsonl'
+  path.write_bytes(b'{"step": 1}\n' + bad + b'\n{"st')
+  with pytest.raises(UserError, match='x.jsonl:2 is no JSON object'):
+    metrics.read_rows(str(path))
+  with pytest.raises(UserError, match='nowhere .*No such file'):
+    metrics.read_rows(str(tmp_path / 'nowhere'))
+
+
+def test_numbers_of_rows_that_are_none_are_left_out():
+  rows = [{'seconds/a': 1.5}, {'seconds/a': None}, {'seconds/a': 'x'}]
+  assert metrics.phase_seconds(rows) == {'a': 1.5}
+  assert all(map(metrics.is_number, (0, -1.5, 10**300)))
+  strange = (True, None, '1', [1], float('nan'), float('inf'), 10**400)
+  assert not any(map(metrics.is_number, strange))
+
+
+def test_rows_without_a_step_do_not_survive_a_resumption(tmp_path):
+  path = tmp_path / 'metrics.jsonl'
+  path.write_text('{"step": 1}\n{"step": "x"}\n{}\n{"step": 2}\n{"step": 3}\n')
+  metrics._drop_after(str(path), 2)
   assert [row['step'] for row in metrics.read_rows(str(path))] == [1, 2]

@@ -470,6 +470,8 @@ def test_rows_without_judgements_are_one_line(tok):
     read([{'text': 'a', 'id': 1}], tok)
   with pytest.raises(UserError, match="row 1 .*'rating' is 'x'"):
     read([{'text': 'a', 'rating': 1}, {'text': 'a', 'rating': 'x'}], tok)
+  with pytest.raises(UserError, match="row 1 .*'rating' is 1000"):
+    read([{'text': 'a', 'rating': 1}, {'text': 'a', 'rating': 10**400}], tok)
   both = {'chosen': 'a', 'rejected': 'b'}
   with pytest.raises(UserError, match="row 1 .*'rejected' is None"):
     read([both, {'chosen': 'a'}], tok)

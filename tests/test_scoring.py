@@ -278,3 +278,19 @@ def test_a_worker_makes_calls_in_turn_and_hands_errors_on():
   assert a.result().daemon
   with pytest.raises(ValueError, match='invalid literal'):
     c.result()
+
+
+@pytest.mark.parametrize(
+  'values, says',
+  [
+    ([[1, [2]], [3, 4]], "prompt 0: 'p'"),
+    ([[1, 2], [3, [4]]], "prompt 1: 'q'"),
+    ([[1, 2], [3, 4], [5]], "prompt 1: 'q'"),
+    ({'a': [[1, 2], [3, 4]], 'b': np.full((2, 2, 2), 0.5)}, 'of both kinds'),
+  ],
+)
+def test_ragged_and_mixed_values_are_one_line(values, says):
+  asked = ['p', 'q'], [['a', 'b']] * 2
+  with pytest.raises(UserError, match=says) as e:
+    scoring.call(lambda *_: values, *asked, toy.context(asked[1]))
+  assert 'raised' not in str(e.value)

@@ -320,6 +320,9 @@ def test_bad_parquet_is_named_with_its_row(tmp_path):
   save('none', pa.table({'text': pa.array([], pa.string())}))
   says(lambda: read('none'), 'none.parquet is empty')
   (tmp_path / 'cut.parquet').write_bytes(b'PAR1')
+  whole = (tmp_path / 'a.parquet').read_bytes()
+  (tmp_path / 'name.parquet').write_bytes(whole.replace(b'text', b'te\xe4t'))
+  says(lambda: read('name'), f'cannot read {tmp_path}/name.parquet', 'utf-8')
   says(lambda: read('cut'), f'cannot read {tmp_path}/cut.parquet')
   says(lambda: read('lost'), f'cannot read {tmp_path}/lost.parquet')
 

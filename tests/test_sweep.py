@@ -109,3 +109,56 @@ def test_the_command_needs_no_workdir(runs):
   out, err = done.communicate(timeout=120)
   assert done.returncode == 2 and err.count('\n') == 1
   assert '--workdir is not set' in err
+
+
+def one(folder, rows, summary=None):
+  """A run of such metrics, and perhaps such an evaluation."""
+  (folder / 'train').mkdir(parents=True)
+  (folder / 'config.json').write_text('{}')
+  lines = [json.dumps(row) + '\n' for row in rows]
+  (folder / 'train' / 'metrics.jsonl').write_text(''.join(lines))
+  if summary is not None:
+    (folder / 'summary.json').write_text(json.dumps(summary))
+
+
+ROW = {'step': 3, 'kl/reference': 0.4, 'win_rate/reference': 0.6,
+       'reward/validation': 0.1}  # fmt: skip
+EVALUATION = dict(kl=0.5, kl_stderr=0.1, win_rate=0.6, reward_policy=0.2,
+                  win_rate_interval=[0.5, 0.7], effective_n=None)  # fmt: skip
+
+
+@pytest.mark.parametrize('key', list(ROW))
+def test_a_row_that_was_changed_is_one_line(tmp_path, key):
+  for value in ('0.6', [1], True, 10**400, float('nan')):
+    folder = tmp_path / f'{type(value)}{len(str(value))}'
+    one(folder, [ROW, ROW | {key: value}])
+    with pytest.raises(UserError, match=f'{key} is .*expected a number'):
+      sweep.watched(str(folder))
+
+
+def test_a_checkpoint_without_a_finite_number_is_left_out(tmp_path):
+  rows = [ROW | {key: None} for key in ROW]
+  one(tmp_path, [*rows, {'step': 1}, ROW | {'step': 4}])
+  assert sweep.watched(str(tmp_path)).step.tolist() == [4]
+
+
+@pytest.mark.parametrize(
+  'values',
+  [
+    dict(kl='x'), dict(kl_stderr=None), dict(win_rate=[1]),
+    dict(win_rate_interval=[0.5]), dict(win_rate_interval='ab'),
+    dict(win_rate_interval=[0.5, None]), dict(effective_n='x'),
+    dict(frontier_efficiency={}),
+  ],
+)  # fmt: skip
+def test_an_evaluation_that_was_changed_is_one_line(tmp_path, values):
+  one(tmp_path, [ROW], EVALUATION | values)
+  with pytest.raises(UserError, match='summary.json: .* expected a number'):
+    sweep.evaluations(str(tmp_path))
+
+
+def test_a_mean_outside_its_interval_is_drawn(tmp_path):
+  """As rounding puts it, where all prompts say the same."""
+  one(tmp_path / 'a', [ROW], EVALUATION | dict(win_rate=0.8))
+  sweep.sweep(f'{tmp_path}/*', str(tmp_path / 'out'))
+  assert (tmp_path / 'out' / 'sweep.png').exists()

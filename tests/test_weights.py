@@ -1,6 +1,7 @@
 """Official checkpoints in and out, in every layout, and what is wrong with
 those that cannot be read."""
 
+import json
 import math
 import os
 import pathlib
@@ -358,6 +359,15 @@ def test_truncated_and_corrupt_files(saved):
   marker = pathlib.Path(path, '_METADATA')
   marker.write_text(marker.read_text()[:50])
   assert '\n' not in refused(path, config, '_METADATA', 'fetch')
+
+
+def test_metadata_that_names_no_array_is_one_line(saved):
+  config, _, path = saved
+  file = pathlib.Path(path, '_METADATA')
+  metadata = json.loads(file.read_text())
+  metadata['tree_metadata']['x'] = {'key_metadata': []}
+  file.write_text(json.dumps(metadata))
+  refused(path, config, '_METADATA', 'an array without a name')
 
 
 def test_an_existing_folder_stays_as_it_is(saved):

@@ -228,6 +228,7 @@ def _read(path: str, device: str):
     loader = transformers.AutoModelForSequenceClassification
     network, info = loader.from_pretrained(
       folder,
+      use_safetensors=True,  # other files of weights are pickles
       dtype=torch.float32 if device == 'cpu' else 'auto',
       output_loading_info=True,
       **here,

@@ -14,6 +14,7 @@ import datetime
 from email import utils
 import functools
 import json
+import logging
 import os
 import re
 import threading
@@ -29,8 +30,12 @@ from bond_jax import scoring
 from bond_jax.errors import UserError
 from bond_jax.types import Context, PreferenceFn, RewardFn
 
+# Of headers that are none it says so with a traceback.
+logging.getLogger('urllib3.connection').setLevel(logging.ERROR)
+
 KEYS = ('rewards', 'wins')  # of an answer, one of them
 
+_MOST = 64 * 2**20  # bytes of an answer, unpacked
 _LONGEST_WAIT = 60.0  # seconds; a server that asks for more is given up
 _VARIABLE = re.compile(r'\$\{(\w+)\}')
 _HEADER = re.compile(r'[!-~]([ -~]*[!-~])?')
@@ -208,6 +213,11 @@ def _ask(
     answer = None
     try:
       answer = _within(server.timeout, functools.partial(_post, server, body))
+    except OverflowError:
+      raise UserError(
+        f'{server.name} answers more than {_MOST >> 20} MiB, which no rewards'
+        f' are ({where}).'
+      ) from None
     except (TimeoutError, requests.Timeout, urllib3.exceptions.TimeoutError):
       said = f'gave no whole answer within {server.timeout:g} s'
     except urllib3.exceptions.HTTPError:
@@ -249,8 +259,12 @@ def _post(server: Server, body: bytes) -> Answer:
     stream=True,
   ) as response:
     read, pieces = response.raw.read1, []  # read() waits for a whole buffer
+    left = _MOST  # however small it was packed
     while piece := read(2**16, decode_content=True):
       pieces.append(piece)
+      left -= len(piece)
+      if left < 0:
+        raise OverflowError
       if time.monotonic() > end:
         raise TimeoutError
     later = response.headers.get('Retry-After')
@@ -303,7 +317,7 @@ def _values(
 ) -> tuple[str, list[Any]]:
   try:
     answer = json.loads(body)
-  except ValueError as e:
+  except (ValueError, RecursionError) as e:
     raise UserError(
       f'{server.name} answered no JSON, {_quoted(server, body)} ({where}).'
     ) from e

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 import zipfile
+import zlib
 
 import numpy as np
 import scipy.sparse
@@ -91,7 +92,16 @@ def read(path: str) -> Model:
     raise UserError(
       f'there is no reward model at {path}; run the reward_model stage first.'
     ) from e
-  except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile) as e:
+  except (
+    OSError,
+    KeyError,
+    ValueError,
+    EOFError,
+    MemoryError,  # of a size that the file claims
+    NotImplementedError,  # of a way to pack it
+    zipfile.BadZipFile,
+    zlib.error,
+  ) as e:
     raise UserError(
       f'{path} is not a reward model ({e}); delete it and run the'
       ' reward_model stage again.'

@@ -23,6 +23,8 @@ from bond_jax import command, scoring
 from bond_jax.errors import UserError
 from bond_jax.types import Context, PreferenceFn, RewardFn
 
+MOST = 64 * 2**20  # bytes of a request
+
 
 class Server(http_server.ThreadingHTTPServer):
   request_queue_size = 128  # connections that wait; http.server has 5
@@ -38,9 +40,15 @@ def serve(reward: RewardFn | PreferenceFn, host: str, port: int) -> Server:
   turn = threading.Lock()
 
   class Handler(http_server.BaseHTTPRequestHandler):
+    timeout = 60  # seconds in which nothing comes
+
     def do_POST(self):
       try:
-        asked = read(self.rfile.read(int(self.headers['Content-Length'])))
+        size = int(self.headers['Content-Length'])
+        if not 0 <= size <= MOST:
+          self.close_connection = True
+          raise ValueError(f'a request has 0 to {MOST} bytes, got {size}')
+        asked = read(self.rfile.read(size))
       except (TypeError, ValueError) as e:  # also of a length that is no number
         return self._send(400, {'error': ' '.join(f'{e}'.split())})
       try:
@@ -77,7 +85,10 @@ def serve(reward: RewardFn | PreferenceFn, host: str, port: int) -> Server:
 
 def read(body: bytes) -> tuple[list[str], list[list[str]], Context]:
   """What a reward is called with; a ValueError for what is no request."""
-  asked = json.loads(body)
+  try:
+    asked = json.loads(body)
+  except RecursionError as e:
+    raise ValueError('expected JSON, got brackets without an end') from e
   if not isinstance(asked, dict) or 'prompts' not in asked:
     raise ValueError('expected a JSON object with "prompts", "completions"')
   prompts, completions = asked['prompts'], asked.get('completions')
@@ -95,8 +106,9 @@ def read(body: bytes) -> tuple[list[str], list[list[str]], Context]:
     _check('completions', ys, lambda x: isinstance(x, str), k)
   _check('completions', completions, lambda x: True, b)
   _check('rows', given['rows'], lambda x: isinstance(x, dict), b)
-  _check('tokens', given['tokens'], lambda x: len(x) == k, b)
-  _check('finished', given['finished'], lambda x: len(x) == k, b)
+  several = lambda x: isinstance(x, list) and len(x) == k
+  _check('tokens', given['tokens'], several, b)
+  _check('finished', given['finished'], several, b)
   context = Context(
     rows=given['rows'],
     tokens=given['tokens'],
