@@ -344,12 +344,6 @@ def claim(config: ml_collections.ConfigDict, workdir: str, folder: str) -> None:
   hosts.check_shared(folder)
 
 
-def scalars(summary: dict[str, Any]) -> list[tuple]:
-  """A table of the numbers and names in a summary."""
-  plain = [(k, v) for k, v in summary.items() if not isinstance(v, dict)]
-  return [('', 'value'), *plain]
-
-
 def stage(
   name: str,
   work: Callable[..., dict[str, Any]],
@@ -357,7 +351,7 @@ def stage(
   workdir: str,
   *,
   folder: str,
-  table: Callable[[dict[str, Any]], list[tuple]] = scalars,
+  table: Callable[[dict[str, Any]], list[tuple]] = metrics.scalars,
   **asked: str,
 ) -> None:
   """Runs a stage once: `<workdir>/<folder>/summary.json` marks it done.

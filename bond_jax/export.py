@@ -148,7 +148,7 @@ def main(workdir: str, out: str, which: str, form: str, dtype: str) -> None:
   summary['versions'] = build.versions()
   path = os.path.join(out, 'summary.json')
   command.write_json(path, summary)
-  metrics.table(build.scalars(summary), f'export: done, see {path}')
+  metrics.table(metrics.scalars(summary), f'export: done, see {path}')
 
 
 def _run() -> None:

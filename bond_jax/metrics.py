@@ -378,6 +378,12 @@ def text(value: Any) -> str:
   return f'{value:.4g}'
 
 
+def scalars(summary: dict[str, Any]) -> list[tuple]:
+  """A table of the numbers and names in a summary."""
+  plain = [(k, v) for k, v in summary.items() if not isinstance(v, dict)]
+  return [('', 'value'), *plain]
+
+
 def table(rows: Sequence[Sequence[Any]], title: str) -> None:
   """Prints a table: the first row is the head, the first column is text."""
   cells = [[text(cell) for cell in row] for row in rows]
