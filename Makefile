@@ -31,9 +31,9 @@ healthy = import pip, importlib.util as u; \
 $(foreach folder,.venv .venv-parity .venv-hf,$(if $(wildcard $(folder)/.done),\
   $(shell $(folder)/bin/python -c '$(healthy)' >&2 || rm $(folder)/.done)))
 
-.PHONY: help setup data demo test test-docs test-meshes test-parity test-hf \
-  mutations fuzz audit figures bench sizing drill soak overoptimisation \
-  notebooks notebooks-keep lm-eval lint venv libtpu browser
+.PHONY: help setup data demo test test-long test-docs test-meshes test-parity \
+  test-hf mutations fuzz audit figures bench sizing drill soak \
+  overoptimisation notebooks notebooks-keep lm-eval lint venv libtpu browser
 
 help:  ## list these commands
 	@sed -n 's/^\([a-z-]*\):.*## /\1: /p' Makefile | column -t -s:
@@ -100,6 +100,9 @@ test: venv libtpu browser  ## the core test suite; needs no network and no data
 
 test-docs: venv libtpu  ## run every command of README.md and docs/ (minutes)
 	@$(PYTHON) -m pytest -n 2 --dist loadgroup -m slow tests/test_commands.py
+
+test-long: venv  ## whole runs that the core suite leaves out (minutes)
+	@$(PYTHON) -m pytest -n 2 --dist loadfile -m long
 
 test-meshes: venv  ## every mesh, with all numbers of micro-batches (minutes)
 	@$(PYTHON) -m pytest -n 2 -m slow tests/test_meshes.py

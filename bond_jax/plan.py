@@ -35,7 +35,7 @@ from bond_jax import step as step_lib
 from bond_jax.errors import UserError
 
 _TOPOLOGY = flags.DEFINE_string(
-  'topology', None, f'The devices: {chips.EXAMPLES}.', required=True
+  'topology', None, f'The devices: {chips.EXAMPLES}.'
 )
 _SEARCH = flags.DEFINE_bool(
   'search', False, 'Find the largest batch that fits.'
@@ -312,6 +312,8 @@ def search(config: ml_collections.ConfigDict, topology: str) -> dict[str, Any]:
 
 
 def main(config: ml_collections.ConfigDict, out: str) -> None:
+  if not _TOPOLOGY.value:
+    raise UserError(f'--topology is not set; give {chips.EXAMPLES}.')
   build.configure_jax()
   try:
     os.makedirs(out, exist_ok=True)

@@ -152,6 +152,7 @@ def test_an_adapter_of_a_release_that_sees_images(tmp_path):
 # -- A run
 
 
+@pytest.mark.long
 def test_a_run_from_an_adapter(release, tmp_path):
   """The adapter is reference, policy and anchor before the first update."""
   folder, params = release

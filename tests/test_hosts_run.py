@@ -55,6 +55,7 @@ def same_completions(workdir, other):
     assert {**a, **near} == {**b, **near}
 
 
+@pytest.mark.long
 def test_killed_on_two_and_on_four_hosts_it_ends_as_on_one(one, tmp_path):
   """kill -9, of either kind of host, and other numbers of hosts after it."""
   workdir, config = str(tmp_path / 'run'), several.get_config(toy.folder())

@@ -58,6 +58,7 @@ def same(a, b):
   jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize('rank, exact, devices', [(0, False, 1), (2, True, 8)])
 def test_a_run_from_weights(release, tmp_path, rank, exact, devices):
   """Both stages; what is saved is what is trained."""
@@ -149,7 +150,7 @@ def test_supervised_training_starts_from_weights(release, tmp_path):
     ('prompt.length', 8, '0 distinct prompts of prompt.length 8'),
     ('prompt.kind', 'turns', "prompt.kind is 'turns'; known are opening"),
     ('model.lora.rank', -1, 'LoRA needs a whole rank'),
-    ('model.lora.rank', 1.5, 'LoRA needs a whole rank'),
+    ('model.lora.rank', 1.5, 'lora.rank is 1.5, expected a whole number'),
   ],
 )
 def test_what_does_not_fit_is_one_error(release, tmp_path, path, value, says):

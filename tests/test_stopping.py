@@ -176,6 +176,7 @@ def test_what_is_broken_is_not_saved_on_request(tmp_path, monkeypatch):
   assert toy.steps(tmp_path, 'train') == []
 
 
+@pytest.mark.long
 def test_hosts_stop_at_one_step(tmp_path):
   """One of two gets the signal."""
   workdir = str(tmp_path)
