@@ -42,6 +42,12 @@ def check(config: ml_collections.ConfigDict, mesh) -> None:
   A wrong setting of a late stage must not cost the early ones.
   """
   fields.check(config.to_dict(), NEEDED)
+  for name in ('probe_prompts', 'probe_completions'):
+    if name not in config.train:  # what can be enumerated has no such thing
+      raise UserError(
+        f'config.train has no {name!r}, which must be a whole number; take it'
+        ' over from configs/demo.py.'
+      )
   batches = {
     'train.probe_prompts': config.train.probe_prompts,
     'evaluate.prompts': config.evaluate.prompts,

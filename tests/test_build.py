@@ -117,6 +117,14 @@ def test_broken_data_is_said_with_its_line(
   assert not os.path.exists(tmp_path / 'run')
 
 
+@pytest.mark.parametrize('name', ['probe_prompts', 'probe_completions'])
+def test_a_text_task_needs_a_probe(config, name):
+  with config.unlocked():
+    del config.train[name]
+  with pytest.raises(UserError, match=f"config.train has no '{name}'"):
+    build.check(config)
+
+
 def test_a_reward_knows_the_workdir(config):
   with pytest.raises(UserError, match='no reward model at here/reward/model'):
     build.make_reward(config, config.reward, 'here')
