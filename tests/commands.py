@@ -14,7 +14,8 @@ TIMEOUT = 300
 COPIED = (
   'bond_jax', 'configs', 'benchmarks', 'docs', 'launch', 'tests', 'Makefile',
   'README.md', 'pyproject.toml', 'requirements.txt', 'requirements-dev.txt',
-  'requirements-plan.txt',
+  'requirements-plan.txt', 'requirements-hf.txt', 'requirements-fuzz.txt',
+  'requirements-audit.txt', 'requirements-gemma.txt',
 )  # fmt: skip
 FIRST = re.compile(
   r'^(?:[A-Z_]+=\S+\s+)*(?:python|make|launch/|gcloud|curl|pip|xpk|sky|kubectl'
