@@ -20,7 +20,7 @@ NAMES = [
 ]  # fmt: skip
 # Of the machine that executed it. (/content is Colab's own.)
 PATHS = re.compile(
-  r'(?:^|[\s\'"=(])(/(?:root|home|work|tmp|usr|opt|Users)/\S*|[A-Z]:\\\S*)'
+  r'(?:^|[\s\'"=(])(/(?:root|home|mnt|tmp|usr|opt|Users)/\S*|[A-Z]:\\\S*)'
 )
 SIZE = 700_000  # bytes of a notebook
 
@@ -124,7 +124,7 @@ def test_its_outputs_tell_of_no_machine_and_no_failure(name):
 
 
 def test_machine_paths_are_found():
-  for text in ('see /work/x/y', "'/home/me/a.py'", '/root/a', 'a=/tmp/b'):
+  for text in ('see /mnt/x/y', "'/home/me/a.py'", '/root/a', 'a=/tmp/b'):
     assert PATHS.search(text), text
   assert not PATHS.search('runs/tmp/x, /content/drive, 1/2, w/home/x')
 
