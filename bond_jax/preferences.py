@@ -6,12 +6,14 @@ numpy, padded on the right.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+import os
 from typing import Any, NamedTuple
 
 import grain
 import numpy as np
 
+from bond_jax import arrays
 from bond_jax.data import Row, Source
 from bond_jax.errors import UserError
 from bond_jax.tokenizer import chat, Messages, Tokenizer
@@ -153,6 +155,31 @@ def cut_anew(
     return found if len(found) <= length else ids
 
   return [again(i % len(usual), new) for i, new in enumerate(many)]
+
+
+def kept(
+  path: str, count: int, make: Callable[[], list[list[int]]]
+) -> list[list[int]]:
+  """The `count` rows that `make` returned when this file was first asked for.
+
+  The seed fixes what SentencePiece draws within a process alone.
+  """
+
+  def rows(found) -> list[list[int]]:
+    if len(found['lengths']) != count:
+      raise ValueError(f'of {len(found["lengths"])} texts, not {count}')
+    ends = np.cumsum(found['lengths'])[:-1]
+    return [ids.tolist() for ids in np.split(found['ids'], ends)]
+
+  if not os.path.exists(path):
+    made = make()
+    ids = np.concatenate([np.asarray(row, np.int32) for row in made])
+    lengths = np.asarray([len(row) for row in made])
+    arrays.write(path, {'ids': ids, 'lengths': lengths})
+  return arrays.read(
+    path, rows, 'what reward_model.merge_dropout left there',
+    'delete it, and the texts are cut again, in other ways',
+  )  # fmt: skip
 
 
 def _last_turns(row: Row, i: int, split: str) -> Row:

@@ -240,8 +240,13 @@ def read_splits(
   }
 
 
-def make_batches(config, train: preferences.Judged, loss: str, tokenizer):
-  """Batches of pairs, or for regression of texts, with standardised targets."""
+def make_batches(
+  config, train: preferences.Judged, loss: str, tokenizer, folder: str
+):
+  """Batches of pairs, or for regression of texts, with standardised targets.
+
+  Texts that are cut anew are kept in `folder`, for a run that goes on.
+  """
   settings, pieces, ways = config.reward_model, train.pieces, 1
   spread = 1.0 if train.rating is None else train.rating.std()
   groups, target = train.pairs, train.gap / spread
@@ -264,8 +269,8 @@ def make_batches(config, train: preferences.Judged, loss: str, tokenizer):
       length=settings.length,
       seed=config.seed,
     )
-    # The seed fixes what SentencePiece draws within a process alone.
-    pieces = pieces + hosts.once(cut)
+    path, count = os.path.join(folder, 'cuts.npz'), _WAYS * len(train.texts)
+    pieces = pieces + hosts.once(lambda: preferences.kept(path, count, cut))
   starts = len(train.texts) * np.arange(ways)
   return preferences.batches(
     pieces,
@@ -332,7 +337,9 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
   sources = {split: build.rows(mine, split) for split in preferences.SPLITS}
   tokenizer = _tokenizer(config, mine, sources, workdir)
   judged = read_splits(config, mine, sources, tokenizer)
-  batches = make_batches(config, judged['train'], settings.loss, tokenizer)
+  batches = make_batches(
+    config, judged['train'], settings.loss, tokenizer, folder
+  )
   policy = origin.make_policy(mine.model, mine.tokenizer.vocab_size, full=True)
   optimizer = optimizer_lib.adam(steps=settings.steps, **settings.optimizer)
   state = init_state(config, mine, policy, optimizer, workdir, mesh)

@@ -12,7 +12,7 @@ import numpy as np
 import scipy.stats
 from sklearn import linear_model
 
-from bond_jax import data
+from bond_jax import arrays, data
 from bond_jax import tokenizer as tokenizer_lib
 from bond_jax.errors import UserError
 from bond_jax.rewards.ridge import features, ngrams, predict, read
@@ -75,7 +75,7 @@ def fit(
       'no reward model has a correlation with the validation ratings: are'
       ' all ratings the same?'
     )
-  arrays = {
+  found = {
     'keys': keys,
     'scale': scale,
     'weight': model.coef_,
@@ -88,19 +88,12 @@ def fit(
     'alpha': float(alpha),
     'validation_pearson': pearson,
   }
-  return arrays, report
+  return found, report
 
 
 def _pearson(a: np.ndarray, b: np.ndarray) -> float:
   with np.errstate(invalid='ignore', divide='ignore'):
     return float(np.corrcoef(a, b)[0, 1])
-
-
-def _save(path: str, arrays: dict[str, np.ndarray]) -> None:
-  os.makedirs(os.path.dirname(path), exist_ok=True)
-  with open(path + '.tmp', 'wb') as f:
-    np.savez(f, **arrays)
-  os.replace(path + '.tmp', path)
 
 
 def _all(source: data.Source) -> list[dict]:
@@ -140,7 +133,7 @@ def build(
   texts = {s: [row['text'] for row in r] for s, r in rows.items()}
   ratings = {s: _ratings(r, s) for s, r in rows.items()}
   ids = {s: tokenizer.processor.encode(t) for s, t in texts.items()}
-  arrays, report = fit(
+  found, report = fit(
     (ids['train'], ratings['train']),
     (ids['validation'], ratings['validation']),
     vocab_size=tokenizer.vocab_size,
@@ -150,7 +143,7 @@ def build(
   )
   model = np.frombuffer(tokenizer.processor.serialized_model_proto(), np.uint8)
   path = os.path.join(workdir, 'reward', 'model.npz')
-  _save(path, {**arrays, 'tokenizer': model})
+  arrays.write(path, {**found, 'tokenizer': model})
   got = predict(read(path), texts['test'])  # of the file as others will use it
   return {
     **report,

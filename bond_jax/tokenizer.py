@@ -65,7 +65,8 @@ class Tokenizer:
 
     Of the merges that make a piece of a byte-pair vocabulary, the share `drop`
     is left out at random (BPE-dropout, arXiv 1910.13267), so that rare words
-    are read by parts that others have too. The same for the same seed.
+    are read by parts that others have too. The same for the same seed, within
+    a process.
     """
     # SentencePiece seeds its generator once in the life of a thread.
     sentencepiece.set_random_generator_seed(seed)

@@ -241,7 +241,7 @@ def test_texts_that_are_cut_anew_keep_what_people_said(loss, tmp_path):
   ]
   judged = read(rows, tok)
   config = get_config(batch=8, members=1, dropout=0.0, merge_dropout=0.6)
-  it = reward_training.make_batches(config, judged, loss, tok)
+  it = reward_training.make_batches(config, judged, loss, tok, str(tmp_path))
   spread, usual = judged.rating.std(), 0
   for _ in range(12):
     for tokens, mask, target in zip(*next(it)):
@@ -253,6 +253,37 @@ def test_texts_that_are_cut_anew_keep_what_people_said(loss, tmp_path):
       else:
         assert target == pytest.approx((said[0] - said[1]) / spread, abs=1e-6)
   assert 0 < usual < 96
+
+
+def test_texts_are_cut_once_in_the_life_of_a_run(tmp_path, monkeypatch):
+  # A process that goes on could not draw the cuts of the first one again.
+  tok, folder = with_merges(tmp_path), str(tmp_path)
+  judged = read([{'text': t, 'rating': float(len(t))}
+                 for t in ('bad', 'film', 'a film so')], tok)  # fmt: skip
+  config = get_config(batch=8, members=1, dropout=0.0, merge_dropout=0.6)
+  args = config, judged, 'bradley_terry', tok, folder
+  first = reward_training.make_batches(*args)
+
+  def draw(*_, **__):
+    raise AssertionError('drawn again')
+
+  monkeypatch.setattr(tokenizer.Tokenizer, 'encode_anew', draw)
+  again = reward_training.make_batches(*args)
+  for _ in range(12):
+    jax.tree.map(np.testing.assert_array_equal, next(first), next(again))
+  path = tmp_path / 'cuts.npz'
+  for content in (b'', b'cut', path.read_bytes()[:-30]):
+    path.write_bytes(content)
+    with pytest.raises(UserError, match='cuts.npz is not what .* delete it'):
+      reward_training.make_batches(*args)
+  fewer = read([{'text': t, 'rating': float(len(t))} for t in ('b', 'so')], tok)
+  path.unlink()
+  with pytest.raises(AssertionError, match='drawn again'):
+    reward_training.make_batches(*args)
+  monkeypatch.undo()
+  reward_training.make_batches(*args)
+  with pytest.raises(UserError, match='of 30 texts, not 20'):
+    reward_training.make_batches(config, fewer, *args[2:])
 
 
 def test_batches_go_on_where_they_were():
@@ -479,11 +510,13 @@ def test_rows_without_judgements_are_one_line(tok):
     read([{'text': 'a', 'rating': 2}] * 4, tok)
 
 
-def test_regression_needs_ratings(tok):
+def test_regression_needs_ratings(tok, tmp_path):
   config = get_config(loss='regression')
   judged = read([{'chosen': 'good', 'rejected': 'bad'}], tok)
   with pytest.raises(UserError, match="'regression' needs rows"):
-    reward_training.make_batches(config, judged, 'regression', tok)
+    reward_training.make_batches(
+      config, judged, 'regression', tok, str(tmp_path)
+    )
 
 
 def test_a_broken_or_misused_reward_is_one_line(finished, tmp_path):

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import NamedTuple
-import zipfile
-import zlib
 
 import numpy as np
 import scipy.sparse
 
+from bond_jax import arrays
 from bond_jax import tokenizer as tokenizer_lib
 from bond_jax.errors import UserError
 from bond_jax.rewards.text import judged
@@ -83,31 +82,22 @@ class Model(NamedTuple):
 def read(path: str) -> Model:
   """Reads the model.npz that it wrote; a UserError if missing or broken."""
   try:
-    with np.load(path, allow_pickle=False) as f:
-      model = dict(f)
-    arrays = [model[k] for k in ('keys', 'scale', 'weight')]
-    numbers = [model[k].item() for k in ('intercept', 'order', 'base')]
-    content = model['tokenizer'].tobytes()
+    content, *fields = arrays.read(
+      path,
+      lambda found: (
+        found['tokenizer'].tobytes(),
+        *(found[k] for k in ('keys', 'scale', 'weight')),
+        *(found[k].item() for k in ('intercept', 'order', 'base')),
+      ),
+      'a reward model',
+      'delete it and run the reward_model stage again',
+    )
   except FileNotFoundError as e:
     raise UserError(
       f'there is no reward model at {path}; run the reward_model stage first.'
     ) from e
-  except (
-    OSError,
-    KeyError,
-    ValueError,
-    EOFError,
-    MemoryError,  # of a size that the file claims
-    NotImplementedError,  # of a way to pack it
-    zipfile.BadZipFile,
-    zlib.error,
-  ) as e:
-    raise UserError(
-      f'{path} is not a reward model ({e}); delete it and run the'
-      ' reward_model stage again.'
-    ) from e
   tokenizer = tokenizer_lib.parse(content, f'the tokenizer in {path}')
-  return Model(tokenizer, *arrays, *numbers)
+  return Model(tokenizer, *fields)
 
 
 def predict(model: Model, texts: Sequence[str]) -> np.ndarray:
