@@ -381,6 +381,25 @@ def test_a_step_that_is_not_finite_changes_nothing(
     np.testing.assert_array_equal(a, b)
 
 
+def test_a_finite_loss_with_an_infinite_gradient_is_skipped_too(
+  setup, frozen, prompts, drawn
+):
+  def loss(log_policy, rows):
+    flat = jnp.sqrt(0 * jnp.abs(log_policy).sum((1, 2)))  # slope inf at 0
+    return setup.algorithm.loss(log_policy, rows) + flat
+
+  algorithm = setup.algorithm._replace(loss=loss)
+  steep = setup._replace(algorithm=algorithm, optimizer=optax.adam(1e-3))
+  state = start(steep, frozen)
+  batch = weighed(steep, state, frozen, prompts, *drawn)
+  step = jax.jit(step_lib.update, static_argnums=0)
+  same, row = step(steep, state, frozen, batch)
+  assert np.isfinite(row['loss']) and row['skipped'] == 1
+  jax.tree.map(np.testing.assert_array_equal, same.params, state.params)
+  found = faults.find(steep, state, frozen, batch)
+  assert found and all(x.startswith('gradient/') for x in found)
+
+
 def test_what_is_not_finite_is_named(setup, frozen, prompts, drawn):
   state = start(setup, frozen)
   batch = weighed(setup, state, frozen, prompts, *drawn)
