@@ -9,6 +9,7 @@ when a program needs more.
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
 import importlib.util
 import os
 import re
@@ -93,6 +94,15 @@ def _cpus(topology: str, number: str) -> tuple[list[Any], Chip]:
       f'--topology={topology}: this process has {len(found)} CPU devices.'
     )
   return found[:count], Chip(psutil.virtual_memory().total / count)
+
+
+def compiler(topology: str) -> dict[str, str]:
+  """The version of the TPU compiler, where it is what compiles."""
+  if topology.startswith('cpu:'):
+    return {}
+  folder = os.path.dirname(os.path.dirname(_libtpu()))
+  found = importlib.metadata.distributions(name='libtpu', path=[folder])
+  return {'libtpu': next((d.version for d in found), 'unknown')}
 
 
 def _libtpu() -> str:

@@ -325,7 +325,8 @@ def main(config: ml_collections.ConfigDict, out: str) -> None:
     # A schedule wants a number; no shape depends on it.
     config.train.steps = config.train.get('steps') or 1
   work = search if _SEARCH.value else plan
-  found = work(config, _TOPOLOGY.value) | {'versions': build.versions()}
+  found = work(config, _TOPOLOGY.value)
+  found['versions'] = build.versions() | chips.compiler(_TOPOLOGY.value)
   path = os.path.join(out, 'summary.json')
   command.write_json(path, found)
   tables(found)

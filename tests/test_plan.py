@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import re
 import subprocess
 import sys
 
@@ -191,6 +192,11 @@ def test_the_command_without_a_run_s_data(tmp_path):
   found = toy.summary(out)
   assert not found['fits'] and found['peak_bytes'] is None
   assert set(found['too_much']) >= {'rollout', 'update'}
+  assert re.fullmatch(r'0\.0\.\d+(\.\d+)?', found['versions']['libtpu'])
+
+
+def test_only_plans_of_tpus_have_the_tpu_compiler():
+  assert chips.compiler('cpu:8') == {}
 
 
 @LINUX
