@@ -37,12 +37,12 @@ HEAD = """# Which config fits which slice
 Made by `make sizing`, which may be stopped and goes on (slices that are missing
 here have not been planned yet), from what the TPU compiler says of every
 program of a run (`python -m bond_jax.plan`), not from a run: J-BOND with the
-settings of each config, batch 128, 512 + 512 tokens, {versions}. Memory is of
-one chip, in GiB: what is *kept* all the time, and *at worst*, with all that
-lives beside the program of that moment, *of* what a program may have. *Update*
-compiled in so many seconds on two CPU cores. The least time of a step follows
-from the chips' published peaks, with all completions at full length; a real
-step takes longer.
+settings of each config, batch 128, 512 + 512 tokens. Memory is of one chip, in
+GiB: what is *kept* all the time, and *at worst*, with all that lives beside the
+program of that moment, *of* what a program may have. *Update* compiled in so
+many seconds on two CPU cores, some of them busy with other work. The least time
+of a step follows from the chips' published peaks, with all completions at full
+length; a real step takes longer. Compilers: {versions}.
 
 The plan of one config, with `--search` for the largest batch that fits and
 `--config.…` for other settings:
@@ -106,11 +106,8 @@ def page(rows: list[list[str]]) -> str:
   lines = [head, ['---'] * len(head), *rows]
   used = build.versions() | chips.compiler('tpu')
   versions = ', '.join(f'{name} {used[name]}' for name in ('jax', 'libtpu'))
-  return (
-    HEAD.format(versions=versions)
-    + '\n'.join(f'| {" | ".join(line)} |' for line in lines)
-    + '\n'
-  )
+  table = '\n'.join(f'| {" | ".join(line)} |' for line in lines)
+  return HEAD.format(versions=versions) + table + '\n'
 
 
 def main(_) -> None:
