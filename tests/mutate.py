@@ -59,7 +59,8 @@ def run(folder: str, tests: list[str]) -> subprocess.CompletedProcess:
     'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
   }
   return subprocess.run(
-    [sys.executable, '-m', 'pytest', '-x', '-p', 'no:cacheprovider', *tests],
+    [sys.executable, '-m', 'pytest', '-x', '-m', '', '-p', 'no:cacheprovider',
+     *tests],
     cwd=folder, env=env, capture_output=True, text=True,
   )  # fmt: skip
 

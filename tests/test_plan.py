@@ -229,3 +229,30 @@ def test_a_compiler_that_aborts_is_one_line(tmp_path, end, status, says):
   ours = [x for x in done.stderr.splitlines() if x.startswith('error: ')]
   assert len(ours) == bool(says)
   assert all(x.startswith(says) for x in ours)
+
+
+ROLLOUT = """
+import jax
+from bond_jax import chips, programs, sharding
+from configs import gemma3_1b_jbond
+
+jax.config.update('jax_platforms', 'cpu')
+config = gemma3_1b_jbond.get_config()
+config.sampling_mesh.model, config.tokenizer.vocab_size = 1, 1024
+config.length = 8
+with config.unlocked():
+  config.model.sizes, config.train.steps = dict(layers=1, vocab_size=1024), 1
+mesh = sharding.make_mesh(**config.mesh, devices=chips.devices('v5e:2x2')[0])
+programs.compile_program(programs.of_config(config, mesh)[0]['rollout'])
+"""
+
+
+@LINUX
+@pytest.mark.long
+def test_a_sampler_that_gathers_its_weights_compiles():
+  """The compiler aborted where a feed-forward layer read rows as one axis."""
+  done = subprocess.run(
+    [sys.executable, '-c', ROLLOUT], cwd=toy.ROOT, capture_output=True,
+    text=True, check=False,
+  )  # fmt: skip
+  assert done.returncode == 0, done.stderr[-2000:]

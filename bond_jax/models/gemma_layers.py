@@ -204,18 +204,19 @@ class FeedForward(nn.Module):
   @nn.compact
   def __call__(self, x):
     c = self.config
-    shape = (c.feed_forward, c.features)
-    equation = 'ND,FD->NF' if c.gating_transposed else 'ND,DF->NF'
-    if not c.gating_transposed:
-      shape = shape[::-1]
     if self.has_variable('params', 'turned'):
-      equation, w = turn(equation), self.get_variable('params', 'turned')
+      # As one axis libtpu aborts, where the weights come from other chips.
+      rows, of_rows, of_w = x, 'RS', 'DF'
+      w = self.get_variable('params', 'turned')
     else:
-      w = self.param(
-        'gating_einsum', nn.initializers.normal(c.features**-0.5), (2, *shape)
-      ).astype(x.dtype)
+      rows, of_rows = x.reshape(-1, c.features), 'N'  # its gradient is faster
+      of_w = 'FD' if c.gating_transposed else 'DF'
+      sizes = {'D': c.features, 'F': c.feed_forward}
+      init = nn.initializers.normal(c.features**-0.5)
+      shape = 2, *(sizes[axis] for axis in of_w)
+      w = self.param('gating_einsum', init, shape).astype(x.dtype)
     lora = _lora(self, 'gating_einsum_')
-    rows = x.reshape(-1, c.features)  # one long axis: faster on CPU
+    equation = f'{of_rows}D,{of_w}->{of_rows}F'
     gate, value = (
       product(
         equation, rows, w[i], {k: v[i] for k, v in lora.items()}, c.lora_scale
@@ -224,8 +225,9 @@ class FeedForward(nn.Module):
     )
     init = nn.initializers.normal(c.feed_forward**-0.5)
     w = self.param('linear', init, (c.feed_forward, c.features))
-    lora = _lora(self, 'linear_')
-    out = product('NF,FD->ND', nn.gelu(gate) * value, w, lora, c.lora_scale)
+    lora, inner = _lora(self, 'linear_'), nn.gelu(gate) * value
+    equation = f'{of_rows}F,FD->{of_rows}D'
+    out = product(equation, inner, w, lora, c.lora_scale)
     return out.reshape(x.shape)
 
 
