@@ -17,5 +17,5 @@ def get_config():
     vocab_size=262_144,
     learning_rate=3e-6,
     lora_rank=0,
-    sampling_model=4,  # with 1, libtpu 0.0.50.1 aborts; see LOG.md
+    sampling_model=4,  # each chip reads a quarter of the weights for a token
   )

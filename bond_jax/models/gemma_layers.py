@@ -205,7 +205,7 @@ class FeedForward(nn.Module):
   def __call__(self, x):
     c = self.config
     if self.has_variable('params', 'turned'):
-      # As one axis libtpu aborts, where the weights come from other chips.
+      # As one axis they make libtpu abort, see LOG.md.
       rows, of_rows, of_w = x, 'RS', 'DF'
       w = self.get_variable('params', 'turned')
     else:
