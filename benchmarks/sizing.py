@@ -15,7 +15,7 @@ import sys
 
 from absl import app, flags
 
-from bond_jax import build, chips, command
+from bond_jax import chips, command
 
 _OUT = flags.DEFINE_string('out', None, 'Of the plans.', required=True)
 
@@ -42,7 +42,7 @@ GiB: what is *kept* all the time, and *at worst*, with all that lives beside the
 program of that moment, *of* what a program may have. *Update* compiled in so
 many seconds on two CPU cores, some of them busy with other work. The least time
 of a step follows from the chips' published peaks, with all completions at full
-length; a real step takes longer. Compilers: {versions}.
+length; a real step takes longer. Compilers: {compilers}.
 
 The plan of one config, with `--search` for the largest batch that fits and
 `--config.…` for other settings:
@@ -100,18 +100,16 @@ def row(name: str, found: dict) -> list[str]:
   ]
 
 
-def page(rows: list[list[str]]) -> str:
+def page(rows: list[list[str]], compilers: set[str]) -> str:
   head = ['config', 'slice', 'sampling mesh', 'fits', 'kept', 'at worst', 'of',
           'update, s', 'step, s']  # fmt: skip
   lines = [head, ['---'] * len(head), *rows]
-  used = build.versions() | chips.compiler('tpu')
-  versions = ', '.join(f'{name} {used[name]}' for name in ('jax', 'libtpu'))
   table = '\n'.join(f'| {" | ".join(line)} |' for line in lines)
-  return HEAD.format(versions=versions) + table + '\n'
+  return HEAD.format(compilers=', '.join(sorted(compilers))) + table + '\n'
 
 
 def main(_) -> None:
-  rows = []
+  rows, compilers = [], set()
   for i in range(max(map(len, WANTED.values()))):
     for name, slices in WANTED.items():
       if i < len(slices):
@@ -119,9 +117,11 @@ def main(_) -> None:
         if not found:
           continue
         rows.append(row(name, found))
+        used = found['versions']
+        compilers |= {f'{x} {used[x]}' for x in ('jax', 'libtpu') if x in used}
         rows.sort(key=lambda x: list(WANTED).index(x[0].strip('`')[:-9]))
         with open(PAGE, 'w', encoding='utf-8') as f:
-          f.write(page(rows))
+          f.write(page(rows, compilers))
 
 
 if __name__ == '__main__':

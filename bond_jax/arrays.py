@@ -1,4 +1,4 @@
-"""Named arrays in a file (.npz): written whole or not at all, read or not."""
+"""Named arrays in a file (.npz), written whole or not at all."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def read(
 ) -> T:
   """What `use` makes of the arrays of a file that `write` made.
 
-  A UserError that says `what` it is not, and a remedy, if the file is anything
-  else or `use` raises a KeyError or ValueError; FileNotFoundError without one.
+  A FileNotFoundError if it is not there. A UserError, "path is not `what`;
+  `remedy`", if it is any other file, or `use` raises a KeyError or ValueError.
   """
   try:
     with np.load(path, allow_pickle=False) as f:

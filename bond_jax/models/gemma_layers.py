@@ -205,11 +205,12 @@ class FeedForward(nn.Module):
   def __call__(self, x):
     c = self.config
     if self.has_variable('params', 'turned'):
-      # As one axis they make libtpu abort, see LOG.md.
+      # Joined to one axis, rows and positions make libtpu abort: LOG.md.
       rows, of_rows, of_w = x, 'RS', 'DF'
       w = self.get_variable('params', 'turned')
     else:
-      rows, of_rows = x.reshape(-1, c.features), 'N'  # its gradient is faster
+      # Joined, their gradient takes half the time on CPU, or less.
+      rows, of_rows = x.reshape(-1, c.features), 'N'
       of_w = 'FD' if c.gating_transposed else 'DF'
       sizes = {'D': c.features, 'F': c.feed_forward}
       init = nn.initializers.normal(c.features**-0.5)
