@@ -6,11 +6,26 @@ import os
 from typing import Any
 
 import ml_collections
+import numpy as np
 
 from bond_jax import command, faults, hosts, metrics, watch
 from bond_jax import step as step_lib
 from bond_jax.errors import UserError
 from bond_jax.types import Frozen, TrainState
+
+
+def check_finite(row: dict[str, Any], step: int, folder: str) -> None:
+  """A UserError for a step whose numbers are broken; the loss is from before.
+
+  `checkpoint.save` looks at the state after it.
+  """
+  for name in ('loss', 'gradient_norm', 'validation_loss', 'kl/reference'):
+    if name in row and not np.isfinite(row[name]):
+      raise UserError(
+        f'step {step}: {name} is {row[name]}. Nothing was saved after the'
+        f' last checkpoint in {folder}; a lower learning rate is the usual'
+        ' remedy.'
+      )
 
 
 class Guard:

@@ -35,9 +35,9 @@ from bond_jax import optimizer as optimizer_lib
 from bond_jax import preference_measures as measures
 from bond_jax import tokenizer as tokenizer_lib
 from bond_jax.errors import UserError
+from bond_jax.guard import check_finite
 from bond_jax.models import scalar_head
 from bond_jax.rewards import gemma as reward_lib
-from bond_jax.train import check_finite
 from bond_jax.types import Policy, TrainState
 
 KINDS = ('ridge', 'gemma')

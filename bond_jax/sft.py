@@ -32,8 +32,8 @@ from bond_jax import (
 from bond_jax import optimizer as optimizer_lib
 from bond_jax import tokenizer as tokenizer_lib
 from bond_jax.errors import UserError
+from bond_jax.guard import check_finite
 from bond_jax.log_probs import log_probs
-from bond_jax.train import check_finite
 from bond_jax.types import Policy, TrainState
 
 

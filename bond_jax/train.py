@@ -34,7 +34,6 @@ from bond_jax import (
 from bond_jax import guard as guard_lib
 from bond_jax import optimizer as optimizer_lib
 from bond_jax import step as step_lib
-from bond_jax.errors import UserError
 from bond_jax.types import Frozen, Policy, TrainState
 
 
@@ -182,20 +181,6 @@ def rest_reference(
   return left, lambda: left._replace(reference=sharding.to_device(there))
 
 
-def check_finite(row: dict[str, Any], step: int, folder: str) -> None:
-  """Stops a run whose numbers are broken; `checkpoint.save` looks at the state.
-
-  The loss is of the parameters before the step.
-  """
-  for name in ('loss', 'gradient_norm', 'validation_loss', 'kl/reference'):
-    if name in row and not np.isfinite(row[name]):
-      raise UserError(
-        f'step {step}: {name} is {row[name]}. Nothing was saved after the'
-        f' last checkpoint in {folder}; a lower learning rate is the usual'
-        ' remedy.'
-      )
-
-
 def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
   """Runs the stage to its end, from its last checkpoint if it has one."""
   settings, folder = config.train, os.path.join(workdir, 'train')
@@ -246,7 +231,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
           row |= guard.look(step, row)
         guard.check(row, step, saver.folder)
         if not row['skipped']:
-          check_finite(row, step, saver.folder)
+          guard_lib.check_finite(row, step, saver.folder)
         guard.keep(writer.write(step, row))
         saver.look()
         if due or stop:  # the latter without a probe: rows stay as they are

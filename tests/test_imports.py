@@ -136,6 +136,24 @@ def test_files_and_functions_stay_short(name):
       assert length <= 80, (node.name, length)
 
 
+# Modules that are imported by the name that `config.task` gives.
+TASKS = {'text_task', 'enumerable'}
+
+
+@pytest.mark.parametrize(
+  'name', [n for n, p in FILES.items() if '__main__' in p.read_text()]
+)
+def test_a_command_is_imported_by_nothing_that_it_imports(name):
+  """`python -m` would execute it twice, with two classes of one name."""
+  found, todo = set(), [name]
+  while todo:
+    there = own(imports(FILES[todo.pop()]))
+    there |= TASKS if 'build' in there else set()
+    todo += (there & set(FILES)) - found
+    found |= there
+  assert name not in found, sorted(found)
+
+
 def run(code):
   result = subprocess.run(
       [sys.executable, '-c', code],

@@ -10,7 +10,15 @@ import numpy as np
 import pytest
 import toy
 
-from bond_jax import build, checkpoint, command, scoring, text_task, train
+from bond_jax import (
+  build,
+  checkpoint,
+  command,
+  guard,
+  scoring,
+  text_task,
+  train,
+)
 from bond_jax import step as step_lib
 from bond_jax.errors import UserError
 from bond_jax.types import TrainState
@@ -238,9 +246,9 @@ def test_a_slow_fault_ends_a_run_that_asks_for_it(
 )
 def test_check_finite(row, name):
   good = {'loss': 1.0, 'gradient_norm': 0.0}
-  train.check_finite({**good, 'other': np.nan}, 3, 'there')
+  guard.check_finite({**good, 'other': np.nan}, 3, 'there')
   with pytest.raises(UserError, match=rf'step 3: {name} is .* in there;'):
-    train.check_finite({**good, **row}, 3, 'there')
+    guard.check_finite({**good, **row}, 3, 'there')
 
 
 def test_what_an_earlier_stage_should_have_left(config, workdir):
