@@ -180,6 +180,8 @@ def write_json(path: str, value: Any) -> None:
   with open(temporary, 'w', encoding='utf-8') as f:
     json.dump(value, f, indent=2)
     f.write('\n')
+    f.flush()
+    os.fsync(f.fileno())  # a summary says that a stage is done
   os.replace(temporary, path)
 
 

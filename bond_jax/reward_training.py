@@ -321,9 +321,11 @@ def _fit(config, folder, batches, held_out, state, update, score, mesh):
       saver.look()
       if due or stop:
         accuracy = row.get('validation_accuracy')
-        saver.save(step, state, batches.get_state(), accuracy, writer.sync)
+        must = bool(stop) or step == settings.steps
+        saver.save(
+          step, state, batches.get_state(), accuracy, writer.sync, must=must
+        )
       if stop and step < settings.steps:
-        saver.finish()
         raise stopping.stopped('reward_model', step)
     saver.finish()
     return saver.best(state.params)

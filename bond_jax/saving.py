@@ -3,7 +3,9 @@
 A save that fails is a line, not a traceback: the last good checkpoint stays,
 and the stage stops or goes on, as `failure` says. Saves are written by a
 thread; the step waits for one at most PATIENCE seconds, when the next is due.
-Nothing ends well before its last save is whole.
+A save between may be left out so. The last step of a stage, and the step at
+which it is stopped, may not: they wait for as long as the store takes, and the
+stage ends well only when they are whole.
 """
 
 from __future__ import annotations
@@ -97,12 +99,18 @@ class Saver:
     data: dict[str, Any],
     score: float | None,
     rows: Callable[[], None],
+    *,
+    must: bool = False,
   ) -> None:
     """Saves a step, when `rows()` has written the metrics up to it.
 
-    It is left out where the save before is not written in PATIENCE seconds.
+    Where the save before is not written in PATIENCE seconds, the step is left
+    out. One that `must` be saved, the last of a stage, is on disk when this
+    returns, or a UserError says why not, whatever `failure` is.
     """
-    if not self._wait(PATIENCE):
+    if must:
+      self._wait_for_it()
+    elif not self._wait(PATIENCE):
       _warn(
         f'{self._stage}: step {self._writing} is still being written, after'
         f' waiting {PATIENCE:.0f} s for it, so step {step} is not saved. The'
@@ -110,6 +118,7 @@ class Saver:
       )
       return
     self._settle()
+    self._failure = 'stop' if must else self._failure
     error = None
     try:
       rows()
@@ -127,13 +136,18 @@ class Saver:
       if hosts.count() > 1:  # the others are in it, and do not know
         raise UserError(f'step {step} could not be saved: {_brief(e)}') from e
       self._fail(step, _brief(e))
+    if must:
+      self.finish()
 
   def finish(self) -> None:
     """Waits until the last save is whole; a UserError if it is not."""
-    while not self._wait(PATIENCE):
-      hosts.say(f'{self._stage}: step {self._writing} is still being written')
+    self._wait_for_it()
     self._failure = 'stop'
     self._settle()
+
+  def _wait_for_it(self) -> None:
+    while not self._wait(PATIENCE):
+      hosts.say(f'{self._stage}: step {self._writing} is still being written')
 
   def _wait(self, seconds: float) -> bool:
     """Whether, on all hosts, the save before is written or has failed."""

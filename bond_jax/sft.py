@@ -176,9 +176,11 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
       saver.look()
       if due or stop:
         score = -row['validation_loss'] if due else None
-        saver.save(step, state, batches.get_state(), score, writer.sync)
+        must = bool(stop) or step == settings.steps
+        saver.save(
+          step, state, batches.get_state(), score, writer.sync, must=must
+        )
       if stop and step < settings.steps:
-        saver.finish()
         raise stopping.stopped('sft', step)
   path = os.path.join(folder, 'metrics.jsonl')
   rows = hosts.once(lambda: metrics.read_rows(path))

@@ -229,6 +229,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
           with writer.phase('evaluate'):
             row |= probe(state.params, whole)
           row |= guard.look(step, row)
+        ends = bool(stop or guard.stops) or step == settings.steps
         guard.check(row, step, saver.folder)
         if not row['skipped']:
           guard_lib.check_finite(row, step, saver.folder)
@@ -238,10 +239,9 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
           with writer.phase('save'):
             saver.save(
                 step, state, task.batches.get_state(),
-                row.get('win_rate/reference'), writer.sync,
+                row.get('win_rate/reference'), writer.sync, must=ends,
             )  # fmt: skip
-        if (guard.stops or stop) and step < settings.steps:
-          saver.finish()
+        if ends and step < settings.steps:
           raise guard.stops or stopping.stopped('train', step)
       compiled.append(metrics.compilations(*Programs._fields))
   path = os.path.join(folder, 'metrics.jsonl')

@@ -1,7 +1,9 @@
 """Saves that fail or take long: lines, not tracebacks, and nothing is lost."""
 
 import os
+import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -12,8 +14,8 @@ import pytest
 from test_checkpoint import mesh, same, state_of  # noqa: F401
 import toy
 
-from bond_jax import facts, integrity, metrics, saving, sharding
-from bond_jax.errors import UserError
+from bond_jax import checkpoint, facts, integrity, metrics, saving, sharding
+from bond_jax.errors import Stopped, UserError
 
 LIMIT = """
 import resource, sys
@@ -164,30 +166,109 @@ def test_a_disk_that_is_full_for_a_while(on_tmpfs):
   assert [row['step'] for row in toy.rows(end, 'train')] == [1, 2, 3, 4, 5, 6]
 
 
-def test_a_slow_store_holds_the_step_for_a_while_only(
-  tmp_path, mesh, monkeypatch, capsys  # noqa: F811
-):  # fmt: skip
+@pytest.fixture
+def slow_store(monkeypatch):
+  """A store that takes longer for a checkpoint than a step waits for one."""
   write = integrity.write
 
   def slow(folder):
-    time.sleep(3)
+    time.sleep(1.5)
     write(folder)
 
   monkeypatch.setattr(integrity, 'write', slow)
-  monkeypatch.setattr(saving, 'PATIENCE', 0.2)
-  save = lambda s, i: s.save(i, state_of(i, mesh), {}, i, lambda: None)
+  monkeypatch.setattr(saving, 'PATIENCE', 0.1)
+
+
+def save(saver, step, mesh, **kwargs):  # noqa: F811
+  saver.save(step, state_of(step, mesh), {}, step, lambda: None, **kwargs)
+
+
+def test_a_slow_store_holds_a_step_between_for_a_while_only(
+  tmp_path, mesh, slow_store, capsys  # noqa: F811
+):  # fmt: skip
   with saving.Saver(str(tmp_path), 'train', 'stop', {}) as saver:
-    save(saver, 1)
-    begin = time.monotonic()
-    save(saver, 2)
-    assert time.monotonic() - begin < 2.5
+    save(saver, 1, mesh)
+    save(saver, 2, mesh)
     said = capsys.readouterr().err
     assert 'step 1 is still being written' in said
     assert 'so step 2 is not saved' in said
+
+
+def test_what_must_be_saved_is_waited_for(tmp_path, mesh, slow_store):  # noqa: F811
+  with saving.Saver(str(tmp_path), 'train', 'go_on', {}) as saver:
+    save(saver, 1, mesh)
+    save(saver, 2, mesh, must=True)
+    assert integrity.steps(str(tmp_path)) == [1, 2]  # it does not wait for more
+  assert integrity.damage(f'{tmp_path}/2') is None
+
+
+def test_what_must_be_saved_and_fails_is_an_error(tmp_path, mesh, monkeypatch):  # noqa: F811
+  """Whatever save_failure says: else the stage would count as finished."""
+
+  def full(*_):
+    raise OSError(28, 'No space left on device')
+
+  with saving.Saver(str(tmp_path), 'train', 'go_on', {}) as saver:
+    save(saver, 1, mesh)
     saver.finish()
-    save(saver, 3)
-  assert integrity.steps(str(tmp_path)) == [1, 3]  # the last one is waited for
-  assert integrity.damage(f'{tmp_path}/3') is None
+    saver._failure = 'go_on'
+    monkeypatch.setattr(checkpoint, 'save', full)
+    save(saver, 2, mesh)  # between: a warning
+    with pytest.raises(UserError, match='step 3 could not be saved'):
+      save(saver, 3, mesh, must=True)
+
+
+@pytest.mark.parametrize('stage', ['sft', 'reward_model', 'train'])
+def test_the_last_step_of_a_stage_is_on_a_slow_store(
+  stage, tmp_path, slow_store
+):
+  """Every step saves, so that the store is busy when the last one is due."""
+  config = toy.get_config(toy.folder())
+  config.train.save_every = config.sft.save_every = 1
+  if stage == 'reward_model':
+    config = learned(config)
+  if stage == 'train':
+    toy.before('train', str(tmp_path), config)
+  elif stage == 'reward_model':
+    shutil.copy(os.path.join(toy.finished(), 'tokenizer.model'), tmp_path)
+  toy.run(stage, config, str(tmp_path))
+  folder = 'reward' if stage == 'reward_model' else stage
+  assert toy.steps(str(tmp_path), folder)[-1] == 6
+  assert os.path.exists(tmp_path / folder / 'summary.json')
+
+
+def learned(config):
+  """The config with a small transformer as its reward model."""
+  with config.unlocked():
+    config.reward_model = dict(
+      kind='gemma', weights='random', loss='bradley_terry', margin=0.0,
+      pool='last', members=1, dropout=0.0, merge_dropout=0.0, min_gap=0.1,
+      partners=1, length=16, batch=8, steps=6, save_every=1,
+      optimizer=dict(toy.OPTIMIZER),
+    )  # fmt: skip
+  return config
+
+
+@pytest.mark.parametrize('stage', ['sft', 'train'])
+def test_the_step_of_a_stop_is_on_a_slow_store(
+  stage, tmp_path, slow_store, monkeypatch
+):
+  config = toy.get_config(toy.folder())
+  config.train.save_every = config.sft.save_every = 1
+  if stage == 'train':
+    toy.before('train', str(tmp_path), config)
+  write = metrics.Writer.write
+
+  def signals(writer, step, row):
+    if step == 3:
+      os.kill(os.getpid(), signal.SIGTERM)
+    return write(writer, step, row)
+
+  monkeypatch.setattr(metrics.Writer, 'write', signals)
+  with pytest.raises(Stopped) as e:
+    toy.run(stage, config, str(tmp_path))
+  step = int(re.search(r'after step (\d+), which is saved', str(e.value))[1])
+  assert toy.steps(str(tmp_path), stage)[-1] == step
 
 
 def test_what_changed_is_said_when_a_run_goes_on(tmp_path, mesh, capsys):  # noqa: F811
