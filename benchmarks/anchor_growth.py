@@ -31,6 +31,7 @@ from bond_jax import (
   build,
   command,
   enumerable,
+  environment,
   exact,
   figures,
   metrics,
@@ -162,7 +163,7 @@ def main():
   )
   args = parser.parse_args()
   out = args.out
-  build.configure_jax()
+  environment.configure_jax()
   os.makedirs(out, exist_ok=True)
   rows, curves, moves = {}, {}, np.arange(MOVES + 1)
   for weight, share in EXPECTED.items():

@@ -30,6 +30,7 @@ from bond_jax import (
   command,
   completions,
   data,
+  environment,
   measures,
   metrics,
   origin,
@@ -120,7 +121,7 @@ def summary(n: int, rewards: np.ndarray) -> dict[str, Any]:
 
 def main(_) -> None:
   logging.set_verbosity(logging.WARNING)
-  build.configure_jax()
+  environment.configure_jax()
   os.makedirs(_OUT.value, exist_ok=True)
   path = os.path.join(_OUT.value, 'rewards.npy')
   if not os.path.exists(path):
@@ -137,7 +138,7 @@ def main(_) -> None:
       if told['frontier_reason']:
         print(f'{name}, N = {n}: no number, because {told["frontier_reason"]}')
   out = os.path.join(_OUT.value, 'summary.json')
-  command.write_json(out, {**results, 'versions': build.versions(),
+  command.write_json(out, {**results, 'versions': environment.versions(),
                            'device': jax.devices()[0].device_kind})  # fmt: skip
   metrics.table(table, f'calibration: done, see {out}')
 

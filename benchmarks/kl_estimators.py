@@ -17,7 +17,7 @@ import numpy as np
 import optax
 
 from benchmarks import exact_gradients
-from bond_jax import bandit, build, enumerable, metrics, sharding
+from bond_jax import bandit, enumerable, environment, metrics, sharding
 from configs import enumerable as config_file
 
 ESTIMATES = {
@@ -41,7 +41,7 @@ def told(log_policy: np.ndarray, log_reference: np.ndarray) -> list[float]:
 
 
 def main(_) -> None:
-  build.configure_jax()
+  environment.configure_jax()
   config = config_file.get_config('algorithm=jbond')
   task = enumerable.make(config, '', sharding.make_mesh(data=1, model=1))
   known = enumerable.know(config, task.policy, task.frozen)

@@ -21,7 +21,7 @@ import numpy as np
 import optax
 
 from benchmarks import exact_gradients
-from bond_jax import build, command, figures, metrics, train
+from bond_jax import build, command, environment, figures, metrics, train
 from configs import enumerable as config_file
 
 RATES = (0.7, 0.8, 0.9)
@@ -116,7 +116,7 @@ def main():
   parser = argparse.ArgumentParser(description=__doc__)
   parser.add_argument('--out', required=True)
   out = parser.parse_args().out
-  build.configure_jax()
+  environment.configure_jax()
   os.makedirs(out, exist_ok=True)
   curves = {}
   for label, (rate, batch, features) in RUNS.items():

@@ -23,7 +23,15 @@ import time
 import jax
 import numpy as np
 
-from bond_jax import build, command, metrics, scoring, sharding, train
+from bond_jax import (
+  build,
+  command,
+  environment,
+  metrics,
+  scoring,
+  sharding,
+  train,
+)
 from bond_jax import optimizer as optimizer_lib
 from bond_jax import step as step_lib
 from bond_jax.algorithms import wind
@@ -87,7 +95,7 @@ def main():
   parser = argparse.ArgumentParser(description=__doc__)
   parser.add_argument('--out', required=True)
   out = parser.parse_args().out
-  build.configure_jax()
+  environment.configure_jax()
   setup, mesh = make_setup(), sharding.make_mesh(data=1, model=1)
   params = jax.jit(setup.policy.init)(jax.random.key(0))
   frozen, key = Frozen(params, {}), jax.random.key(1)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 import importlib
-import importlib.metadata
 import inspect
 import json
 import os
@@ -20,7 +19,9 @@ import numpy as np
 from bond_jax import (
   command,
   data,
+  environment,
   fields,
+  fingerprints,
   hosts,
   locks,
   metrics,
@@ -41,24 +42,6 @@ from bond_jax.types import (
   RewardFn,
   Rollout,
 )
-
-
-def configure_jax() -> None:
-  """The process-wide settings that every number of the project rests on."""
-  jax.config.update('jax_threefry_partitionable', True)
-  jax.config.update('jax_numpy_rank_promotion', 'raise')
-
-
-def keep_compilations(backend: str) -> None:
-  """Keeps compiled programs for later runs, where compiling takes minutes.
-
-  In JAX_COMPILATION_CACHE_DIR, or else in ~/.cache/bond_jax; on CPUs, whose
-  programs are small here and fit one kind of CPU alone, only in the former.
-  """
-  if backend != 'cpu' and not jax.config.jax_compilation_cache_dir:
-    folder = os.path.expanduser('~/.cache/bond_jax')
-    jax.config.update('jax_compilation_cache_dir', folder)
-
 
 # Of a config, whatever its task is.
 NEEDED = ('seed', 'reference', 'save_failure', 'task', 'mesh', 'train',
@@ -304,15 +287,15 @@ def begin(
   another config's. `path` is the summary that marks the stage as done.
   """
   hosts.start()
-  configure_jax()
-  keep_compilations(jax.default_backend())
+  environment.configure_jax()
+  environment.keep_compilations(jax.default_backend())
   command.agree(
     {
       'stage': name,
       'config': json.loads(config.to_json_best_effort()),
       'flags': dict(asked),
-      'versions': versions(),
-      'code': command.fingerprints(os.path.dirname(__file__)),
+      'versions': environment.versions(),
+      'code': fingerprints.of_code(os.path.dirname(__file__)),
     }
   )
 
@@ -388,13 +371,7 @@ def _work(name, work, config, workdir, path, table, asked) -> None:
     hosts.say(f'{name}: {config.model.name} on {devices}, into {workdir}')
     with saving.on_disk(workdir):
       summary = work(config, workdir, **asked)
-      summary = {**summary, **asked, 'versions': versions()}
+      summary = {**summary, **asked, 'versions': environment.versions()}
       if hosts.first():
         command.write_json(path, summary)
         metrics.table(table(summary), f'{name}: done, see {path}')
-
-
-def versions() -> dict[str, str]:
-  """Of the packages that the numbers depend on."""
-  names = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy')
-  return {name: importlib.metadata.version(name) for name in names}

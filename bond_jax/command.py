@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-import hashlib
 import importlib
 import json
 import os
@@ -74,19 +73,6 @@ def differences(a: dict[str, Any], b: dict[str, Any], prefix='') -> list[str]:
   return rows
 
 
-def fingerprints(folder: str) -> dict[str, str]:
-  """Of every .py file below a folder: what it is called, and its hash."""
-  found = {}
-  for where, _, names in os.walk(folder):
-    for name in sorted(n for n in names if n.endswith('.py')):
-      path = os.path.join(where, name)
-      with open(path, 'rb') as f:
-        found[os.path.relpath(path, folder)] = hashlib.sha256(
-          f.read()
-        ).hexdigest()[:12]
-  return found
-
-
 def agree(facts: dict[str, Any]) -> None:
   """A UserError, on all hosts, unless nested `facts` are the same on all."""
   told = hosts.gather(facts)
@@ -108,7 +94,8 @@ def check_workdir(workdir: str, config: ml_collections.ConfigDict) -> bool:
     return False
   check_version(workdir)
   rows = differences(read_json(path), json.loads(config.to_json_best_effort()))
-  if rows:
+  # How a run is evaluated may change: it does not change what was trained.
+  if rows := [row for row in rows if not row.startswith('evaluate.')]:
     raise UserError(
       f'{workdir} belongs to another config ({"; ".join(rows)}). Nothing'
       ' was changed; give another --workdir, or the first config again.'
@@ -117,15 +104,21 @@ def check_workdir(workdir: str, config: ml_collections.ConfigDict) -> bool:
 
 
 def claim_workdir(workdir: str, config: ml_collections.ConfigDict) -> None:
-  """Makes `workdir` belong to `config`; a UserError if it has another owner."""
-  if check_workdir(workdir, config):
+  """Makes `workdir` belong to `config`; a UserError if it has another owner.
+
+  The settings of its evaluation are then those of `config`.
+  """
+  path = os.path.join(workdir, 'config.json')
+  settings = json.loads(config.to_json_best_effort())
+  owned = check_workdir(workdir, config)
+  if owned and read_json(path) == settings:
     return
   try:
-    os.makedirs(workdir, exist_ok=True)
-    path = os.path.join(workdir, 'config.json')
-    made_by = {'bond_jax': bond_jax.__version__}
-    write_json(os.path.join(workdir, VERSION), made_by)
-    write_json(path, json.loads(config.to_json_best_effort()))
+    if not owned:
+      os.makedirs(workdir, exist_ok=True)
+      made_by = {'bond_jax': bond_jax.__version__}
+      write_json(os.path.join(workdir, VERSION), made_by)
+    write_json(path, settings)
   except OSError as e:
     raise UserError(
       f'cannot write to --workdir={workdir}: {e.strerror}; give another one.'
@@ -230,6 +223,10 @@ def run_flags(
     lock_config=True,
   )
   path = flags.DEFINE_string(folder, None, 'The folder of what is written.')
+  if folder == 'workdir':
+    flags.DEFINE_bool(
+      'accept_changes', False, 'Go on although files that a run reads changed.'
+    )
 
   def given():
     if not path.value:

@@ -16,7 +16,16 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from bond_jax import hosts, metrics, sampling, scoring, sharding, shares
+from bond_jax import (
+  command,
+  fingerprints,
+  hosts,
+  metrics,
+  sampling,
+  scoring,
+  sharding,
+  shares,
+)
 from bond_jax.errors import UserError
 from bond_jax.log_probs import log_probs
 from bond_jax.models import lora
@@ -66,6 +75,33 @@ def make_draw(config, stop_ids: Sequence[int], mesh):
     return shares.fetch(run(own[1:], other[1:], on_mesh, key, first, num=num))
 
   return draw
+
+
+def made_of(folder: str) -> dict[str, str]:
+  """What the rows of an evaluation depend on, as far as it was begun."""
+  path = os.path.join(folder, 'inputs.json')
+  return command.read_json(path) if os.path.exists(path) else {}
+
+
+def begin(path: str, folder: str, inputs: Mapping[str, str]) -> None:
+  """Records what rows are made of; sets aside those made of something else.
+
+  Args:
+    path: of the rows.
+    folder: of the record.
+    inputs: as `facts.of_evaluation`.
+  """
+  lines = fingerprints.changed(made_of(folder), inputs)
+  if os.path.exists(path) and lines:
+    aside = f'{path}.before'
+    os.replace(path, aside)
+    print(
+      f'evaluate: {path} was begun with other inputs ({"; ".join(lines[:5])}):'
+      f' all is drawn and judged anew. Its rows are now in {aside}.',
+      flush=True,
+    )
+  os.makedirs(folder, exist_ok=True)
+  command.write_json(os.path.join(folder, 'inputs.json'), dict(inputs))
 
 
 class Side(NamedTuple):

@@ -28,6 +28,9 @@ from bond_jax import (
   completions,
   curves,
   data,
+  environment,
+  facts,
+  fingerprints,
   hosts,
   measures,
   metrics,
@@ -54,6 +57,11 @@ def folder_of(workdir: str, step: int, against: str) -> str:
   other = os.path.basename(against)
   last = origin.find_step(against, 'train', 'last')
   return os.path.join('evaluate', f'step_{step}_against_{other}_{last}')
+
+
+def rows_folder(workdir: str, folder: str) -> str:
+  """Where the metrics of an evaluation go, and what it is made of."""
+  return os.path.join(workdir, 'evaluate' if folder == '.' else folder)
 
 
 def evaluate(
@@ -103,10 +111,13 @@ def evaluate(
                      functools.partial(draw, 1, theirs, mine)),
   ]  # fmt: skip
   where = os.path.normpath(os.path.join(workdir, folder))
-  own_rows = os.path.join(workdir, 'evaluate' if folder == '.' else folder)
+  own_rows = rows_folder(workdir, folder)
   total = sum(side.count for side in sides)
+  path = os.path.join(where, 'completions.jsonl')
+  made_of = lambda: facts.of_evaluation(config, workdir, checkpoint, against)
+  hosts.once(lambda: completions.begin(path, own_rows, made_of()))
   rows = completions.collect(
-    os.path.join(where, 'completions.jsonl'), sides,
+    path, sides,
     completions.make_judge(judges, read, own), prompts,
     at_once=settings.at_once, stop_ids=tokenizer.stop_ids,
     writer_of=lambda done: metrics.Writer(own_rows, 'evaluate', total, done),
@@ -128,8 +139,10 @@ def load_sides(
 ) -> tuple[completions.Model, completions.Model]:
   """The policy of a run, and its reference."""
   policy = origin.make_policy(config.model, config.tokenizer.vocab_size)
+  params = origin.load_policy(
+    config, policy, workdir, checkpoint, mesh, alone=False
+  )
   reference, base = origin.load_frozen(config, policy, workdir, mesh)
-  params = origin.load_params(policy, workdir, 'train', checkpoint, mesh)
   return (
     completions.Model(policy, params, base),
     completions.Model(policy, reference, base),
@@ -302,17 +315,36 @@ def main(
 ) -> None:
   """One evaluation of one run."""
   hosts.start()  # before anything is looked at that hosts must agree on
-  build.configure_jax()
+  environment.configure_jax()
   build.check_stage('evaluate', config, workdir)
   build.check(config)  # a checkpoint may be there for a config that is wrong
   if against != 'reference':
     against = os.path.normpath(against)
   step = origin.find_step(workdir, 'train', checkpoint)
   folder = folder_of(workdir, step, against)
+  hosts.once(lambda: check_finished(config, workdir, folder, step, against))
   build.stage(
       'evaluate', functools.partial(evaluate, folder=folder), config, workdir,
       folder=folder, table=headlines, checkpoint=step, against=against,
   )  # fmt: skip
+
+
+def check_finished(config, workdir, folder, step, against) -> None:
+  """Refuses to take a finished evaluation of something else for this one."""
+  summary = os.path.normpath(os.path.join(workdir, folder, 'summary.json'))
+  if not os.path.exists(summary):
+    return
+  before = completions.made_of(rows_folder(workdir, folder))
+  now = facts.of_evaluation(config, workdir, step, against)
+  lines = fingerprints.changed(
+    {k: x for k, x in before.items() if k in now}, now if before else {}
+  )
+  if lines:
+    raise UserError(
+      f'{summary} is there, of an evaluation of other things:'
+      f' {"; ".join(lines[:5])}. Nothing was changed; move it away to draw and'
+      ' judge anew.'
+    )
 
 
 def run() -> None:

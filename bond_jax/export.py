@@ -22,6 +22,7 @@ import ml_collections
 from bond_jax import (
   build,
   command,
+  environment,
   hf,
   hf_adapter,
   hf_export,
@@ -73,7 +74,9 @@ def export(
   if which == 'reference':
     trained, step = frozen.reference, 0
   else:
-    trained = origin.load_params(policy, workdir, 'train', which, mesh)
+    trained = origin.load_policy(
+      config, policy, workdir, which, mesh, alone=True
+    )
     step = origin.find_step(workdir, 'train', which)
   params, adapters = trained, None
   if settings.rank:
@@ -140,12 +143,12 @@ def size_of(folder: str) -> int:
 
 
 def main(workdir: str, out: str, which: str, form: str, dtype: str) -> None:
-  build.configure_jax()
+  environment.configure_jax()
   start = time.perf_counter()
   print(f'export: {workdir}, checkpoint {which}, as {form}', flush=True)
   summary = export(workdir, out, which, form, dtype)
   summary['seconds'] = round(time.perf_counter() - start, 3)
-  summary['versions'] = build.versions()
+  summary['versions'] = environment.versions()
   path = os.path.join(out, 'summary.json')
   command.write_json(path, summary)
   metrics.table(metrics.scalars(summary), f'export: done, see {path}')

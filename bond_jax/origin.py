@@ -16,6 +16,7 @@ from bond_jax import (
   checkpoint,
   command,
   data,
+  facts,
   hf_adapter,
   sharding,
   weights,
@@ -233,6 +234,23 @@ def _model_of(config: dict[str, Any]) -> dict[str, Any]:
     'model': {'name': model['name'], 'sizes': model.get('sizes', {})},
     'tokenizer': config['tokenizer'],
   }
+
+
+def load_policy(
+  config: ml_collections.ConfigDict,
+  policy: Policy,
+  workdir: str,
+  which: str,
+  mesh,
+  *,
+  alone: bool,
+) -> Params:
+  """The policy of a run; see `facts.check_start` and `find_step`."""
+  step = find_step(workdir, 'train', which)
+  with checkpoint.manager(_checkpoints(workdir, 'train')) as checkpoints:
+    made = checkpoint.read_facts(checkpoints, step)
+  facts.check_start(config, workdir, made, alone)
+  return load_params(policy, workdir, 'train', str(step), mesh)
 
 
 def load_params(

@@ -25,6 +25,7 @@ from bond_jax import (
   build,
   chips,
   command,
+  environment,
   hlo,
   metrics,
   origin,
@@ -314,7 +315,7 @@ def search(config: ml_collections.ConfigDict, topology: str) -> dict[str, Any]:
 def main(config: ml_collections.ConfigDict, out: str) -> None:
   if not _TOPOLOGY.value:
     raise UserError(f'--topology is not set; give {chips.EXAMPLES}.')
-  build.configure_jax()
+  environment.configure_jax()
   try:
     os.makedirs(out, exist_ok=True)
   except OSError as e:
@@ -326,7 +327,7 @@ def main(config: ml_collections.ConfigDict, out: str) -> None:
     config.train.steps = config.train.get('steps') or 1
   work = search if _SEARCH.value else plan
   found = work(config, _TOPOLOGY.value)
-  found['versions'] = build.versions() | chips.compiler(_TOPOLOGY.value)
+  found['versions'] = environment.versions() | chips.compiler(_TOPOLOGY.value)
   path = os.path.join(out, 'summary.json')
   command.write_json(path, found)
   tables(found)

@@ -27,6 +27,7 @@ from bond_jax import (
   build,
   command,
   enumerable,
+  environment,
   exact,
   figures,
   metrics,
@@ -179,7 +180,7 @@ def reproduce(config: ml_collections.ConfigDict, workdir: str) -> None:
   summary = {'title': config.figure.title, 'at_the_end': last}
   command.write_json(
     os.path.join(workdir, 'summary.json'),
-    {**summary, 'versions': build.versions()},
+    {**summary, 'versions': environment.versions()},
   )
   wanted = {key for panel in config.figure.panels for key in panel}
   head = [k for k in next(iter(last.values())) if k in wanted or ' to ' in k]

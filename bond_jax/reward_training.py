@@ -293,6 +293,7 @@ def _fit(config, folder, batches, held_out, state, update, score, mesh):
   saver = saving.Saver(
     os.path.join(folder, 'checkpoints'), 'reward_model', config.save_failure,
     facts.of(config, mesh),
+    lambda: facts.inputs(own(config), os.path.dirname(folder), 'reward'),
   )  # fmt: skip
   start = saver.start
   if start is not None:

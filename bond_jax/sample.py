@@ -20,6 +20,7 @@ from bond_jax import (
   build,
   command,
   data,
+  environment,
   ops,
   origin,
   sampling,
@@ -47,9 +48,13 @@ def make_draw(config: ml_collections.ConfigDict, workdir: str, which: str):
   mesh = sharding.make_mesh(**config.mesh)
   tokenizer = origin.load_tokenizer(config, workdir)
   policy = origin.make_policy(config.model, config.tokenizer.vocab_size)
-  params, base = origin.load_frozen(config, policy, workdir, mesh)
   if which != 'reference':
-    params = origin.load_params(policy, workdir, 'train', which, mesh)
+    params = origin.load_policy(
+      config, policy, workdir, which, mesh, alone=True
+    )
+  reference, base = origin.load_frozen(config, policy, workdir, mesh)
+  if which == 'reference':
+    params = reference
 
   @functools.partial(
     jax.jit, static_argnames='num', out_shardings=sharding.replicated(mesh)
@@ -114,7 +119,7 @@ def talk(
   seed: int,
 ) -> None:
   """What the flags ask for."""
-  build.configure_jax()
+  environment.configure_jax()
   turns = config.prompt.kind == 'turn'
   if prompt is None and not turns:
     raise UserError(

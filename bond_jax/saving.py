@@ -22,7 +22,7 @@ import sys
 import time
 from typing import Any, Self
 
-from bond_jax import checkpoint, command, hosts, integrity
+from bond_jax import checkpoint, command, fingerprints, hosts, integrity
 from bond_jax.errors import UserError
 from bond_jax.types import TrainState
 
@@ -34,7 +34,12 @@ class Saver:
   """Saves the steps of one stage; a context, which ends when all is written."""
 
   def __init__(
-    self, folder: str, stage: str, failure: str, facts: dict[str, Any]
+    self,
+    folder: str,
+    stage: str,
+    failure: str,
+    facts: dict[str, Any],
+    inputs: Callable[[], dict[str, str]] = dict,
   ):
     """Looks at what is there: `start` is the last good step, or None.
 
@@ -43,6 +48,8 @@ class Saver:
       stage: for the lines.
       failure: what is done when a save fails, one of FAILURES.
       facts: of what runs, saved with each step, and compared when it goes on.
+      inputs: the fingerprints of what it reads, likewise; a UserError if they
+        have changed since the last good step, and no one has accepted that.
     """
     if failure not in FAILURES:
       raise UserError(
@@ -55,6 +62,14 @@ class Saver:
     self.start = checkpoint.last_step(self._checkpoints)
     self._stage, self._failure, self._facts = stage, failure, facts
     self._writing: int | None = None  # the step whose save has not been seen
+    self._read, self._inputs = inputs, inputs()
+    command.agree({'inputs': self._inputs})
+    self._before: dict[str, Any] = {}
+    if self.start is not None:
+      self._before = checkpoint.read_facts(self._checkpoints, self.start)
+      then = self._before.pop('inputs', self._inputs)
+      lines = fingerprints.changed(then, self._inputs)
+      fingerprints.accept(f'{stage}, which goes on after {self.start},', lines)
 
   def __enter__(self) -> Self:
     for name in ('absl', 'asyncio'):
@@ -73,9 +88,8 @@ class Saver:
     """The state and the data of the last good step; says what has changed."""
     state, data = checkpoint.restore(self._checkpoints, like)
     hosts.say(f'{self._stage}: goes on after step {self.start}')
-    before = checkpoint.read_facts(self._checkpoints, self.start)
-    now = self._facts if before else {}
-    if changed := command.differences(before, now):
+    now = self._facts if self._before else {}
+    if changed := command.differences(self._before, now):
       hosts.say(
         f'{self._stage}: changed since it was saved: {"; ".join(changed)}'
       )
@@ -128,8 +142,15 @@ class Saver:
       self._fail(step, error)
       return
     self._writing = step
+    self._inputs, changed = fingerprints.steady(self._inputs, self._read())
+    if changed:
+      _warn(
+        f'{self._stage}: step {step}: changed while the stage runs:'
+        f' {"; ".join(changed[:3])}. What is read next is of the changed files.'
+      )
+    facts = {**self._facts, 'inputs': self._inputs}
     try:
-      checkpoint.save(self._checkpoints, step, state, data, score, self._facts)
+      checkpoint.save(self._checkpoints, step, state, data, score, facts)
     except UserError:
       raise
     except Exception as e:  # pylint: disable=broad-except

@@ -147,7 +147,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
   batches = batches('train')
   saver = saving.Saver(
     os.path.join(folder, 'checkpoints'), 'sft', config.save_failure,
-    facts.of(config, mesh),
+    facts.of(config, mesh), lambda: facts.inputs(config, workdir, 'sft'),
   )  # fmt: skip
   start = saver.start
   if start is not None:

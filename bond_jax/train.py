@@ -185,15 +185,16 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
   """Runs the stage to its end, from its last checkpoint if it has one."""
   settings, folder = config.train, os.path.join(workdir, 'train')
   mesh = sharding.make_mesh(**config.mesh)
+  # Before anything large is loaded: it sees whether the inputs have changed.
+  saver = saving.Saver(
+    os.path.join(folder, 'checkpoints'), 'train', config.save_failure,
+    facts.of(config, mesh), lambda: facts.inputs(config, workdir, 'train'),
+  )  # fmt: skip
   task = build.task(config).make(config, workdir, mesh)
   setup = make_setup(config, task.policy, task.stop_ids, mesh)
   cost = costs.of_config(config, setup.algorithm, task.policy.vocab_size)
   hosts.say(f'train: {costs.line(cost)}')
   guard = guard_lib.Guard(config, setup)
-  saver = saving.Saver(
-    os.path.join(folder, 'checkpoints'), 'train', config.save_failure,
-    facts.of(config, mesh),
-  )  # fmt: skip
   start = saver.start
   show = ('reward/policy', 'signal/fires', 'win_rate/reference', 'kl/reference')
   writer = metrics.Writer(folder, 'train', settings.steps, start, show)

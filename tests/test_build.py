@@ -8,7 +8,7 @@ import language
 import pytest
 import toy
 
-from bond_jax import build, command, origin, sharding
+from bond_jax import build, command, environment, origin, sharding
 from bond_jax.errors import UserError
 from configs import demo, figures
 
@@ -292,7 +292,7 @@ def test_compilations_are_kept_where_they_take_long(backend, asked, kept):
   before = jax.config.jax_compilation_cache_dir
   try:
     jax.config.update('jax_compilation_cache_dir', asked)
-    build.keep_compilations(backend)
+    environment.keep_compilations(backend)
     found = jax.config.jax_compilation_cache_dir
     assert found == (kept and os.path.expanduser(kept))
   finally:

@@ -1,0 +1,59 @@
+"""What of the process and of its surroundings may change a number."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+from typing import Any
+
+import jax
+
+_VARIABLES = ('XLA_FLAGS', 'LIBTPU_INIT_ARGS', 'NVIDIA_TF32_OVERRIDE')
+_SETTINGS = (
+  'jax_default_matmul_precision', 'jax_disable_most_optimizations',
+  'jax_optimization_level', 'jax_disable_jit', 'jax_allow_f16_reductions',
+  'jax_accurate_erf_inv', 'jax_softmax_custom_jvp',
+  'jax_use_hlo_logistic_lowering', 'jax_use_shardy_partitioner',
+  'jax_threefry_gpu_kernel_lowering',
+)  # fmt: skip
+
+
+def configure_jax() -> None:
+  """The settings that every number of the project rests on.
+
+  Pinned, whatever the environment says; `record` has those left to it.
+  """
+  jax.config.update('jax_enable_x64', False)
+  jax.config.update('jax_numpy_dtype_promotion', 'standard')
+  jax.config.update('jax_numpy_rank_promotion', 'raise')
+  jax.config.update('jax_default_prng_impl', 'threefry2x32')
+  jax.config.update('jax_threefry_partitionable', True)
+  jax.config.update('jax_random_seed_offset', 0)
+
+
+def keep_compilations(backend: str) -> None:
+  """Keeps compiled programs for later runs, where compiling takes minutes.
+
+  In JAX_COMPILATION_CACHE_DIR, or else in ~/.cache/bond_jax; on CPUs, whose
+  programs are small here and fit one kind of CPU alone, only in the former.
+  """
+  if backend != 'cpu' and not jax.config.jax_compilation_cache_dir:
+    folder = os.path.expanduser('~/.cache/bond_jax')
+    jax.config.update('jax_compilation_cache_dir', folder)
+
+
+def versions() -> dict[str, str]:
+  """Of the packages that the numbers depend on."""
+  names = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy')
+  return {name: importlib.metadata.version(name) for name in names}
+
+
+def record() -> dict[str, Any]:
+  """What may differ between two runs of one command, and change their bits."""
+  values = jax.config.values.items()
+  return {
+    'versions': versions() | {'python': platform.python_version()},
+    'jax': {name: value for name, value in values if name in _SETTINGS},
+    'environment': {k: os.environ[k] for k in _VARIABLES if k in os.environ},
+  }
