@@ -82,9 +82,8 @@ def export(
   if settings.rank:
     adapters = trained
   if form == 'adapter':
-    hf_adapter.export_adapter(
-      adapters, sizes, out, base=name_of_base(config, workdir)
-    )
+    base = config.get('weights') or build.reference_dir(config, workdir)
+    hf_adapter.export_adapter(adapters, sizes, out, base=base)
   else:
     if adapters is not None:
       params = frozen.base
@@ -125,12 +124,6 @@ def source_of(config: ml_collections.ConfigDict) -> str | None:
   if os.path.isdir(path):
     return path if os.path.exists(os.path.join(path, 'config.json')) else None
   return hf.resolve(path) if '@' in path else None
-
-
-def name_of_base(config: ml_collections.ConfigDict, workdir: str) -> str:
-  """What an adapter says it is for."""
-  path = config.get('weights') or build.reference_dir(config, workdir)
-  return path.partition('@')[0]
 
 
 def size_of(folder: str) -> int:

@@ -32,7 +32,11 @@ TOKENIZER_FILES = (
 )  # fmt: skip
 
 _REPOSITORY = re.compile(r'([\w.-]+/[\w.-]+?)(?:@(.+))?')
+_SHARD = re.compile(r'[\w-][\w.-]*\.safetensors')  # beside its index
 _DTYPES = ('F32', 'F16', 'BF16')
+# With one of these in a folder transformers computes another model: it adds an
+# adapter, and reads the files of a distributed save first.
+_RIVALS = re.compile(r'adapter_config\.json|shard-\d{5}-model-.*\.safetensors')
 _BLOCK = 16 * 2**20  # bytes; of two tensors that are compared
 
 
@@ -50,9 +54,8 @@ def load(path: str, config: gemma.Config, like: Params) -> Params:
 
   Args:
     path: a local folder, or a repository as `resolve` takes it.
-    config: the sizes that it must have. Rows of the embedding that the folder
-      lacks, which no token uses, are zero; further ones that it has beside an
-      image encoder are left out.
+    config: the sizes that it must have. Rows of the embedding that no token
+      uses are zero where the folder lacks them, and left out where it has more.
     like: the tree of models/gemma.py as jax.ShapeDtypeStruct with shardings.
 
   Returns:
@@ -62,18 +65,13 @@ def load(path: str, config: gemma.Config, like: Params) -> Params:
   folder = resolve(path)
   raw = read_config(folder)
   _check_sizes(folder, hf_config.from_json(raw, folder), config)
+  _check_rivals(folder, raw)
   tensors = _open(folder)
   prefix = _prefix(folder, tensors)
-  _check_tensors(folder, tensors, prefix, config, 'text_config' in raw)
+  _check_tensors(folder, tensors, prefix, config)
   _check_head(folder, raw, tensors, prefix)
   found = {k.removeprefix(prefix): x for k, x in tensors.items()}
   return assemble(config, like, functools.partial(_read, found, config))
-
-
-def config_of(path: str) -> gemma.Config:
-  """The model that a folder's config.json describes, one of ours if it is."""
-  folder = resolve(path)
-  return hf_config.from_json(read_config(folder), folder)
 
 
 def read_config(folder: str) -> dict[str, Any]:
@@ -147,26 +145,43 @@ def _check_sizes(
     )
 
 
+def _check_rivals(folder: str, raw: dict[str, Any]) -> None:
+  """Refuses a folder that is another model to transformers than to us."""
+  found = sorted(filter(_RIVALS.fullmatch, os.listdir(folder)))
+  if raw.get('transformers_weights') is not None:
+    found.append('transformers_weights in its config.json')
+  if found:
+    raise UserError(
+      f'{folder} has {found[0]}, with which transformers computes another model'
+      f' than {SINGLE} is; keep one of the two there (an adapter can be merged'
+      ' with peft, or be named as model.lora.weights in a folder of its own).'
+    )
+
+
 def _open(folder: str) -> dict[str, Tensor]:
-  """Every tensor of a folder by its name; reads the headers of all files."""
-  where = None
-  if os.path.exists(os.path.join(folder, INDEX)):
-    index = read_json(folder, INDEX, 'download it again')
-    where = index.get('weight_map')
-    if not isinstance(where, dict) or not where:
-      raise UserError(f'{folder}/{INDEX} has no weight_map; download it again.')
-    strange = [x for x in where.values() if not _is_file_name(x)]
-    if strange:
-      raise UserError(
-        f'{folder}/{INDEX} names {strange[0]!r:.60}, which is no .safetensors'
-        ' file of that folder; download it again.'
-      )
-  elif not os.path.exists(os.path.join(folder, SINGLE)):
+  """Every tensor of a folder by its name; reads the headers of all files.
+
+  An index counts only where there is no single file, as in transformers: its
+  save_pretrained leaves the index of an earlier save where it is.
+  """
+  single = os.path.join(folder, SINGLE)
+  if os.path.exists(single):
+    return headers(single)
+  if not os.path.exists(os.path.join(folder, INDEX)):
     raise UserError(
       f'{folder} has neither {SINGLE} nor {INDEX}; weights in other formats'
       ' must be converted first, say by save_pretrained of transformers.'
     )
-  files = sorted(set(where.values())) if where else [SINGLE]
+  where = read_json(folder, INDEX, 'download it again').get('weight_map')
+  if not isinstance(where, dict) or not where:
+    raise UserError(f'{folder}/{INDEX} has no weight_map; download it again.')
+  strange = [x for x in where.values() if not _SHARD.fullmatch(str(x))]
+  if strange:
+    raise UserError(
+      f'{folder}/{INDEX} names {strange[0]!r:.60}, which is no .safetensors'
+      ' file of that folder; download it again.'
+    )
+  files = sorted(set(where.values()))
   missing = [f for f in files if not os.path.exists(os.path.join(folder, f))]
   if missing:
     raise UserError(
@@ -176,19 +191,13 @@ def _open(folder: str) -> dict[str, Tensor]:
   tensors = {}
   for file in files:
     tensors |= headers(os.path.join(folder, file))
-  lost = [k for k, file in (where or {}).items() if k not in tensors]
+  lost = [k for k in where if k not in tensors]
   if lost:
     raise UserError(
       f'{folder}: {where[lost[0]]} does not hold {lost[0]}, which the index'
       f' says it does, nor {len(lost) - 1} others; download it again.'
     )
   return tensors
-
-
-def _is_file_name(value: Any) -> bool:
-  """Whether it is a file beside the index, and not somewhere else."""
-  pattern = r'[\w-][\w.-]*\.safetensors'
-  return isinstance(value, str) and bool(re.fullmatch(pattern, value))
 
 
 def headers(path: str) -> dict[str, Tensor]:
@@ -202,9 +211,14 @@ def headers(path: str) -> dict[str, Tensor]:
 
 
 def _prefix(folder: str, tensors: dict[str, Tensor]) -> str:
-  for prefix in hf_names.PREFIXES:
-    if f'{prefix}embed_tokens.weight' in tensors:
-      return prefix
+  tables = [f'{prefix}embed_tokens.weight' for prefix in hf_names.PREFIXES]
+  found = [name for name in tables if name in tensors]
+  if len(found) == 1:
+    return found[0].removesuffix('embed_tokens.weight')
+  if found:
+    raise UserError(
+      f'{folder} holds two models, {" and ".join(found)}; keep one of them.'
+    )
   raise UserError(
     f'{folder} has no tensor embed_tokens.weight under'
     f' {" or ".join(hf_names.PREFIXES)}; it has'
@@ -212,7 +226,7 @@ def _prefix(folder: str, tensors: dict[str, Tensor]) -> str:
   )
 
 
-def _check_tensors(folder, tensors, prefix, config, images: bool) -> None:
+def _check_tensors(folder, tensors, prefix, config) -> None:
   """A UserError with the first ten tensors that are not as they must be."""
   size = hf_names.sizes(config)
   wanted = {
@@ -222,9 +236,7 @@ def _check_tensors(folder, tensors, prefix, config, images: bool) -> None:
   }
   table = f'{prefix}embed_tokens.weight'
   rows = tensors[table].shape[0]
-  if hf_config.vocab_rows(config) <= rows and (
-    images or rows <= config.vocab_size
-  ):
+  if rows >= hf_config.vocab_rows(config):  # the further ones are never drawn
     wanted[table] = rows, config.features
   found = {
     k: x.shape
@@ -259,20 +271,19 @@ def check_dtype(tensor: Tensor) -> None:
 
 def _check_head(folder, raw, tensors, prefix) -> None:
   """Refuses a head that is not the embedding."""
-  text = raw.get('text_config') or {}
-  tied = raw.get('tie_word_embeddings', text.get('tie_word_embeddings', True))
-  head = next((k for k in tensors if k.endswith('lm_head.weight')), None)
-  if head is None and not tied:
+  heads = [k for k in tensors if k.endswith('lm_head.weight')]
+  if not heads and not raw.get('tie_word_embeddings', True):
     raise UserError(
       f'{folder}/config.json says that the head is not the embedding'
       ' (tie_word_embeddings), and there is no lm_head.weight; the export that'
       ' wrote it lost the head.'
     )
-  if head and not _same(tensors[head], tensors[f'{prefix}embed_tokens.weight']):
-    raise UserError(
-      f'{folder}: {head} is not the embedding; the head of every Gemma is, and'
-      ' a model with another one cannot be loaded.'
-    )
+  for head in heads:
+    if not _same(tensors[head], tensors[f'{prefix}embed_tokens.weight']):
+      raise UserError(
+        f'{folder}: {head} is not the embedding; the head of every Gemma is,'
+        ' and a model with another one cannot be loaded.'
+      )
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

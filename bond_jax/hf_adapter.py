@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from typing import Any
 
 import numpy as np
@@ -40,6 +41,8 @@ _PLAIN = {
       (),
   ),
 }  # fmt: skip
+# peft reads the name of its first adapter in a tensor's as none.
+_HALF = re.compile(r'(.+\.lora_[AB])(?:\.default)?(\.weight)')
 _MERGE = 'merge it into its model with peft, and start from that model'
 
 
@@ -52,8 +55,8 @@ def export_adapter(
     adapters: as in models/lora.py, without `lora_delta`.
     config: of the model, with lora_scale.
     path: the folder to make.
-    base: the model they are for, a folder or any name of it. It decides
-      whether the adapted modules are those of a text model alone.
+    base: the model they are for, a folder or any name of it, with a commit or
+      without. It decides whether the modules are those of a text model alone.
   """
   images = _has_images(config, base)
   prefix = _ROOT + (hf_names.PREFIXES[-1] if images else 'model.')
@@ -72,10 +75,14 @@ def export_adapter(
   (rank,) = rank
   modules = _modules(tensors)
   alpha = config.lora_scale * rank
+  commit = ''
+  if not os.path.isdir(base):
+    base, _, commit = base.partition('@')
   described = {
     'peft_type': 'LORA',
     'task_type': 'CAUSAL_LM',
     'base_model_name_or_path': base,
+    'revision': commit or None,
     'r': rank,
     'lora_alpha': round(alpha) if math.isclose(alpha, round(alpha)) else alpha,
     # An image encoder has modules of the same names.
@@ -163,17 +170,27 @@ def _open(folder: str) -> dict[str, hf.Tensor]:
       ' converted first, say by save_pretrained of peft.'
     )
   tensors = hf.headers(file)
-  for prefix in (_ROOT + p for p in hf_names.PREFIXES):
-    if any(name.startswith(f'{prefix}layers.') for name in tensors):
-      return {
-        name.removeprefix(prefix): x
-        for name, x in tensors.items()
-        if not any(part in name for part in _IMAGES)
-      }
-  raise UserError(
-    f'{file} adapts no layers of a causal language model, {_ROOT}model.layers'
-    f' for instance; it has {", ".join(sorted(tensors)[:3]) or "no tensors"}.'
-  )
+  prefixes = [_ROOT + p for p in hf_names.PREFIXES]
+  inside = lambda prefix: any(k.startswith(f'{prefix}layers.') for k in tensors)
+  prefix = next(filter(inside, prefixes), None)
+  if prefix is None:
+    raise UserError(
+      f'{file} adapts no layers of a causal language model, {_ROOT}model.layers'
+      f' for instance; it has {", ".join(sorted(tensors)[:3]) or "no tensors"}.'
+    )
+  halves: dict[str, hf.Tensor] = {}
+  for name, x in tensors.items():
+    if any(part in name for part in _IMAGES):
+      continue
+    match = _HALF.fullmatch(name.removeprefix(prefix))
+    half = ''.join(match.groups()) if match else ''
+    if not half or half in halves:
+      raise UserError(
+        f'{file} holds {name}, which is no lora_A.weight or lora_B.weight of a'
+        f' module, or is there twice (with the name default); {_MERGE}.'
+      )
+    halves[half] = x
+  return halves
 
 
 def _check_tensors(
@@ -191,8 +208,14 @@ def _check_tensors(
       f' and values, gate and up) go together; set the targets, or {_MERGE}.'
     )
   found = {k: x.shape for k, x in tensors.items()}
-  names = [*wanted, *(k for k in found if k not in wanted)]
-  other = [k for k in names if found.get(k) != wanted.get(k)]
+  other = [k for k, shape in found.items() if shape != wanted.get(k)]
+  absent = [k for k in wanted if k not in found]
+  if absent and not other:
+    raise UserError(
+      f'{folder} lacks {absent[0]} and {len(absent) - 1} more: an adapter must'
+      ' be of all layers of its model, not of some (layers_to_transform);'
+      f' {_MERGE}; the adapter says that it is for {base}.'
+    )
   if other:
     a, b = (x.get(other[0], 'absent') for x in (found, wanted))
     more = f' and {len(other) - 1} more' if other[1:] else ''

@@ -32,6 +32,7 @@ _COMMON = dict(
   attention_bias=False,
   use_bidirectional_attention=None,
   quantization_config=None,
+  layer_types=None,
   query_pre_attn_scalar=None,
   attn_logit_softcapping=None,
   final_logit_softcapping=None,
@@ -151,20 +152,22 @@ def from_json(raw: dict[str, Any], path: str) -> gemma.Config:
   _check_kinds(raw, path)
   kind = _model_type(raw, path)
   if kind == 'gemma3':
-    # The head is a matter of the whole model.
-    tied = {k: raw[k] for k in ('tie_word_embeddings',) if k in raw}
-    raw, kind = {**(raw.get('text_config') or {}), **tied}, 'gemma3_text'
+    whole = {'quantization_config': raw.get('quantization_config')}
+    raw, kind = {**(raw.get('text_config') or {}), **whole}, 'gemma3_text'
     _check_kinds(raw, path)
   raw = {**_DEFAULTS[kind], **raw}
+  if kind == 'gemma2' or raw['layer_types'] is not None:
+    raw['sliding_window_pattern'] = 2  # theirs, or not read
   _check_sizes(raw, path)
   _refuse(raw, kind, path)
   new = kind != 'gemma'
-  base = 1_000_000.0 if kind == 'gemma3_text' else 10_000.0
-  theta, factor = _rope(raw, 'full_attention', 'rope_theta', base, path)
-  local = theta
-  if kind == 'gemma3_text':
-    key = 'rope_local_base_freq'
-    local, _ = _rope(raw, 'sliding_attention', key, 10_000.0, path)
+  pattern = _pattern(raw, path) if new else ('global',)
+  (theta, factor), (local, local_factor) = _ropes(raw, kind, path)
+  if local_factor != 1 and 'local' in pattern:
+    raise UserError(
+      f'{path}/config.json scales the positions of sliding layers by'
+      f' {local_factor:g}; readable is a scale in full layers alone.'
+    )
   scalar = raw['query_pre_attn_scalar'] or raw['head_dim']
   config = gemma.Config(
     vocab_size=raw['vocab_size'],
@@ -174,7 +177,7 @@ def from_json(raw: dict[str, Any], path: str) -> gemma.Config:
     kv_heads=raw['num_key_value_heads'],
     head_size=raw['head_dim'],
     feed_forward=raw['intermediate_size'],
-    pattern=_pattern(raw, path) if new else ('global',),
+    pattern=pattern,
     window=raw['sliding_window'] if new else 0,
     qk_norm=kind == 'gemma3_text',
     post_norms=new,
@@ -202,6 +205,7 @@ def _check_kinds(raw: dict[str, Any], path: str) -> None:
       'query_pre_attn_scalar', 'attn_logit_softcapping', 'rms_norm_eps',
       'final_logit_softcapping', 'rope_theta', 'rope_local_base_freq',
       'sliding_window', 'factor')),
+    'a name': (lambda x: isinstance(x, str), ('model_type',)),
     'a list of names': (is_texts, ('architectures', 'layer_types')),
     'an object': (is_table, (
       'text_config', 'rope_parameters', 'rope_scaling', *_KINDS)),
@@ -237,14 +241,17 @@ def _check_sizes(raw: dict[str, Any], path: str) -> None:
 
 
 def _model_type(raw: dict[str, Any], path: str) -> str:
+  """By the key model_type, as transformers goes; one that all keys bear out."""
   names = {v: k for k, v in ARCHITECTURES.items()}
-  found = (raw.get('architectures') or ['none'])[0]
-  if found not in names:
+  found = (raw.get('architectures') or [None])[0]
+  kind = raw.get('model_type') or names.get(found)
+  if kind not in ARCHITECTURES or found not in (None, ARCHITECTURES[kind]):
     raise UserError(
-      f'{path} holds a model of architecture {found}; readable are'
-      f' {", ".join(names)}.'
+      f'{path} holds a model of architecture {found or "none"} and model_type'
+      f' {raw.get("model_type", "none")}; readable are'
+      f' {", ".join(f"{k} of {v}" for k, v in names.items())}.'
     )
-  return names[found]
+  return kind
 
 
 def _refuse(raw: dict[str, Any], kind: str, path: str) -> None:
@@ -259,6 +266,7 @@ def _refuse(raw: dict[str, Any], kind: str, path: str) -> None:
     'attn_logit_softcapping': kind == 'gemma3_text'
     and raw['attn_logit_softcapping'],
     'quantization_config': raw['quantization_config'],
+    'per_layer_config': raw.get('per_layer_config'),
   }
   for key, bad in wrong.items():
     if bad:
@@ -268,32 +276,66 @@ def _refuse(raw: dict[str, Any], kind: str, path: str) -> None:
       )
 
 
-def _rope(
-  raw: dict[str, Any], layers: str, key: str, base: float, path: str
-) -> tuple[float, float]:
-  """The base and the scale of the positions in one kind of layers."""
-  new = raw.get('rope_parameters') or {}
-  rope = new.get(layers, new) or {}
-  if not new and layers == 'full_attention':
-    rope = raw.get('rope_scaling') or {}
-  kind = rope.get('rope_type', rope.get('type', 'default'))
-  kind = kind if isinstance(kind, str) else repr(kind)
-  if kind not in ('default', 'linear'):
+def _ropes(
+  raw: dict[str, Any], kind: str, path: str
+) -> tuple[tuple[float, float], tuple[float, float]]:
+  """(base, scale) of the positions in full layers, and in sliding ones.
+
+  Of keys that say the same thing those count that transformers reads. Gemma 3
+  has a table for each kind of layers: keys that lie flat in rope_parameters
+  are not read, and rope_scaling is laid over the full layers. Before it there
+  is one table: rope_scaling, else rope_parameters.
+  """
+  new, old = raw.get('rope_parameters') or {}, raw.get('rope_scaling') or {}
+  full, sliding = new.get('full_attention'), new.get('sliding_attention')
+  if kind == 'gemma3_text':
+    fits = full or not old or raw.get('rope_parameters') is None
+    full = {**(full or {'rope_type': 'default'}), **old}
+    local = raw.get('rope_local_base_freq', 10_000.0)
+    base = raw.get('rope_theta', 1_000_000.0)
+  else:
+    fits = not (_KINDS.keys() & {*new, *old})
+    full = sliding = old or new
+    base = local = raw.get('rope_theta', 10_000.0)
+  if not fits:
     raise UserError(
-      f'{path}/config.json: rope_type is {kind!r}; readable are default and'
-      ' linear.'
+      f'{path}/config.json: transformers cannot read these rope_parameters'
+      f' ({", ".join(new) or "none"}) and rope_scaling ({", ".join(old)}) in a'
+      f' {kind}; download it again.'
     )
-  theta = rope.get('rope_theta', raw.get(key, base))
-  return float(theta or base), float(rope.get('factor') or 1.0)
+  return _rope(full, base, path), _rope(sliding or {}, local, path)
+
+
+def _rope(
+  rope: dict[str, Any], base: float | None, path: str
+) -> tuple[float, float]:
+  """Base and scale of one table; `base` is what lies outside of it."""
+  kind = rope.get('rope_type', rope.get('type', 'default'))
+  if kind not in ('default', 'linear') or rope.get('type', kind) != kind:
+    raise UserError(
+      f'{path}/config.json: rope_type is {kind!r:.60}, and type'
+      f' {rope.get("type", kind)!r:.60}; readable are default and linear, the'
+      ' same in both.'
+    )
+  theta = rope.get('rope_theta', base)
+  factor = rope.get('factor') if kind == 'linear' else 1
+  if theta is None or factor is None:
+    raise UserError(
+      f'{path}/config.json: rope_theta is {theta} and factor {factor}; neither'
+      ' may be null or absent; download it again.'
+    )
+  return float(theta), float(factor)
 
 
 def _pattern(raw: dict[str, Any], path: str) -> tuple[str, ...]:
   """The shortest pattern that repeats into the kinds of the layers."""
   layers, period = raw['num_hidden_layers'], raw['sliding_window_pattern']
-  types = raw.get('layer_types') or [
-    'sliding_attention' if (j + 1) % period else 'full_attention'
-    for j in range(layers)
-  ]
+  types = raw['layer_types']
+  if types is None:
+    types = [
+      'sliding_attention' if (j + 1) % period else 'full_attention'
+      for j in range(layers)
+    ]
   if len(types) != layers or not set(types) <= set(_KINDS):
     raise UserError(
       f'{path}/config.json: layer_types has {len(types)} entries,'

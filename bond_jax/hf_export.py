@@ -73,7 +73,7 @@ def export(
     config: its sizes; of the embedding the rows that are used are written.
     path: the folder to make.
     dtype: of the weights, 'bfloat16' or 'float32'.
-    tokenizer_path: a SentencePiece model.
+    tokenizer_path: a SentencePiece model; None: completions end with EOS.
     source: a Hugging Face folder whose tokenizer files are copied.
     lora: adapters to merge, which config.lora_scale scales. The sum is taken
       in float32 and rounded once.
@@ -268,33 +268,20 @@ def _tokenizer(
       if os.path.exists(path):
         with open(path, 'rb') as f:
           files[name] = f.read()
-  if tokenizer_path is not None:
-    tokenizer = tokenizer_lib.load(tokenizer_path)
-    with open(tokenizer_path, 'rb') as f:
-      own = f.read()
-    if files.setdefault('tokenizer.model', own) != own:
-      raise UserError(
-        f'{tokenizer_path} is not the tokenizer of {source}; export with one of'
-        ' the two alone.'
-      )
-  elif 'tokenizer.model' in files:
-    name = os.path.join(source, 'tokenizer.model')
-    tokenizer = tokenizer_lib.parse(files['tokenizer.model'], name)
-  else:
-    return files, _stop_ids_of(source)
+  if tokenizer_path is None:
+    return files, [1]
+  tokenizer = tokenizer_lib.load(tokenizer_path)
+  with open(tokenizer_lib.find(tokenizer_path), 'rb') as f:
+    own = f.read()
+  if files.setdefault(tokenizer_lib.FILE, own) != own:
+    raise UserError(
+      f'{tokenizer_path} is not the tokenizer of {source}; export with one of'
+      ' the two alone.'
+    )
   if 'tokenizer_config.json' not in files:
     described = _describe_tokenizer(tokenizer, model_type)
     files['tokenizer_config.json'] = json.dumps(described, indent=2).encode()
   return files, list(tokenizer.stop_ids)
-
-
-def _stop_ids_of(source: str | None) -> list[int]:
-  """Those of a folder's generation_config.json, else Gemma's EOS."""
-  if source and os.path.exists(os.path.join(source, 'generation_config.json')):
-    found = hf.read_json(source, 'generation_config.json', 'mend or delete it')
-    ids = found.get('eos_token_id', 1)
-    return ids if isinstance(ids, list) else [ids]
-  return [1]
 
 
 def _describe_tokenizer(

@@ -137,8 +137,12 @@ def load_tokenizer(
   """The vocabulary of `tokenizer.path`, else the one that was trained."""
   settings = config.tokenizer
   folder = build.reference_dir(config, workdir)
-  path = settings.path or os.path.join(folder, 'tokenizer.model')
-  tokenizer = tokenizer_lib.load(path, settings.sha256)
+  if settings.path:
+    path, remedy = settings.path, {}
+  else:
+    path = os.path.join(folder, tokenizer_lib.FILE)
+    remedy = {'remedy': tokenizer_lib.OWN}
+  tokenizer = tokenizer_lib.load(path, settings.sha256, **remedy)
   if tokenizer.vocab_size != settings.vocab_size:
     raise UserError(
       f'{path} has {tokenizer.vocab_size} pieces, the'

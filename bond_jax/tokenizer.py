@@ -13,6 +13,7 @@ from concurrent import futures
 import dataclasses
 import hashlib
 import io
+import json
 import os
 
 import sentencepiece
@@ -22,6 +23,12 @@ from bond_jax.errors import UserError
 
 # What begins and ends a turn, up to Gemma 3 and from Gemma 4 on.
 TURNS = ('<start_of_turn>', '<end_of_turn>'), ('<|turn>', '<turn|>')
+FILE = 'tokenizer.model'
+_RELEASE = f'name the {FILE} of the original release (tokenizer.path)'
+OWN = (
+  'the sft stage makes it: run that first; where the file is damaged, restore a'
+  ' copy or start in another --workdir'
+)  # of a run's own vocabulary
 Messages = Sequence[dict[str, str]]  # of 'role' and 'content'
 
 
@@ -135,7 +142,7 @@ def chat(
   return [*ids, tokenizer.start_of_turn, *tokenizer.encode('model\n')]
 
 
-def parse(content: bytes, name: str) -> Tokenizer:
+def parse(content: bytes, name: str, remedy: str = _RELEASE) -> Tokenizer:
   """Returns the tokenizer in the bytes of a SentencePiece model file."""
   try:
     processor = sentencepiece.SentencePieceProcessor()
@@ -144,10 +151,7 @@ def parse(content: bytes, name: str) -> Tokenizer:
       getattr(processor, f'{c}_id')() for c in ('pad', 'eos', 'bos', 'unk')
     )
   except Exception as e:
-    raise UserError(
-      f'{name} is not a SentencePiece model. Delete it to train a new one, or'
-      ' copy it again.'
-    ) from e
+    raise UserError(f'{name} is not a SentencePiece model; {remedy}.') from e
   if ids != (0, 1, 2, 3):
     raise UserError(
       f'{name}: PAD, EOS, BOS, UNK are {ids}; they must be (0, 1, 2, 3), as'
@@ -160,19 +164,38 @@ def parse(content: bytes, name: str) -> Tokenizer:
   return Tokenizer(processor, sha256, start, end)
 
 
-def load(path: str, sha256: str = '') -> Tokenizer:
+def find(path: str) -> str:
+  """The file of a vocabulary: `path`, or the one in it if it is a folder."""
+  return os.path.join(path, FILE) if os.path.isdir(path) else path
+
+
+def load(path: str, sha256: str = '', remedy: str = _RELEASE) -> Tokenizer:
   """Reads a SentencePiece model; a UserError if it is missing or broken.
 
-  `sha256`, unless empty, is that of the right file.
+  Args:
+    path: the file, or a folder that holds it. A tokenizer.json there must be
+      of the same vocabulary: transformers would read that.
+    sha256: unless empty, that of the right file.
+    remedy: what to do where the file is missing or broken.
   """
+  folder, path = path, find(path)
+  theirs = path
+  if not path.endswith('.json'):
+    theirs = os.path.join(os.path.dirname(path), 'tokenizer.json')
+  if theirs == path or (os.path.exists(theirs) and not os.path.exists(path)):
+    raise UserError(
+      f'{theirs} is in the format of another library; a SentencePiece model is'
+      f' needed: {_RELEASE}.'
+    )
   try:
     with open(path, 'rb') as f:
-      tokenizer = parse(f.read(), path)
+      tokenizer = parse(f.read(), path, remedy)
   except OSError as e:
     raise UserError(
-      f'cannot read the tokenizer {path} ({e.strerror}); run the sft stage'
-      ' first, or copy a SentencePiece model there.'
+      f'cannot read the tokenizer {path} ({e.strerror}); {remedy}.'
     ) from e
+  if folder != path and os.path.exists(theirs):
+    _check_same(tokenizer, path, theirs)
   if sha256 and tokenizer.sha256 != sha256:
     raise UserError(
       f'{path} has the sha256 {tokenizer.sha256}, tokenizer.sha256 asks for'
@@ -180,6 +203,24 @@ def load(path: str, sha256: str = '') -> Tokenizer:
       ' whole.'
     )
   return tokenizer
+
+
+def _check_same(tokenizer: Tokenizer, path: str, theirs: str) -> None:
+  """Refuses a tokenizer.json with another piece for one of our ids."""
+  try:
+    with open(theirs, encoding='utf-8') as f:
+      rows = json.load(f).get('added_tokens', [])
+    added = {int(row['id']): row['content'] for row in rows}
+  except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+    raise UserError(f'cannot read {theirs} ({e!r}); download it again.') from e
+  for i in range(tokenizer.vocab_size):
+    piece = tokenizer.processor.id_to_piece(i)
+    # The writers of tokenizer.json put a tab where the byte of one was.
+    if added.get(i, piece) not in (piece, '\t'):
+      raise UserError(
+        f'{theirs} has {added[i]!r:.60} as piece {i}, and {FILE} {piece!r}:'
+        f' transformers reads the former. If the latter is right, name {path}.'
+      )
 
 
 def train(sentences: Iterable[str], path: str, vocab_size: int) -> Tokenizer:
@@ -234,10 +275,10 @@ def ensure(path: str, sentences: Iterable[str], vocab_size: int) -> Tokenizer:
       train(sentences, path, vocab_size)
 
   hosts.once(make)
-  tokenizer = load(path)
+  tokenizer = load(path, remedy=OWN)
   if tokenizer.vocab_size != vocab_size:
     raise UserError(
       f'{path} has {tokenizer.vocab_size} pieces, the config asks for'
-      f' {vocab_size}. Give another --workdir, or delete the file.'
+      f' {vocab_size}. Give another --workdir, or set tokenizer.vocab_size.'
     )
   return tokenizer

@@ -11,7 +11,7 @@ every array bears its nested name, 'layer_0/mlp/linear'.
 from __future__ import annotations
 
 import collections
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 import functools
 import json
 import os
@@ -46,6 +46,7 @@ RELEASES = {
 _MEDIA = re.compile(
   r'(SigLiPFromPatches_0|vision_encoder|audio_encoder)/|embedder/(mm|audio)_'
 )
+_MARKER = '_METADATA'  # of an Orbax folder
 _CHUNK = 16 * 2**20  # bytes; what a reader holds beside the shards it fills
 
 
@@ -142,11 +143,12 @@ def _load_official(
   where = {}  # nested name -> the array that holds it, its index in the stack
   for key, store in stores.items():
     match = STACKED.fullmatch(key)
-    for g in range(store.shape[0]) if match else ():
-      layer = g * period + int(match[1])
-      where[f'layer_{layer}/{match[2]}'] = key, g
-    if not match:
-      where[key] = key, None
+    places = {key: None}
+    if match:
+      layers = range(int(match[1]), store.shape[0] * period, period)
+      places = {f'layer_{j}/{match[2]}': g for g, j in enumerate(layers)}
+    _check_once(path, places.keys() & where.keys())
+    where |= {name: (key, g) for name, g in places.items()}
   found = {}
   for name, (key, g) in where.items():
     found[name] = stores[key].shape[0 if g is None else 1 :]
@@ -183,20 +185,25 @@ def _open(path: str) -> dict[str, ts.TensorStore]:
   restores in part, and asks for the parameters of images too.
   """
   folder = epath.Path(path)
-  marker = '_METADATA'
-  has = lambda folder: _check_access(folder, (folder / marker).exists)
-  if not has(folder) and has(folder / 'default'):  # a training run's
-    folder /= 'default'
-  if not has(folder):
-    inside = [] if '://' in path else sorted(os.listdir(path))
-    inside = [f for f in inside if os.path.exists(f'{path}/{f}/{marker}')]
+  has = lambda folder: _check_access(folder, (folder / _MARKER).exists)
+  inside = has(folder / 'default')  # a training run's
+  if has(folder) and inside:
     raise UserError(
-      f'{path} is no checkpoint: it has neither {marker} (Orbax) nor'
+      f'{path} has {_MARKER}, and so has the folder default in it: two'
+      f' checkpoints; name {path}/default, or a folder without it.'
+    )
+  if inside:
+    folder /= 'default'
+  elif not has(folder):
+    names = [] if '://' in path else sorted(os.listdir(path))
+    names = [f for f in names if os.path.exists(f'{path}/{f}/{_MARKER}')]
+    raise UserError(
+      f'{path} is no checkpoint: it has neither {_MARKER} (Orbax) nor'
       ' config.json and safetensors (Hugging Face)'
-      + (f'; {path}/{inside[0]} is one.' if inside else '.')
+      + (f'; name one of those in it: {", ".join(names)}.' if names else '.')
     )
   try:
-    metadata = json.loads((folder / marker).read_text())
+    metadata = json.loads((folder / _MARKER).read_text())
     keys = [
       tuple(str(part['key']) for part in entry['key_metadata'])
       for entry in metadata['tree_metadata'].values()
@@ -205,7 +212,7 @@ def _open(path: str) -> dict[str, ts.TensorStore]:
       raise ValueError('an array without a name')
     use_ocdbt = ocp.type_handlers.is_ocdbt_checkpoint(folder)
   except Exception as e:
-    raise UserError(_damaged(path, marker, e)) from e
+    raise UserError(_damaged(path, _MARKER, e)) from e
   if any(key[0] == 'params' for key in keys):  # beside an optimizer's state
     keys = [key for key in keys if key[0] == 'params']
   context = ocp.type_handlers.get_ts_context(use_ocdbt=use_ocdbt)
@@ -228,6 +235,7 @@ def _open(path: str) -> dict[str, ts.TensorStore]:
     )
     name = _nested_name('/'.join(key))
     if not _MEDIA.match(name):
+      _check_once(path, {name} & opening.keys())
       opening[name] = ts.open(spec, open=True, context=context)
   stores = {}
   for name, future in opening.items():
@@ -236,6 +244,15 @@ def _open(path: str) -> dict[str, ts.TensorStore]:
     except (ValueError, OSError) as e:
       raise UserError(_damaged(path, name, e)) from e
   return stores
+
+
+def _check_once(path: str, names: Collection[str]) -> None:
+  """Refuses an array that a checkpoint holds in two layouts, or twice."""
+  if names:
+    raise UserError(
+      f'{path} holds {min(names)} twice, in two layouts or under two prefixes;'
+      ' save it again with one of them.'
+    )
 
 
 def _nested_name(key: str) -> str:
@@ -296,10 +313,19 @@ def _find(path: str) -> str:
 
 
 def _is_hugging_face(path: str) -> bool:
+  """Whether a folder or repository is theirs; refuses one that is both."""
   if not os.path.isdir(path):
     return True  # a repository
   names = os.listdir(path)
-  return any(n == 'config.json' or '.safetensors' in n for n in names)
+  found = [n for n in names if n == 'config.json' or '.safetensors' in n]
+  ours = [f'{x}{_MARKER}' for x in ('', 'default/')]
+  ours = [x for x in ours if os.path.exists(os.path.join(path, x))]
+  if found and ours:
+    raise UserError(
+      f'{path} has {found[0]} (Hugging Face) and {ours[0]} (Orbax): two'
+      ' checkpoints in one folder; name a folder that holds one of them.'
+    )
+  return bool(found)
 
 
 def _check_access(folder: epath.Path, ask: Callable[[], bool]) -> bool:

@@ -8,7 +8,7 @@ from conftest import random_params, TINY
 import jax
 import numpy as np
 
-from bond_jax import hf_export, sharding, stacks
+from bond_jax import hf, hf_config, hf_export, sharding, stacks
 
 CONFIGS = {
   **TINY,
@@ -33,6 +33,11 @@ def params_of(name):
   params = random_params(config, len(name))
   params['embedder']['input_embedding'][config.used_vocab :] = 0
   return config, params
+
+
+def config_of(folder):
+  """The model that a folder's config.json describes."""
+  return hf_config.from_json(hf.read_config(str(folder)), str(folder))
 
 
 def exported(name, path, dtype='float32', **kwargs):

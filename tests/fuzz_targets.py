@@ -331,12 +331,13 @@ def hf_json(folder: Path) -> Target:
     seeds.append((folder / name / 'config.json').read_bytes())
   wrapped = json.loads(seeds[0]) | {
     'architectures': ['Gemma3ForConditionalGeneration'],
+    'model_type': 'gemma3',
   }
   wrapped['text_config'] = json.loads(seeds[0])
 
   def read(content):
     _write(folder / 'x' / 'config.json', content)
-    found = hf.config_of(str(folder / 'x'))
+    found = folders.config_of(folder / 'x')
     hf_config.known_as(found)
 
   seeds.append(json.dumps(wrapped).encode())

@@ -153,7 +153,7 @@ def test_a_run_that_began_with_a_folder_of_theirs(runs, tmp_path):
   shutil.copytree(runs['low'], workdir)
   config = toy.get_config(toy.folder())
   config.model.lora.update(dict(rank=RANK, alpha=ALPHA, targets='attn'))
-  config.tokenizer.path, config.weights = spm, start
+  config.tokenizer.path = config.weights = start  # the file is found there
   del config.sft
   with open(os.path.join(workdir, 'config.json'), 'w') as f:
     f.write(config.to_json_best_effort())

@@ -97,6 +97,23 @@ def test_out_and_in_bit_for_bit(tmp_path, name, targets):
     assert toy.listing(again) == toy.listing(path)
 
 
+@pytest.mark.parametrize(
+  'base, name, commit',
+  [
+    ('someone/base', 'someone/base', None),
+    ('someone/base@' + 'a' * 40, 'someone/base', 'a' * 40),
+    ('{here}/me@home', '{here}/me@home', None),
+  ],
+)
+def test_the_base_is_named_with_its_commit(tmp_path, base, name, commit):
+  (tmp_path / 'me@home').mkdir()
+  base, name = (x.format(here=tmp_path) for x in (base, name))
+  config, low = sizes_of('gemma2'), tmp_path / 'low'
+  hf_adapter.export_adapter(adapters_of(config), config, str(low), base=base)
+  raw = json.loads((low / CONFIG).read_text())
+  assert (raw['base_model_name_or_path'], raw['revision']) == (name, commit)
+
+
 def test_halves_are_cast_once(tmp_path):
   config = sizes_of('gemma2')
   adapters = adapters_of(config)
@@ -147,6 +164,17 @@ def test_an_adapter_of_a_release_that_sees_images(tmp_path):
   assert len(names) == 2 * config.layers
   assert all('.model.language_model.layers.' in name for name in names)
   same(load(low, config, 'q_einsum'), adapters)
+
+
+def test_the_name_of_the_first_adapter_is_none(tmp_path):
+  """As peft reads it; and of two files it reads this one."""
+  config = sizes_of('gemma2')
+  adapters = adapters_of(config)
+  low = tmp_path / 'low'
+  hf_adapter.export_adapter(adapters, config, str(low), base='someone/base')
+  rewrite(low, lambda x: named(x, 'default'))
+  (low / 'adapter_model.bin').write_bytes(b'of an earlier save')
+  same(load(low, config), adapters)
 
 
 # -- A run
@@ -205,7 +233,14 @@ def test_an_adapter_needs_a_rank(name):
 # -- Folders that cannot be read
 
 Q = 'base_model.model.model.layers.1.self_attn.q_proj.lora_'
-HEAD = 'base_model.model.lm_head.lora_A.weight'
+EMBEDDING = 'base_model.model.model.embed_tokens.weight'
+
+
+def named(tensors, name):
+  """As the state of a model has them, under the name of the adapter."""
+  return {
+    k.replace('.weight', f'.{name}.weight'): v for k, v in tensors.items()
+  }
 
 
 def cut(folder):
@@ -231,11 +266,11 @@ DAMAGE = {
     lambda f: rewrite(
       f, lambda x: {k: v for k, v in x.items() if k != f'{Q}A.weight'}
     ),
-    r'layers.1.self_attn.q_proj.lora_A.weight: found absent, wanted \(4, 16\);',
+    'lacks layers.1.self_attn.q_proj.lora_A.weight and 0 more',
   ),
   'one too many': (
     lambda f: rewrite(f, lambda x: {**x, f'{Q}B.bias': np.ones(2)}),
-    r'q_proj.lora_B.bias: found \(2,\), wanted absent;',
+    'holds .*q_proj.lora_B.bias, which is no lora_A.weight',
   ),
   'quantised': (
     lambda f: rewrite(f, lambda x: {k: v.astype('i1') for k, v in x.items()}),
@@ -255,6 +290,24 @@ DAMAGE = {
     ),
     'adapts down_proj, gate_proj, k_proj, lm_head, o_proj.* choose down_proj,'
     ' gate_proj, k_proj, o_proj',
+  ),
+  'the embedding too': (
+    lambda f: rewrite(
+      f, lambda x: {**x, EMBEDDING: np.ones((20, 16), np.float32)}
+    ),
+    'holds .*embed_tokens.weight, which is no lora_A.weight .* merge it',
+  ),
+  'another name': (
+    lambda f: rewrite(f, lambda x: named(x, 'mine')),
+    'holds .*lora_A.mine.weight, which is no lora_A.weight',
+  ),
+  'both with a name and without': (
+    lambda f: rewrite(f, lambda x: {**x, **named(x, 'default')}),
+    'is there twice',
+  ),
+  'some layers': (
+    lambda f: rewrite(f, lambda x: {k: v for k, v in x.items() if '.1.' in k}),
+    'lacks layers.0.* all layers of its model, .*layers_to_transform',
   ),
   'another kind': (
     lambda f: change(f, peft_type='LOHA'),
@@ -340,13 +393,13 @@ def test_an_adapter_of_another_config_is_refused(low):
   refused(
     low,
     other(config, feed_forward=40),
-    r'layers.0.mlp.gate_proj.lora_B.weight: found \(24, 4\), wanted \(40, 4\)'
+    r'layers.0.mlp.down_proj.lora_A.weight: found \(4, 24\), wanted \(4, 40\)'
     " and 5 more; .* for 'someone/base'",
   )
   refused(
     low,
     other(config, layers=4),
-    r'layers.2.\S*: found absent, wanted \(4, 16\) and 27 more',
+    "lacks layers.2.* and 27 more: .* all layers .* for 'someone/base'",
   )
   refused(
     low, other(config, layers=1), r'layers.1.\S*: found .*, wanted absent'

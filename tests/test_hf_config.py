@@ -5,12 +5,12 @@ import io
 import json
 import os
 
-from folders import change, CONFIGS, exported, read
+from folders import config_of, CONFIGS, exported, read
 import pytest
 import sentencepiece
 import toy
 
-from bond_jax import hf, hf_config, hf_export, tokenizer
+from bond_jax import hf_config, hf_export, tokenizer
 from bond_jax.errors import UserError
 from bond_jax.models import gemma_configs
 
@@ -22,7 +22,7 @@ def test_every_model_knows_itself_again(tmp_path, name):
   config = gemma_configs.CONFIGS[name]
   raw = hf_config.to_json(config, 'bfloat16')
   (tmp_path / 'config.json').write_text(json.dumps(raw))
-  assert hf.config_of(str(tmp_path)) == config
+  assert config_of(tmp_path) == config
 
 
 # What the releases say of themselves, in the words that they leave out too.
@@ -75,14 +75,18 @@ RELEASED = {
 @pytest.mark.parametrize('name', RELEASED)
 def test_released_configs_are_recognised(tmp_path, name):
   (tmp_path / 'config.json').write_text(json.dumps(RELEASED[name]))
-  assert hf.config_of(str(tmp_path)) == gemma_configs.CONFIGS[name]
+  assert config_of(tmp_path) == gemma_configs.CONFIGS[name]
 
 
 @pytest.mark.parametrize(
   'values, why',
   [
     (dict(architectures=['LlamaForCausalLM']), 'architecture LlamaForCausalLM'),
-    (dict(architectures=None), 'architecture none'),
+    (dict(architectures=None, model_type=None), 'architecture none'),
+    (dict(model_type='llama'), 'model_type llama'),
+    (dict(model_type='gemma2'), 'Gemma3ForCausalLM and model_type gemma2'),
+    (dict(architectures=['Gemma2ForCausalLM']), 'and model_type gemma3_text'),
+    (dict(per_layer_config={'0': {}}), 'per_layer_config is'),
     (dict(hidden_activation='relu'), "activation is 'relu'"),
     (dict(rms_norm_eps=1e-5), 'rms_norm_eps is 1e-05'),
     (dict(attention_bias=True), 'attention_bias is True'),
@@ -91,13 +95,159 @@ def test_released_configs_are_recognised(tmp_path, name):
     (dict(quantization_config={'bits': 4}), 'quantization_config'),
     (dict(rope_scaling=dict(rope_type='yarn')), "rope_type is 'yarn'"),
     (dict(layer_types=['full_attention'] * 4), 'layer_types has 4 entries'),
+    (dict(layer_types=[]), 'layer_types has 0 entries'),
   ],
 )
 def test_what_we_do_not_compute_is_refused(tmp_path, values, why):
   raw = hf_config.to_json(CONFIGS['gemma3'], 'float32')
   (tmp_path / 'config.json').write_text(json.dumps({**raw, **values}))
   with pytest.raises(UserError, match=why) as e:
-    hf.config_of(str(tmp_path))
+    config_of(tmp_path)
+  assert '\n' not in str(e.value)
+
+
+# -- Keys that say the same thing: those count that transformers reads
+
+FULL, SLIDING = 'full_attention', 'sliding_attention'
+LINEAR = dict(rope_type='linear', factor=8.0)
+
+
+IMAGES = dict(
+  architectures=['Gemma3ForConditionalGeneration'], model_type='gemma3'
+)
+
+
+def table(theta, **more):
+  return {'rope_theta': theta, 'rope_type': 'default', **more}
+
+
+# family, keys -> kinds of the layers, base and scale of full ones, base of
+# sliding ones. tests/parity asks transformers for the same.
+KEYS = {
+  'none': ('gemma3_text', {}, ('LGLG', 1e6, 1, 1e4)),
+  'flat': ('gemma3_text', dict(
+    rope_parameters=table(1e6)), ('LGLG', 1e6, 1, 1e4)),
+  'flat, another base': ('gemma3_text', dict(
+    rope_parameters=table(5e5, **LINEAR)), ('LGLG', 1e6, 1, 1e4)),
+  'flat, and old keys': ('gemma3_text', dict(
+    rope_parameters=table(4e5), rope_theta=5e5, rope_local_base_freq=2e4,
+  ), ('LGLG', 5e5, 1, 2e4)),
+  'flat and nested': ('gemma3_text', dict(
+    rope_parameters={'rope_theta': 4e5, FULL: LINEAR}, rope_theta=5e5,
+  ), ('LGLG', 5e5, 8, 1e4)),
+  'nested, and old keys': ('gemma3_text', dict(
+    rope_parameters={FULL: table(5e5, **LINEAR), SLIDING: table(2e4)},
+    rope_theta=7.0, rope_local_base_freq=9.0,
+  ), ('LGLG', 5e5, 8, 2e4)),
+  'nested for full layers': ('gemma3_text', dict(
+    rope_parameters={FULL: table(5e5)}, rope_local_base_freq=3e4,
+  ), ('LGLG', 5e5, 1, 3e4)),
+  'nested for sliding layers': ('gemma3_text', dict(
+    rope_parameters={SLIDING: table(3e4)}, rope_theta=5e5,
+  ), ('LGLG', 5e5, 1, 3e4)),
+  'nested without bases': ('gemma3_text', dict(
+    rope_parameters={FULL: LINEAR, SLIDING: {}}, rope_theta=5e5,
+    rope_local_base_freq=3e4,
+  ), ('LGLG', 5e5, 8, 3e4)),
+  'nested, and null': ('gemma3_text', dict(
+    rope_parameters={FULL: None, SLIDING: None}, rope_theta=5e5,
+  ), ('LGLG', 5e5, 1, 1e4)),
+  'nested, and a scale': ('gemma3_text', dict(
+    rope_parameters={FULL: table(5e5), SLIDING: table(2e4)},
+    rope_scaling=LINEAR,
+  ), ('LGLG', 5e5, 8, 2e4)),
+  'nested, and a base': ('gemma3_text', dict(
+    rope_parameters={FULL: table(5e5)}, rope_scaling=table(7e5),
+  ), ('LGLG', 7e5, 1, 1e4)),
+  'old keys': ('gemma3_text', dict(
+    rope_theta=5e5, rope_local_base_freq=2e4, rope_scaling=LINEAR,
+  ), ('LGLG', 5e5, 8, 2e4)),
+  'a factor of no scale': ('gemma3_text', dict(
+    rope_parameters={FULL: table(5e5, factor=8.0)}), ('LGLG', 5e5, 1, 1e4)),
+  'layers by name': ('gemma3_text', dict(
+    layer_types=[FULL, SLIDING, SLIDING, FULL], sliding_window_pattern=3,
+  ), ('GLLG', 1e6, 1, 1e4)),
+  'layers by name, and null': ('gemma3_text', dict(
+    layer_types=[FULL, SLIDING, SLIDING, FULL], sliding_window_pattern=None,
+  ), ('GLLG', 1e6, 1, 1e4)),
+  'layers by number': ('gemma3_text', dict(
+    layer_types=None, sliding_window_pattern=3, _sliding_window_pattern=2,
+  ), ('LLGL', 1e6, 1, 1e4)),
+  'gemma2, flat': ('gemma2', dict(
+    rope_parameters=table(5e5), rope_theta=3e5), ('LGLG', 5e5, 1, 5e5)),
+  'gemma2, without a base': ('gemma2', dict(
+    rope_parameters=dict(rope_type='default'), rope_theta=3e5,
+  ), ('LGLG', 3e5, 1, 3e5)),
+  'gemma2, twice': ('gemma2', dict(
+    rope_parameters=table(5e5), rope_scaling=dict(rope_type='default'),
+    rope_theta=3e5,
+  ), ('LGLG', 3e5, 1, 3e5)),
+  'gemma2, a number': ('gemma2', dict(
+    sliding_window_pattern=4), ('LGLG', 1e4, 1, 1e4)),
+  'gemma2, by name': ('gemma2', dict(
+    layer_types=[FULL, SLIDING, SLIDING, FULL], sliding_window_pattern=4,
+  ), ('GLLG', 1e4, 1, 1e4)),
+  'gemma, twice': ('gemma', dict(
+    rope_parameters=table(5e5), rope_scaling=LINEAR, rope_theta=3e5,
+  ), ('GGGG', 3e5, 8, 3e5)),
+  'gemma, an old name': ('gemma', dict(
+    rope_scaling=dict(type='linear', factor=8.0)), ('GGGG', 1e4, 8, 1e4)),
+}  # fmt: skip
+
+
+def described(family, keys):
+  """A config.json of four layers."""
+  return {
+    'model_type': family,
+    'architectures': [hf_config.ARCHITECTURES[family]],
+    'hidden_size': 32, 'num_hidden_layers': 4, 'num_attention_heads': 4,
+    'num_key_value_heads': 2, 'head_dim': 8, 'intermediate_size': 48,
+    'vocab_size': 64, 'sliding_window_pattern': 2, **keys,
+  }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+  'name, images',
+  [
+    *((name, False) for name in KEYS),
+    *((name, True) for name, row in KEYS.items() if row[0] == 'gemma3_text'),
+  ],
+)
+def test_keys_that_say_the_same_thing(name, images):
+  """Beside an image encoder those of the text alone, not those around it."""
+  family, keys, expected = KEYS[name]
+  raw = described(family, keys)
+  if images:
+    around = dict(rope_theta=3.0, sliding_window_pattern=1, hidden_size=8)
+    raw = {**around, **IMAGES, 'text_config': raw}
+  c = hf_config.from_json(raw, 'F')
+  kinds = ''.join({'local': 'L'}.get(k, 'G') for k in hf_config.layer_kinds(c))
+  found = kinds, c.global_rope_base, c.global_rope_scale, c.local_rope_base
+  assert found == expected
+
+
+@pytest.mark.parametrize(
+  'family, keys, why',
+  [
+    # Versions of transformers differ, or fail, or we compute something else.
+    ('gemma3_text', dict(rope_scaling=dict(type='linear', factor=8.0)), 'type'),
+    (
+      'gemma3_text',
+      dict(rope_parameters=table(5e5), rope_scaling=LINEAR),
+      'cannot read these rope_parameters .rope_theta',
+    ),
+    ('gemma3_text', dict(rope_parameters={SLIDING: LINEAR}), 'sliding layers'),
+    ('gemma3_text', dict(rope_scaling=dict(rope_type='linear')), 'factor None'),
+    ('gemma3_text', dict(rope_theta=None), 'rope_theta is None'),
+    ('gemma3_text', dict(rope_local_base_freq=None), 'rope_theta is None'),
+    ('gemma2', dict(rope_parameters={FULL: table(5e5)}), 'these rope_param'),
+    ('gemma', dict(rope_parameters={FULL: table(5e5)}), 'these rope_param'),
+    ('gemma2', dict(rope_scaling=LINEAR), 'positions of sliding layers by 8'),
+  ],
+)
+def test_keys_that_cannot_be_read_alike_are_refused(family, keys, why):
+  with pytest.raises(UserError, match=why) as e:
+    hf_config.from_json(described(family, keys), 'F')
   assert '\n' not in str(e.value)
 
 
@@ -168,14 +318,6 @@ def test_tokenizer_files_come_from_the_source(tmp_path):
   assert not (tmp_path / 'd').exists()
 
 
-def test_a_source_without_a_sentencepiece_model(tmp_path):
-  exported('gemma3', tmp_path / 'a')
-  change(tmp_path / 'a', 'generation_config.json', eos_token_id=[1, 106])
-  exported('gemma3', tmp_path / 'b', source=str(tmp_path / 'a'))
-  said = read(tmp_path / 'b', 'generation_config.json')
-  assert said['eos_token_id'] == [1, 106]
-
-
 @pytest.mark.parametrize(
   'values',
   [
@@ -195,16 +337,15 @@ def test_a_source_without_a_sentencepiece_model(tmp_path):
     dict(layer_types={'a': 1}),
     dict(architectures='Gemma3ForCausalLM'),
     dict(architectures=[['Gemma3ForCausalLM']]),
+    dict(model_type=['gemma3_text']),
     dict(rope_parameters=3),
     dict(rope_parameters={'full_attention': 'x'}),
     dict(rope_scaling={'rope_type': ['linear']}),
     dict(rope_scaling={'rope_type': 'linear', 'factor': 'x'}),
     dict(rope_theta=10**400),
-    dict(architectures=['Gemma3ForConditionalGeneration'], text_config=[3]),
-    dict(
-      architectures=['Gemma3ForConditionalGeneration'],
-      text_config={'hidden_size': 'x'},
-    ),
+    dict(IMAGES, text_config=[3]),
+    dict(IMAGES, text_config={'hidden_size': 'x'}),
+    dict(IMAGES, quantization_config={'bits': 4}),
   ],
 )
 def test_values_of_another_kind_are_one_line(values):

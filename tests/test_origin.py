@@ -166,6 +166,21 @@ def test_what_does_not_fit_is_one_error(release, tmp_path, path, value, says):
 
 
 @pytest.mark.parametrize(
+  'path, says, not_said',
+  [
+    ('', 'cannot read .*run/tokenizer.model.*sft stage', 'release'),
+    ('mine', 'cannot read .*mine.*tokenizer.model of the original', 'sft'),
+  ],
+)
+def test_whose_vocabulary_is_missing(tmp_path, path, says, not_said):
+  config = gemma_config()
+  config.tokenizer.path = path and str(tmp_path / path)
+  with pytest.raises(UserError, match=says) as e:
+    origin.load_tokenizer(config, str(tmp_path / 'run'))
+  assert not_said not in str(e.value)
+
+
+@pytest.mark.parametrize(
   'name', ['gemma_2b', 'gemma_7b', 'gemma3_270m', 'gemma3_1b', 'gemma3_4b_lora']
 )
 def test_configs_ask_for_what_they_need(name):

@@ -1,7 +1,9 @@
 """Text to pieces and back."""
 
 import io
+import json
 import os
+import shutil
 
 import pytest
 import sentencepiece
@@ -77,18 +79,68 @@ def test_ensure_trains_once(tmp_path):
     tokenizer.ensure(path, untouched(), 81)
 
 
-@pytest.mark.parametrize('content', [b'', b'not a model', b'\x0a\x80' * 40])
-def test_broken_file_is_one_line(tmp_path, content):
+# What lies in a folder -> what is said of it.
+BROKEN = {
+  'empty': ({'tokenizer.model': b''}, 'not a SentencePiece model'),
+  'text': ({'tokenizer.model': b'not a model'}, 'not a SentencePiece model'),
+  'bytes': ({'tokenizer.model': b'\n\x80' * 40}, 'not a SentencePiece model'),
+  'nothing': ({}, 'cannot read the tokenizer'),
+  'tokenizer.json': ({'tokenizer.json': b'{}'}, 'json is in the format of'),
+}
+
+
+@pytest.mark.parametrize('what', BROKEN)
+def test_what_is_no_vocabulary_is_one_line(tmp_path, what):
+  """By its file or its folder. Nobody is told to delete somebody's file."""
+  files, says = BROKEN[what]
+  for name, content in files.items():
+    (tmp_path / name).write_bytes(content)
+  for path in (tmp_path, tmp_path / 'tokenizer.model', *tmp_path.iterdir()):
+    with pytest.raises(UserError, match=says) as e:
+      tokenizer.load(str(path))
+    assert 'tokenizer.model of the original release' in str(e.value)
+    assert str(tmp_path) in str(e.value) and '\n' not in str(e.value)
+    assert 'elete' not in str(e.value) and 'sft' not in str(e.value)
+
+
+@pytest.mark.parametrize('what', ['empty', 'text', 'bytes'])
+def test_a_run_s_own_vocabulary_has_another_remedy(tmp_path, what):
   path = tmp_path / 'tokenizer.model'
-  path.write_bytes(content)
-  with pytest.raises(UserError) as e:
-    tokenizer.load(str(path))
-  assert str(e.value).startswith(f'{path} is not a SentencePiece model')
+  path.write_bytes(BROKEN[what][0]['tokenizer.model'])
+  with pytest.raises(UserError, match='not a SentencePiece .*--workdir') as e:
+    tokenizer.ensure(str(path), iter(TEXTS), 80)
+  assert 'release' not in str(e.value) and 'elete' not in str(e.value)
 
 
-def test_missing_file_is_one_line(tmp_path):
-  with pytest.raises(UserError, match='cannot read the tokenizer .*nope'):
-    tokenizer.load(str(tmp_path / 'nope'))
+def test_a_folder_that_holds_the_file(path):
+  folder = os.path.dirname(path)
+  assert tokenizer.load(folder).sha256 == tokenizer.load(path).sha256
+  assert tokenizer.find(folder) == tokenizer.find(path) == path
+
+
+@pytest.mark.parametrize(
+  'added, says',
+  [
+    ([(2, '<s>'), (96, '<image_soft_token>'), (300, '<more>')], None),
+    ([(40, '\t')], None),  # as the writers of tokenizer.json do
+    ([(1, '</s>'), (4, '<think>')], "'<think>' as piece 4"),
+    (None, 'cannot read .*tokenizer.json'),
+    ([('x', 'y')], 'cannot read .*tokenizer.json'),
+  ],
+)
+def test_a_folder_with_two_vocabularies(path, tmp_path, added, says):
+  """They must agree, because transformers would take the other one."""
+  shutil.copy(path, tmp_path / 'tokenizer.model')
+  rows = [{'id': i, 'content': x} for i, x in added or ()]
+  text = 'no JSON' if added is None else json.dumps({'added_tokens': rows})
+  (tmp_path / 'tokenizer.json').write_text(text)
+  named = tokenizer.load(str(tmp_path / 'tokenizer.model'))
+  if says is None:
+    assert tokenizer.load(str(tmp_path)).sha256 == named.sha256
+  else:
+    with pytest.raises(UserError, match=says) as e:
+      tokenizer.load(str(tmp_path))
+    assert '\n' not in str(e.value)
 
 
 @pytest.mark.parametrize('texts, size', [(TEXTS, 9), (TEXTS, 9999), ([], 96)])

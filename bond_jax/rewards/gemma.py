@@ -118,7 +118,9 @@ def read(path: str, batch: int) -> Model:
       ' the reward_model stage again.'
     ) from e
   tokenizer = tokenizer_lib.load(
-    os.path.join(path, 'tokenizer.model'), settings['tokenizer_sha256']
+    os.path.join(path, tokenizer_lib.FILE),
+    settings['tokenizer_sha256'],
+    'run the reward_model stage again',
   )
   # Each process scores its own texts: the devices that it has to itself.
   devices = np.array(jax.local_devices()).reshape(-1, 1)

@@ -96,7 +96,9 @@ def read(path: str) -> Model:
     raise UserError(
       f'there is no reward model at {path}; run the reward_model stage first.'
     ) from e
-  tokenizer = tokenizer_lib.parse(content, f'the tokenizer in {path}')
+  tokenizer = tokenizer_lib.parse(
+    content, f'the tokenizer in {path}', 'run the reward_model stage again'
+  )
   return Model(tokenizer, *fields)
 
 

@@ -1,5 +1,6 @@
 """Our folders in transformers and peft, and theirs here; on CPU, float32."""
 
+import copy
 import dataclasses
 import functools
 import http.server
@@ -12,10 +13,14 @@ import threading
 
 os.environ['HF_HUB_OFFLINE'] = '1'  # this process asks nobody
 
+from folders import exported, read
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import test_hf
+import test_hf_adapter
+import test_hf_config
 from turns import TEXTS, vocabulary
 
 from bond_jax import hf, hf_adapter, hf_export, sharding, stacks
@@ -280,6 +285,84 @@ def test_the_text_of_a_model_that_sees_images(tmp_path):
   close(theirs(text, tokens), expected)
 
 
+# -- What says the same thing twice: what they take of it
+
+
+def norm_of(folder, **kwargs):
+  model = transformers.AutoModelForCausalLM.from_pretrained(
+    str(folder), dtype=torch.float32, **kwargs
+  )
+  return model.model.norm.weight.detach().numpy()
+
+
+@pytest.mark.parametrize('what', test_hf.BESIDE)
+def test_one_file_comes_first(tmp_path, what):
+  _, params = exported('gemma3', tmp_path / 'x')
+  test_hf.BESIDE[what](tmp_path / 'x')
+  scale = params['final_norm']['scale']
+  np.testing.assert_array_equal(norm_of(tmp_path / 'x'), scale)
+
+
+def test_a_file_that_a_config_names_comes_first(tmp_path):
+  exported('gemma3', tmp_path / 'x')
+  tensors = test_hf.load_file(tmp_path / 'x' / hf.SINGLE)
+  test_hf.save_file(
+    {k: 0 * x for k, x in tensors.items()}, tmp_path / 'x' / 'other.safetensors'
+  )
+  test_hf.change(tmp_path / 'x', transformers_weights='other.safetensors')
+  assert not norm_of(tmp_path / 'x').any()
+
+
+def test_an_adapter_beside_a_model_is_applied(tmp_path):
+  exported('gemma3', tmp_path / 'x')
+  train_by_hand(load(str(tmp_path / 'x')), ['q_proj'], str(tmp_path / 'x'))
+  model = transformers.AutoModelForCausalLM.from_pretrained(str(tmp_path / 'x'))
+  assert any('lora_A' in name for name, _ in model.named_modules())
+  config, _ = test_hf.params_of('gemma3')
+  with pytest.raises(UserError, match='has adapter_config.json'):
+    hf.load(str(tmp_path / 'x'), config, shards(config))
+
+
+@pytest.mark.parametrize('name', test_hf_config.KEYS)
+def test_keys_that_say_the_same_thing(name):
+  """In the numbers that turn the heads, and in the windows."""
+  family, keys, (kinds, base, scale, local) = test_hf_config.KEYS[name]
+  raw = test_hf_config.described(family, copy.deepcopy(keys))
+  model = transformers.AutoModel.from_config(
+    transformers.AutoConfig.for_model(raw.pop('model_type'), **raw)
+  )
+  turns = {
+    key.removesuffix('inv_freq').rstrip('_'): x.numpy()
+    for key, x in model.rotary_emb.named_buffers()
+    if 'original' not in key
+  }
+  exponent = -np.arange(0, 8, 2) / 8
+  for kind, of_theirs, b, s in (
+    ('G', test_hf_config.FULL, base, scale),
+    ('L', test_hf_config.SLIDING, local, 1),
+  ):
+    if kind in kinds:
+      found = turns[of_theirs if family == 'gemma3_text' else '']
+      np.testing.assert_allclose(found, b**exponent / s, rtol=1e-5)
+  windows = [getattr(x.self_attn, 'sliding_window', None) for x in model.layers]
+  assert ''.join('GL'[w is not None] for w in windows) == kinds
+
+
+def test_padding_beyond_the_vocabulary(tmp_path):
+  """As resize_token_embeddings leaves it, of which no row is drawn here."""
+  config = CONFIGS['gemma3']
+  model = their_model(config)
+  model.resize_token_embeddings(64 + 53)
+  model.save_pretrained(tmp_path / 'x')
+  assert read(tmp_path / 'x')['vocab_size'] == 64 + 53
+  params = hf.load(str(tmp_path / 'x'), config, shards(config))
+  tokens = tokens_of(2, 20)
+  expected = theirs(model, tokens)[..., :64]
+  close(logits(config, params, tokens), expected)
+  hf_export.export(params, config, str(tmp_path / 'y'), dtype='float32')
+  close(theirs(load(str(tmp_path / 'y')), tokens), expected)
+
+
 # -- Adapters
 
 
@@ -332,12 +415,12 @@ def test_an_adapter_of_a_model_that_sees_images(tmp_path):
   close(ours, theirs(adapted, tokens)[..., :64])
 
 
-def train_by_hand(model, modules, folder):
+def train_by_hand(model, modules, folder, **kwargs):
   """Saves an adapter that peft has made, neither half of it zero."""
   adapted = peft.get_peft_model(
     model,
     peft.LoraConfig(
-      r=4, lora_alpha=6, target_modules=modules, task_type='CAUSAL_LM'
+      r=4, lora_alpha=6, target_modules=modules, task_type='CAUSAL_LM', **kwargs
     ),
   ).eval()
   torch.manual_seed(5)
@@ -399,6 +482,42 @@ def test_an_adapter_that_adapts_an_image_encoder_too(tmp_path):
   close(ours, theirs(adapted, tokens)[..., :64])
 
 
+@pytest.mark.parametrize('what', ['a name', 'a pickle'])
+def test_of_two_adapters_peft_reads_ours(tmp_path, what):
+  config = dataclasses.replace(CONFIGS['gemma2'], lora_scale=1.5)
+  base, low = str(tmp_path / 'base'), tmp_path / 'low'
+  hf_export.export(params_of('gemma2'), config, base, dtype='float32')
+  adapted = train_by_hand(load(base), ALL.split(), str(low))
+  if what == 'a name':
+    rename = functools.partial(test_hf_adapter.named, name='default')
+    test_hf_adapter.rewrite(low, rename)
+  else:
+    (low / 'adapter_model.bin').write_bytes(b'of an earlier save')
+  tokens = tokens_of(2, 20)
+  other = theirs(peft.PeftModel.from_pretrained(load(base), str(low)), tokens)
+  close(theirs(adapted, tokens), other)
+  adapters = adapter_of(config, 'attn|mlp', str(low))
+  params = lora.join(params_of('gemma2'), adapters)
+  close(logits(config, params, tokens), other)
+
+
+@pytest.mark.parametrize(
+  'modules, more',
+  [
+    (['q_proj'], dict(layers_to_transform=[0, 2])),
+    (['q_proj'], dict(layers_to_transform=1)),
+    (r'.*layers\.[13]\..*q_proj', {}),
+  ],
+)
+def test_an_adapter_of_some_layers(tmp_path, modules, more):
+  config = dataclasses.replace(CONFIGS['gemma2'], lora_scale=1.5)
+  base, low = str(tmp_path / 'base'), str(tmp_path / 'low')
+  hf_export.export(params_of('gemma2'), config, base, dtype='float32')
+  train_by_hand(load(base), modules, low, **more)
+  with pytest.raises(UserError, match='must be of all layers of its model'):
+    adapter_of(config, 'attn/q', low)
+
+
 # -- Tokenizers
 
 TALK = [
@@ -443,6 +562,25 @@ def test_their_tokenizer_of_our_folder(tmp_path, turns, name):
   with pytest.raises(Exception, match='take turns'):
     chat(TALK[1:])
   assert chat(TALK[:1], add_generation_prompt=False)[-2] == tok.end_of_turn
+
+
+def test_they_read_tokenizer_json_first(tmp_path):
+  """So that tokenizer.model must be of the same vocabulary."""
+  turns, plain = tmp_path / 'turns', tmp_path / 'plain'
+  for folder in (turns, plain):
+    folder.mkdir()
+    path = vocabulary(folder, folder == turns)
+    exported('gemma3', folder / 'x', tokenizer_path=path)
+  theirs_ = transformers.AutoTokenizer.from_pretrained(turns / 'x')
+  theirs_.save_pretrained(turns / 'x')
+  ours = tokenizer_lib.load(str(turns / 'x'))
+  assert len(theirs_) == ours.vocab_size
+  content = (plain / 'x' / 'tokenizer.model').read_bytes()
+  (turns / 'x' / 'tokenizer.model').write_bytes(content)
+  again = transformers.AutoTokenizer.from_pretrained(turns / 'x')
+  assert again(TEXTS[0])['input_ids'] == theirs_(TEXTS[0])['input_ids']
+  with pytest.raises(UserError, match='transformers reads the former'):
+    tokenizer_lib.load(str(turns / 'x'))
 
 
 # -- Repositories
@@ -534,13 +672,14 @@ for path in sys.argv[1:]:
   assert sorted(os.listdir(found)) == sorted(
     f for f in os.listdir(folder) if f != 'pytorch_model.bin'
   )
+  assert resolve(here) == [found]
+  os.remove(os.path.join(found, 'adapter_config.json'))
   config = CONFIGS['gemma3']
   jax.tree.map(
     np.testing.assert_array_equal,
     hf.load(found, config, shards(config)),
     params_of('gemma3'),
   )
-  assert resolve(here) == [found]
 
 
 def test_a_folder_of_another_architecture(tmp_path):
