@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 import importlib
-import inspect
 import json
 import os
 import types
@@ -33,6 +32,7 @@ from bond_jax import (
 )
 from bond_jax import tokenizer as tokenizer_lib
 from bond_jax.errors import UserError
+from bond_jax.rewards import make as making
 from bond_jax.types import (
   Context,
   Frozen,
@@ -91,7 +91,9 @@ def make_algorithm(config: ml_collections.ConfigDict):
       f'algorithm.name is {name!r}; known are {", ".join(known)}.'
     )
   module = importlib.import_module(f'bond_jax.algorithms.{name}')
-  _check_arguments(f'algorithm {name}', module.make, config.algorithm.args)
+  making.check_arguments(
+    f'algorithm {name}', module.make, config.algorithm.args
+  )
   try:
     return module.make(**config.algorithm.args)
   except (TypeError, ValueError) as e:
@@ -99,44 +101,35 @@ def make_algorithm(config: ml_collections.ConfigDict):
     raise UserError(f'algorithm {name}: {e}; args are {args}.') from e
 
 
-def _check_arguments(name: str, function: Callable[..., Any], args) -> None:
-  signature = inspect.signature(function)
-  try:
-    signature.bind(**args)
-  except TypeError as e:
-    raise UserError(
-      f'{name}: {e}; args in the config are {", ".join(args) or "empty"},'
-      f' allowed are {", ".join(signature.parameters) or "none"}.'
-    ) from e
-
-
 def reference_dir(config: ml_collections.ConfigDict, workdir: str) -> str:
   """The run whose sft and reward stages this one starts from."""
   return os.path.normpath(config.reference.replace('{workdir}', workdir))
 
 
-def check_reward(section: ml_collections.ConfigDict) -> None:
+def check_reward(
+  section: ml_collections.ConfigDict, name: str = 'reward'
+) -> None:
   """Refuses a reward that cannot be called as the config says."""
-  for part in _parts(section).values():
-    factory = command.load(part.function)
-    _check_arguments(f'reward {part.function}', factory, part.args)
+  for part in _parts(section, lambda value: value).values():
+    making.check(part, name)
   if 'failure' in section and section.failure not in scoring.FAILURES:
     raise UserError(
-      f'reward.failure is {section.failure!r}; known are'
+      f'{name}.failure is {section.failure!r}; known are'
       f' {", ".join(scoring.FAILURES)}.'
     )
 
 
-def reward_rules(section) -> dict[str, Any]:
-  """How a section says its reward is called; see `scoring.score`."""
-  names = ('missing_eos_penalty', 'length_penalty', 'failure', 'retries',
-           'timeout')  # fmt: skip
-  return {name: section[name] for name in names}
-
-
-def _parts(section) -> dict[str, ml_collections.ConfigDict]:
+def _parts(section, filled: Callable[[Any], Any]) -> dict[str, making.Part]:
   """The rewards whose weighted sum a section asks for, by name."""
-  return dict(section.parts) if section.get('parts') else {'': section}
+  some = dict(section.parts) if section.get('parts') else {'': section}
+  return {
+    name: making.Part(
+      part.function,
+      {k: filled(v) for k, v in part.args.items()},
+      part.weight if name else 1.0,
+    )
+    for name, part in some.items()
+  }
 
 
 def make_reward(
@@ -144,44 +137,29 @@ def make_reward(
 ) -> RewardFn | PreferenceFn:
   """The reward of a section: `function` called with `args`, or many `parts`.
 
-  Of parts, each with a function, args and a weight, it is the weighted sum. In
-  a string argument '{workdir}' stands for this run's folder, '{reference}' for
-  that of the run it starts from.
+  Of parts, each with a function, args and a weight, it is the weighted sum, of
+  judges the weighted mean. In a string argument '{workdir}' stands for this
+  run's folder, '{reference}' for that of the run it starts from.
   """
-  made = {
-    name: _make_part(config, part, workdir)
-    for name, part in _parts(section).items()
-  }
-  if '' in made:
-    return made['']
 
-  def weighted(*asked):
-    parts = {}
-    for name, reward in made.items():
-      value, _ = scoring.call(reward, *asked)
-      parts[name] = section.parts[name].weight * value
-    return parts
-
-  return weighted
-
-
-def _make_part(config, section, workdir: str) -> RewardFn | PreferenceFn:
   def filled(value):
     if not isinstance(value, str):
       return value
     value = value.replace('{reference}', reference_dir(config, workdir))
     return value.replace('{workdir}', workdir)
 
-  factory = command.load(section.function)
-  try:
-    return factory(**{k: filled(v) for k, v in section.args.items()})
-  except UserError:
-    raise
-  except Exception as e:
-    reason = ' '.join(f'{type(e).__name__}: {e}'.split())
-    raise UserError(
-      f'reward {section.function} raised {reason}; --debug shows where.'
-    ) from e
+  timeout = section.timeout if 'timeout' in section else 0.0
+  return making.reward(_parts(section, filled), timeout)
+
+
+def make_ask(
+  config: ml_collections.ConfigDict, name: str, workdir: str, **rules: Any
+) -> Callable[..., scoring.Scored]:
+  """The section `name`, made and asked as it says; see `scoring.asker`."""
+  section = config[name]
+  names = ('missing_eos_penalty', 'length_penalty', 'failure', 'retries')
+  rules = {k: section[k] for k in names if k in section} | rules
+  return scoring.asker(make_reward(config, section, workdir), **rules)
 
 
 def rows(config: ml_collections.ConfigDict, split: str) -> data.Source:
@@ -195,7 +173,7 @@ def rows(config: ml_collections.ConfigDict, split: str) -> data.Source:
 
   section = config.data
   for name, args in section.mix.items():
-    _check_arguments(f'data.mix.{name}', part, args)
+    making.check_arguments(f'data.mix.{name}', part, args)
   if section.mix:
     return sources.Mixture({k: part(**v) for k, v in section.mix.items()})
   return part(section.name, fields=section.fields, splits=section.splits)[0]

@@ -169,18 +169,18 @@ def make_judges(config, workdir: str, opponents, prompts, read, own):
   A judge of pairs compares with completions that `opponents(num)` draws of the
   reference. No prompt may be missing here, so that a failure stops.
   """
-  reward, gold = (
-    build.make_reward(config, config[name], workdir)
+  ask, ask_gold = (
+    build.make_ask(config, name, workdir, failure='stop')
     for name in ('reward', 'gold')
   )
+  ask_reward = ask
   if config.reward.opponents:
     drawn, _, _ = opponents(config.reward.opponents)
-    _, *theirs = scoring.some(own, *read(prompts, drawn))
-    reward = scoring.against(reward, *theirs)
-  rules = {**build.reward_rules(config.reward), 'failure': 'stop'}
+    theirs = scoring.some(own, *read(prompts, drawn))
+    ask_reward = lambda *texts: scoring.against(ask, texts, theirs)
   return {
-    'reward': lambda *asked: scoring.score(reward, *asked, **rules).value,
-    'gold': lambda *asked: scoring.call(gold, *asked)[0],
+    'reward': lambda *texts: ask_reward(*texts).value,
+    'gold': lambda *texts: ask_gold(*texts).value,
   }
 
 

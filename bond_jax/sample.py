@@ -24,7 +24,6 @@ from bond_jax import (
   ops,
   origin,
   sampling,
-  scoring,
   sharding,
 )
 from bond_jax import tokenizer as tokenizer_lib
@@ -82,14 +81,14 @@ def make_draw(config: ml_collections.ConfigDict, workdir: str, which: str):
   return tokenizer, draw
 
 
-def show(drawn, reward) -> str:
+def show(drawn, judge) -> str:
   """Prints what was drawn, or the best of it; returns what counts."""
   texts = drawn[1][0]
-  if reward is None:
+  if judge is None:
     for i, text in enumerate(texts):
       print(f'[{i + 1}] {text}' if len(texts) > 1 else text)
     return texts[0]
-  value = scoring.call(reward, *drawn)[0][0]
+  value = judge(*drawn).value[0]
   # Of a judge: how often a completion beats one of the others.
   values = value if value.ndim == 1 else np.asarray(ops.borda(value))
   best = int(np.argmax(values))
@@ -126,10 +125,10 @@ def talk(
       'a conversation needs prompts of kind "turn", this config has'
       f' {config.prompt.kind!r}; give --prompt.'
     )
-  reward = None
+  judge = None
   if best:
     build.check_reward(config.reward)
-    reward = build.make_reward(config, config.reward, workdir)
+    judge = build.make_ask(config, 'reward', workdir, failure='stop')
   tokenizer, draw = make_draw(config, workdir, checkpoint)
   system, messages = origin.has_system_turn(config), []
   while said := ask() if prompt is None else prompt:
@@ -138,7 +137,7 @@ def talk(
       messages.append({'role': 'user', 'content': said})
       pieces = tokenizer_lib.chat(tokenizer, messages, system=system)
     row = {'messages': list(messages)} if turns else {'text': said}
-    text = show(draw(row, pieces, n, seed), reward)
+    text = show(draw(row, pieces, n, seed), judge)
     if prompt is not None:
       return
     messages.append({'role': 'assistant', 'content': text})

@@ -6,7 +6,6 @@ Named by `config.task`; `build.Task` says what a task is.
 from __future__ import annotations
 
 from collections.abc import Callable
-import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -68,8 +67,8 @@ def check(config: ml_collections.ConfigDict, mesh) -> None:
   policy = origin.make_policy(config.model, config.tokenizer.vocab_size)
   parts = sharding.reshaped(mesh, **config.sampling_mesh).shape['data']
   sampling.check(policy, config.length, (), config.slots, parts)
-  for section in (config.reward, config.gold):
-    build.check_reward(section)
+  for name in ('reward', 'gold'):
+    build.check_reward(config[name], name)
   if 'reward_model' in config:
     reward_training.check(config, mesh)
   for split in ('train', 'validation', 'test'):
@@ -82,19 +81,15 @@ def make(config: ml_collections.ConfigDict, workdir: str, mesh) -> build.Task:
   encode = origin.make_encoder(config, tokenizer)
   policy = origin.make_policy(config.model, config.tokenizer.vocab_size)
   frozen = origin.load_frozen(config, policy, workdir, mesh)
-  reward, gold = (
-    build.make_reward(config, section, workdir)
-    for section in (config.reward, config.gold)
+  ask, ask_gold = (
+    build.make_ask(config, name, workdir) for name in ('reward', 'gold')
   )
   rows = build.rows(config, 'train')
   whole = origin.make_encoder(config, tokenizer, longer='drop')
   facts = look_at(rows, whole, config.prompt)
 
-  score = functools.partial(scoring.score, **build.reward_rules(config.reward))
-
   def scored(prompts, drawn):
-    texts = build.texts(config, tokenizer, rows, prompts, drawn)
-    return score(reward, *texts)
+    return ask(*build.texts(config, tokenizer, rows, prompts, drawn))
 
   def make_probe(frozen):
     held_out = build.rows(config, 'validation')
@@ -118,7 +113,7 @@ def make(config: ml_collections.ConfigDict, workdir: str, mesh) -> build.Task:
     )
     own = shares.own(mesh, config.train.probe_prompts)
     return probe_of(
-      draw, log_ratio, reward, gold, score, fetched, frozen.reference, own
+      draw, log_ratio, ask, ask_gold, fetched, frozen.reference, own
     )
 
   return build.Task(
@@ -192,53 +187,57 @@ def probe_programs(config, policy, stop_ids, mesh) -> Probe:
   )
 
 
-def probe_of(draw, log_ratio, reward, gold, score, read, reference, own):
+def probe_of(draw, log_ratio, ask, ask_gold, read, reference, own):
   """How the policy does against the reference on fixed validation prompts.
 
   The reference's completions are drawn once, with a key of their own, so that
   the curve moves with the policy alone. `read` makes of completions the texts
-  that `score` calls the reward with; a judge compares them with the
-  reference's. Where the reward rises and `gold`, which nothing is trained on,
-  falls, the policy has learnt the reward's mistakes. Both are asked about the
-  rows that this host owns.
+  that `ask` calls the reward with; a judge compares them with the reference's.
+  Where the reward rises and gold, which nothing is trained on, falls, the
+  policy has learnt the reward's mistakes. Both are asked about the rows that
+  this host owns.
   """
 
-  def judge_own(asked, texts) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The reward, whether it was given, and gold, of the texts of all hosts."""
-
-    def judged():
+  def judge(ask, texts) -> tuple[scoring.Scored, np.ndarray]:
+    """What the reward and gold say of the texts of all hosts."""
+    found = None
+    if len(own):
       mine = scoring.some(own, *texts)
-      value, weight, _ = score(asked(), *mine)
-      return value, weight, scoring.call(gold, *mine)[0]
-
-    return shares.over(own, judged)
+      found = ask(*mine), ask_gold(*mine)
+    told = hosts.gather((own, found))
+    of = lambda i: scoring.join([(rows, x and x[i]) for rows, x in told])
+    return of(0), of(1).value
 
   theirs = read(draw(reference, 1))
-  before, weight_before, gold_before = judge_own(lambda: reward, theirs)
+  before, gold_before = judge(ask, theirs)
   if gold_before.ndim == 3:
     raise UserError(
       'gold compares pairs; it must be a reward, a number for each completion.'
     )
-  judge = before.ndim == 3
+  pairs = before.value.ndim == 3
 
-  def asked():
-    if not judge:
-      return reward
-    return scoring.against(reward, *scoring.some(own, *theirs)[1:])
+  def ask_against(*mine) -> scoring.Scored:
+    return scoring.against(ask, mine, scoring.some(own, *theirs))
 
   def probe(params, whole) -> dict[str, Any]:
     drawn = draw(params, 2)
-    after, weight, gold_after = judge_own(asked, read(drawn))
-    kept = (weight_before > 0) & (weight > 0)
-    mine = after[kept]
+    after, gold = judge(ask_against if pairs else ask, read(drawn))
+    kept = (before.weight > 0) & (after.weight > 0)
+    if not kept.any():
+      raise UserError(
+        "the reward gave no validation prompt a number for the policy's"
+        " completions and for the reference's, so that nothing can be compared:"
+        ' see why it fails, or set a larger train.probe_prompts.'
+      )
+    mine = after.value[kept]
     return {
       'win_rate/reference': float(mine.mean())
-      if judge
-      else comparisons.win_rate(mine, before[kept]),
+      if pairs
+      else comparisons.win_rate(mine, before.value[kept]),
       'kl/reference': float(log_ratio(whole(), drawn).mean()),
       'reward/validation': float(mine.mean()),
-      'win_rate/gold': comparisons.win_rate(gold_after, gold_before),
-      'gold/validation': float(gold_after.mean()),
+      'win_rate/gold': comparisons.win_rate(gold, gold_before),
+      'gold/validation': float(gold.mean()),
     }
 
   return probe

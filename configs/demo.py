@@ -61,7 +61,7 @@ def watch():
   )
 
 
-def reward(function, **args):
+def reward(function, /, **args):
   """A reward, or a judge of pairs, and how it is called."""
   return dict(
     function=function,  # module:function, which makes it

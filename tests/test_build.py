@@ -135,7 +135,8 @@ def test_a_reward_that_cannot_be_made_is_one_line(
 ):
   (tmp_path / 'mine.py').write_text(
     'def f():\n  raise OSError("the judge\\nis out")\n'
-    'def g(*, braces): return braces\n'
+    'def g(*, braces):\n'
+    '  return lambda prompts, completions, context: [[len(braces)]]\n'
   )
   monkeypatch.syspath_prepend(str(tmp_path))
   change(config, 'reward.args', {})
@@ -144,7 +145,8 @@ def test_a_reward_that_cannot_be_made_is_one_line(
     build.make_reward(config, config.reward, 'here')
   config.reward.function = 'mine:g'
   change(config, 'reward.args', {'braces': '{x} {workdir}'})
-  assert build.make_reward(config, config.reward, 'here') == '{x} here'
+  reward = build.make_reward(config, config.reward, 'here')
+  assert reward(['a'], [['b']], None) == [[len('{x} here')]]
 
 
 def test_a_stage_works_once(config, tmp_path, capsys):

@@ -94,7 +94,9 @@ def test_the_rewards_of_the_page_are_rewards(tmp_path, monkeypatch):
       build.check_reward(config.reward)
       modules.add(config.reward.function.partition(':')[0])
     json.loads(config.to_json_best_effort())
-  sources = {f'bond_jax.rewards.{x}' for x in ('hf', 'http', 'ridge', 'text')}
+  sources = {
+    f'bond_jax.rewards.{x}' for x in ('hf', 'http', 'ridge', 'text', 'trl')
+  }
   assert modules == {'my_rewards', *sources}
 
 

@@ -106,7 +106,7 @@ def test_hosts_that_hold_the_same_rows_share_them_out(one, tmp_path):
   assert ended.status == 2
   first, second = several.errors(ended)
   assert first == second and len(first) == 1
-  assert first[0].startswith('host 1: reward toy_reward raised RuntimeError')
+  assert first[0].startswith('host 1: reward toy:reward raised RuntimeError')
   same_completions(one, judged)
   same_rows(toy.rows(one, 'train')[:4], toy.rows(failing, 'train'), rel=1e-4)
   assert toy.steps(failing, 'train') == [3]

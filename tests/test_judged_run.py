@@ -1,6 +1,7 @@
 """Whole runs on judges of pairs, on several rewards, on rewards that fail."""
 
 import json
+import threading
 
 import jax
 import numpy as np
@@ -14,10 +15,12 @@ RIDGE = {'path': '{reference}/reward/model.npz'}
 
 
 def duel(path):
-  """The ridge rating's comparisons, and nothing else of it."""
-  rating = ridge(path)
+  """The ridge rating's comparisons; in all stages in the thread of this."""
+  rating, here = ridge(path), threading.current_thread()
+  assert here is not threading.main_thread()
 
   def duel_judge(prompts, completions, context):
+    assert threading.current_thread() is here
     value = rating(prompts, completions, context)
     return 0.5 + 0.5 * np.sign(value[:, :, None] - value[:, None, :])
 
@@ -124,7 +127,7 @@ def test_the_sum_of_two_rewards(tmp_path):
     )
 
 
-def test_prompts_that_the_reward_fails_on_are_left_out(tmp_path):
+def test_prompts_that_the_reward_fails_on_are_left_out(tmp_path, capsys):
   workdir = str(tmp_path / 'run')
   config = get_config('picky', failure='skip')
   toy.before('train', workdir, config)
@@ -134,3 +137,6 @@ def test_prompts_that_the_reward_fails_on_are_left_out(tmp_path):
   assert all(0 < n < 8 and n == int(n) for n in skipped)
   # What stands for the missing numbers enters no mean.
   assert all(row['reward/policy'] == row['reward/anchor'] == 3 for row in rows)
+  said = capsys.readouterr().out
+  warning = 'warning: reward test_judged_run:picky gave 3 to all completions'
+  assert said.count(warning) == 1

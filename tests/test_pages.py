@@ -190,11 +190,11 @@ def of_the_algorithms():
 def of_a_reward():
   """The metrics of a reward of parts, one of them called NAME, that skips."""
   texts = [['a', 'b']]
-  rules = dict(missing_eos_penalty=0.0, length_penalty=0.0, failure='skip',
-               retries=0, timeout=0.0)  # fmt: skip
   reward = lambda prompts, completions, context: {'NAME': np.ones((1, 2))}
   return set(
-    scoring.score(reward, ['p'], texts, toy.context(texts), **rules).metrics
+    scoring.score(
+      reward, ['p'], texts, toy.context(texts), failure='skip'
+    ).metrics
   )
 
 

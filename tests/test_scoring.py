@@ -1,7 +1,7 @@
 """Rewards and judges as they are called: what they return, what they do."""
 
 import threading
-import time
+import weakref
 
 import numpy as np
 import pytest
@@ -75,16 +75,8 @@ def test_exception_is_one_line_with_the_prompt():
   )
 
 
-RULES = dict(
-  missing_eos_penalty=0.0, length_penalty=0.0, failure='stop', retries=0,
-  timeout=0.0,
-)  # fmt: skip
-
-
 def score(reward, context=CONTEXT, **rules):
-  return scoring.score(
-    reward, PROMPTS, COMPLETIONS, context, **{**RULES, **rules}
-  )
+  return scoring.score(reward, PROMPTS, COMPLETIONS, context, **rules)
 
 
 def numbers(prompts, completions, context):
@@ -138,8 +130,10 @@ def test_a_judge_gives_probabilities_of_pairs():
   nearly = lambda *asked: judge(*asked) + 4e-4
   got = score(nearly).value
   np.testing.assert_allclose(got, judge(*BATCH), atol=1e-6)
-  with pytest.raises(UserError, match='missing_eos_penalty .* must be 0'):
-    score(judge, length_penalty=0.1)
+  # Also where no completion is cut yet.
+  for name in ('length_penalty', 'missing_eos_penalty'):
+    with pytest.raises(UserError, match='missing_eos_penalty .* must be 0'):
+      score(judge, **{name: 0.1})
 
 
 @pytest.mark.parametrize(
@@ -179,10 +173,22 @@ def test_a_judge_against_fixed_opponents():
     return (np.sign(n[:, :, None] - n[:, None, :]) + 1) / 2
 
   opponents = [['', 'aa', 'aaa'], ['a', 'a', 'a'], ['', '', 'a']]
-  reward = scoring.against(longer, opponents, toy.context(opponents))
-  got = scoring.call(reward, *BATCH)[0]
+  theirs = PROMPTS, opponents, toy.context(opponents)
+  got = scoring.against(scoring.asker(longer), BATCH, theirs)
   expected = [[1 / 3] * 2, [1 / 2] * 2, [5 / 6] * 2]
-  np.testing.assert_allclose(got, expected, rtol=1e-6)
+  np.testing.assert_allclose(got.value, expected, rtol=1e-6)
+
+  def picky(prompts, *rest):
+    if 'two' in prompts:
+      raise ConnectionError('gone')
+    return longer(prompts, *rest)
+
+  # A prompt on which it fails is left out alone.
+  got = scoring.against(scoring.asker(picky, failure='skip'), BATCH, theirs)
+  np.testing.assert_array_equal(got.weight, [1, 0, 1])
+  np.testing.assert_allclose(got.value[::2], expected[::2], rtol=1e-6)
+  with pytest.raises(UserError, match='reward.opponents is for judges'):
+    scoring.against(scoring.asker(lambda *_: np.zeros((3, 5))), BATCH, theirs)
 
 
 class Flaky:
@@ -202,16 +208,14 @@ class Flaky:
       self.left -= 1
       if self.how == 'raise':
         raise ConnectionError('gone')
-      if self.how == 'hang':
-        time.sleep(60)
       value[bad, 0] = np.nan
     return value
 
 
-@pytest.mark.parametrize('how', ['raise', 'nan', 'hang'])
+@pytest.mark.parametrize('how', ['raise', 'nan'])
 def test_prompts_on_which_a_reward_fails_are_left_out(how):
   reward = Flaky(('two',), 99, how)
-  got = score(reward, failure='skip', timeout=0.2 if how == 'hang' else 0.0)
+  got = score(reward, failure='skip')
   np.testing.assert_array_equal(got.weight, [1, 0, 1])
   np.testing.assert_array_equal(got.value[[0, 2]], VALUES[[0, 2]])
   assert np.isfinite(got.value).all()
@@ -238,8 +242,106 @@ def test_nothing_skipped_is_reported_as_well():
 
 
 def test_a_reward_that_fails_everywhere_stops_the_run():
+  found = score(Flaky(PROMPTS, 99), failure='skip')
   with pytest.raises(UserError, match='fails on every prompt .*gone'):
-    score(Flaky(PROMPTS, 99), failure='skip')
+    scoring.join([(np.arange(3), found)])
+
+
+@pytest.mark.parametrize('reward', [numbers, judge])
+def test_a_host_whose_prompts_all_fail_has_no_reward_and_stops_nobody(reward):
+  def picky(prompts, *rest):
+    if 'two' in prompts:
+      raise ConnectionError('gone')
+    return {'a': reward(prompts, *rest)}
+
+  parts = []
+  for rows in ([1], [0, 2]):
+    found = scoring.score(picky, *scoring.some(rows, *BATCH), failure='skip')
+    parts.append((np.array(rows), found))
+  joined, whole = scoring.join(parts), score(picky, failure='skip')
+  np.testing.assert_array_equal(joined.weight, [1, 0, 1])
+  np.testing.assert_array_equal(joined.value[::2], whole.value[::2])
+  assert joined.value.shape == whole.value.shape
+  assert joined.metrics == pytest.approx(whole.metrics)
+  assert joined.metrics['reward/skipped'] == 1
+
+
+@pytest.mark.parametrize(
+  'one, other',
+  [
+    (numbers, judge),
+    (lambda *asked: {'a': numbers(*asked)}, lambda *x: {'b': numbers(*x)}),
+    (lambda *asked: {'a': numbers(*asked)}, numbers),
+  ],
+)
+def test_answers_of_two_kinds_are_one_line(one, other):
+  """On one host, prompt by prompt, and on two."""
+
+  def mixed(prompts, *rest):
+    if len(prompts) > 1:
+      raise ValueError('one at a time')
+    return (one if prompts == ['one'] else other)(prompts, *rest)
+
+  with pytest.raises(UserError, match='must return the same for all'):
+    score(mixed, failure='skip')
+  parts = [
+    (np.array([i]), scoring.score(mixed, *scoring.some([i], *BATCH)))
+    for i in range(3)
+  ]
+  with pytest.raises(UserError, match='must return the same for all'):
+    scoring.join(parts)
+
+
+MANY = [[f'{p} {i}' for i in range(4)] for p in PROMPTS]
+
+
+def constant(value, **others):
+  return lambda prompts, completions, context: {
+    'a': np.full((len(prompts), 4), value),
+    **{k: [[len(y) for y in ys] for ys in completions] for k in others},
+  }
+
+
+@pytest.mark.parametrize(
+  'reward, completions, says',
+  [
+    (constant(0.0), MANY, ["['a'] gave 0", ' gave 0']),
+    (constant(2.5, b=1), MANY, ["['a'] gave 2.5"]),
+    (lambda p, *_: np.zeros((len(p), 4)), MANY, [' gave 0']),
+    (lambda p, *_: np.full((len(p), 4, 4), 0.5), MANY, [' gave 0.5']),
+    # Equal numbers of few texts, or of one, are no surprise.
+    (constant(0.0), [['a', 'b', 'c', 'd']] * 3, []),
+    (lambda *_: np.arange(12.0).reshape(3, 4), MANY, []),
+  ],
+)
+def test_one_number_for_all_is_said_once(reward, completions, says, capsys):
+  reward.__name__ = 'mine'
+  ask = scoring.asker(reward)
+  for _ in range(3):
+    ask(PROMPTS, completions, toy.context(completions))
+  lines = capsys.readouterr().out.splitlines()
+  assert len(lines) == len(says)
+  for say in says:
+    assert any(f'warning: reward mine{say} to all' in line for line in lines)
+
+
+def test_prompts_that_are_left_out_hide_no_constant(capsys):
+  def zeros(prompts, *_):
+    if 'three' in prompts:
+      raise ConnectionError('gone')
+    return np.zeros((len(prompts), 4))
+
+  asked = PROMPTS, MANY, toy.context(MANY)
+  scoring.asker(zeros, failure='skip')(*asked)
+  assert 'zeros gave 0 to all' in capsys.readouterr().out
+
+
+def test_a_reward_may_not_end_the_process():
+  def leaves(prompts, completions, context):
+    raise SystemExit(0)
+
+  with pytest.raises(UserError, match="leaves raised SystemExit: 0 .*'one'"):
+    score(leaves)
 
 
 def test_further_attempts(monkeypatch):
@@ -252,11 +354,6 @@ def test_further_attempts(monkeypatch):
   with pytest.raises(UserError, match=r'ConnectionError: gone \(prompt 0'):
     score(Flaky(('one',), 99), retries=6)
   assert waits == [1] + [1, 2, 4, 8, 16, 30]
-
-
-def test_a_reward_that_hangs_is_one_line():
-  with pytest.raises(UserError, match='more than reward.timeout = 0.1 s for 3'):
-    score(Flaky(PROMPTS, 99, 'hang'), timeout=0.1)
 
 
 def test_a_worker_makes_calls_in_turn_and_hands_errors_on():
@@ -280,13 +377,31 @@ def test_a_worker_makes_calls_in_turn_and_hands_errors_on():
     c.result()
 
 
+def test_threads_end_with_their_worker():
+  submit = scoring.worker(2)
+  thread = submit(threading.current_thread).result()
+  kept = Flaky((), 0)
+  there = weakref.ref(kept)
+  submit(type, kept).result()
+  del kept
+  submit(int).result()
+  submit(int).result()
+  assert thread.is_alive()
+  del submit
+  thread.join(10)
+  assert not thread.is_alive() and there() is None
+
+
 @pytest.mark.parametrize(
   'values, says',
   [
     ([[1, [2]], [3, 4]], "prompt 0: 'p'"),
     ([[1, 2], [3, [4]]], "prompt 1: 'q'"),
     ([[1, 2], [3, 4], [5]], "prompt 1: 'q'"),
-    ({'a': [[1, 2], [3, 4]], 'b': np.full((2, 2, 2), 0.5)}, 'of both kinds'),
+    (
+      {'a': [[1, 2], [3, 4]], 'b': np.full((2, 2, 2), 0.5)},
+      'both kinds: a gives a number for each completion, b compares pairs',
+    ),
   ],
 )
 def test_ragged_and_mixed_values_are_one_line(values, says):

@@ -16,17 +16,28 @@ from bond_jax.errors import Stopped, UserError
 # The reward's call at step 2: the probe's reference, and two steps.
 CALL_OF_STEP_2 = 3
 
-# A command whose main thread is where no Python handler reaches it.
+# A command whose main thread is where no Python handler reaches it, or waits
+# for a reward that does not answer.
 SCRIPT = """
-import contextlib, hashlib, sys
+import contextlib, hashlib, sys, time
 from bond_jax import command, stopping
+from bond_jax.rewards import make
 
 stopping.BOUND = float(sys.argv.pop())
 how = sys.argv.pop()
 
+def slow():
+  def reward(prompts, completions, context):
+    print('ready', flush=True)
+    time.sleep(1000)
+  return reward
+
 def main():
-  block = contextlib.nullcontext() if how == 'idle' else stopping.deferred()
+  idle = how in ('idle', 'asking')
+  block = contextlib.nullcontext() if idle else stopping.deferred()
   with stopping.listening(), block:
+    if how.startswith('asking'):
+      make.reward({'': make.Part('__main__:slow', {})})(['a'], [['b']], None)
     print('ready', flush=True)
     if how == 'stuck':
       hashlib.pbkdf2_hmac('sha256', b'', b'', 2**31 - 1)
@@ -54,6 +65,9 @@ def _survives():
     ('stuck', 60, 2 * [signal.SIGTERM], 143, 'a second signal: ended at once'),
     ('stuck', 60, 2 * [signal.SIGINT], 130, 'a second signal: ended at once'),
     ('stuck', 1, [signal.SIGTERM], 143, 'not at the end of a step after 1'),
+    ('asking', 60, [signal.SIGTERM], 143, 'SIGTERM: ended before anything of'),
+    ('asking', 60, [signal.SIGINT], 130, 'interrupted; the same command'),
+    ('asking in a step', 60, 2 * [signal.SIGINT], 130, 'ended at once'),
     ('idle', 60, [signal.SIGTERM], 143, 'SIGTERM: ended before anything of'),
     ('idle', 60, [signal.SIGINT], 130, 'interrupted; the same command'),
   ],

@@ -1,6 +1,5 @@
 """The third stage as a whole: what goes wrong in it, and what it survives."""
 
-import functools
 import json
 import os
 
@@ -123,9 +122,12 @@ def reward(kind):
 @pytest.mark.parametrize(
   'kind, says',
   [
-    ('nan', 'reward bad returned nan for completion 0'),
-    ('count', r'reward bad returned \[8, 1\], expected .* \[8, 2\]'),
-    ('text', 'reward bad returned <U4, expected numbers'),
+    ('nan', 'reward bad_rewards:reward returned nan for completion 0'),
+    (
+      'count',
+      r'reward bad_rewards:reward returned \[8, 1\], expected .* \[8, 2\]',
+    ),
+    ('text', 'reward bad_rewards:reward returned <U4, expected numbers'),
   ],
 )
 def test_a_bad_reward_is_one_line(
@@ -286,18 +288,42 @@ def test_the_probe_draws_the_two_sides_apart():
   read = lambda drawn: ([''] * 4, texts, toy.context(texts, rows=drawn))
   reward = lambda prompts, completions, context: context.rows
   gold = lambda prompts, completions, context: -2 * np.array(context.rows)
-  score = functools.partial(
-    scoring.score, **build.reward_rules(demo.reward('none'))
-  )
   ratio = lambda frozen, drawn: frozen + drawn
   probe = text_task.probe_of(
-    draw, ratio, reward, gold, score, read, 0.0, np.arange(4)
-  )
+    draw, ratio, scoring.asker(reward), scoring.asker(gold), read, 0.0,
+    np.arange(4),
+  )  # fmt: skip
   assert probe(0.0, lambda: 0.0)['win_rate/reference'] != 0.5
   found = probe(2.0, lambda: 0.0)
   assert found['win_rate/reference'] == 1 and found['win_rate/gold'] == 0
   mean = found['reward/validation']
   assert found['gold/validation'] == pytest.approx(-2 * mean, rel=1e-6)
+
+
+@pytest.mark.parametrize('compares', [False, True])
+def test_a_probe_that_has_nothing_to_compare_is_one_line(compares):
+  """The reward fails on one half of the prompts, then on the other."""
+  texts, failing = [['a', 'b']] * 4, [0, 1]
+  read = lambda _: ([*'pqrs'], texts, toy.context(texts))
+
+  def picky(prompts, completions, context):
+    if len(prompts) > 1 or 'pqrs'.index(prompts[0]) in failing:
+      raise ConnectionError('gone')
+    k = len(completions[0])
+    return np.full((1, k, k), 0.5) if compares else np.zeros((1, k))
+
+  gold = scoring.asker(lambda p, c, x: np.zeros((len(p), len(c[0]))))
+  probe = text_task.probe_of(
+    lambda *_: None, lambda *_: np.zeros(1),
+    scoring.asker(picky, failure='skip'), gold, read, None, np.arange(4),
+  )  # fmt: skip
+  assert probe(None, lambda: None)['win_rate/reference'] == 0.5
+  failing[:] = [2, 3]
+  with pytest.raises(UserError, match='no validation prompt .*probe_prompts'):
+    probe(None, lambda: None)
+  failing[:] = range(4)
+  with pytest.raises(UserError, match='fails on every prompt'):
+    probe(None, lambda: None)
 
 
 def test_gold_that_compares_pairs_is_refused_before_a_step(config, workdir):

@@ -28,6 +28,7 @@ import urllib3
 
 from bond_jax import scoring
 from bond_jax.errors import UserError
+from bond_jax.rewards.answers import quote
 from bond_jax.types import Context, PreferenceFn, RewardFn
 
 # Of headers that are none it says so with a traceback.
@@ -101,7 +102,7 @@ def scorer(
     def ask(part: slice, body: bytes):
       if over.is_set():
         return None
-      where = scoring.quote(part.start, prompts)
+      where = quote(part.start, prompts)
       try:
         return _ask(server, body, len(prompts[part]), where, over)
       except UserError as e:
@@ -117,7 +118,7 @@ def scorer(
     if len(kinds) > 1:
       raise UserError(
         f'{server.name} answered {" and ".join(kinds)} to one batch'
-        f' ({scoring.quote(0, prompts)}).'
+        f' ({quote(0, prompts)}).'
       )
     return [row for _, values in answers for row in values]
 
@@ -186,7 +187,7 @@ def _body(part: slice, prompts, completions, context: Context) -> bytes:
   except (TypeError, ValueError) as e:
     raise UserError(
       f'the rows of the data cannot be sent as JSON: {e}'
-      f' ({scoring.quote(part.start, prompts)}).'
+      f' ({quote(part.start, prompts)}).'
     ) from e
 
 

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from bond_jax.errors import UserError
+from bond_jax.rewards import answers
 from bond_jax.types import PreferenceFn
 
 
@@ -62,7 +63,13 @@ def all_at_once(
 
 def _probabilities(said: Any, pairs: Sequence[Pair]) -> np.ndarray:
   """f64[X]; averaged, a logit or a score might look like one."""
-  values = np.asarray(said, np.float64)
+  try:
+    values = np.asarray(answers.plain(said), np.float64)
+  except Exception as e:
+    raise UserError(
+      f'a judge answered {type(said).__name__}, expected one probability for'
+      f' each of {len(pairs)} pairs: {answers.reason(e)}.'
+    ) from e
   if values.shape != (len(pairs),):
     raise UserError(
       f'a judge answered {list(values.shape)}, expected one probability for'

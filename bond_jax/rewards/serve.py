@@ -21,6 +21,7 @@ import numpy as np
 
 from bond_jax import command, scoring
 from bond_jax.errors import UserError
+from bond_jax.rewards import make as making
 from bond_jax.types import Context, PreferenceFn, RewardFn
 
 MOST = 64 * 2**20  # bytes of a request
@@ -141,11 +142,11 @@ def make(function: str, args: str) -> RewardFn | PreferenceFn:
     raise UserError(f'--args is not JSON ({e}), got {args!r}.') from e
   if not isinstance(given, dict):
     raise UserError(f'--args is no JSON object, got {args!r}.')
-  factory = command.load(function)
-  try:
-    return factory(**given)
-  except TypeError as e:
-    raise UserError(f'reward {function}: {e}; see --args.') from e
+  part = making.Part(function, given)
+  making.check_arguments(
+    f'reward {function}', command.load(function), given, ' See --args.'
+  )
+  return making.reward({'': part})
 
 
 def _run() -> None:

@@ -12,7 +12,7 @@ import toy
 
 from bond_jax import scoring
 from bond_jax.errors import UserError
-from bond_jax.rewards import hf
+from bond_jax.rewards import hf, make
 
 why = 'needs requirements-hf.txt'
 torch = pytest.importorskip('torch', reason=why)
@@ -323,3 +323,71 @@ def test_what_cannot_be_loaded(tmp_path):
     hf.classifier(path, batch=0, length=9)
   with pytest.raises(UserError, match='on nowhere'):
     hf.classifier(path, device='nowhere', length=9)
+
+
+# -- rewards of the user's own that use torch
+
+VALUES = np.array([[0.5, 3, -2], [1, 1.5, 0], [2, -1, 4]])
+
+
+@pytest.mark.parametrize(
+  'answer',
+  [
+    lambda x: x.requires_grad_(),
+    lambda x: x.bfloat16(),
+    lambda x: x.half(),
+    lambda x: 2 * (x / 2).bfloat16().requires_grad_(),
+    lambda x: list(x.requires_grad_()),
+    lambda x: [[y.bfloat16() for y in row] for row in x],
+    lambda x: [[float(row[0]), *row[1:].requires_grad_()] for row in x],
+    lambda x: {'a': x.requires_grad_() / 2, 'b': x.bfloat16() / 2},
+  ],
+)
+def test_tensors_of_any_kind_are_numbers(answer):
+  reward = lambda *_: answer(torch.tensor(VALUES, dtype=torch.float32))
+  value, _ = scoring.call(reward, *BATCH)
+  np.testing.assert_array_equal(value, VALUES)
+
+
+@pytest.mark.parametrize(
+  'tensor',
+  [
+    torch.tensor(VALUES).to_sparse(),
+    torch.empty(3, 3, device='meta'),
+    torch.tensor(VALUES * 1j),
+    torch.tensor(VALUES)[:, :2],
+    [torch.tensor(VALUES)],
+  ],
+)
+def test_other_tensors_are_one_line(tensor):
+  with pytest.raises(UserError, match='reward .* returned') as e:
+    scoring.call(lambda *_: tensor, *BATCH)
+  assert '\n' not in str(e.value)
+
+
+def modes():
+  """Thread-local: without gradients, and on a device without memory."""
+  torch.set_grad_enabled(False)
+  torch.set_default_device('meta')
+
+  def lengths(prompts, completions, context):
+    weight = torch.ones(1, requires_grad=True, device='cpu')
+    assert torch.empty(1).device.type == 'meta'
+    assert not (2 * weight).requires_grad
+    return [[len(y) * float(weight) for y in ys] for ys in completions]
+
+  return lengths
+
+
+def test_modes_that_a_factory_sets_hold_in_every_call():
+  reward = make.reward({'': make.Part('test_rewards_hf:modes', {})})
+  submit, expected = (
+    scoring.worker(),
+    [[len(y) for y in x] for x in COMPLETIONS],
+  )
+  for value, _ in (
+    scoring.call(reward, *BATCH),
+    submit(scoring.call, reward, *BATCH).result(),
+  ):
+    np.testing.assert_array_equal(value, expected)
+  assert torch.is_grad_enabled() and torch.empty(1).device.type == 'cpu'

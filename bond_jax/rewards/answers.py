@@ -1,0 +1,155 @@
+"""What a reward returns: numbers, or one line that says what is wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from bond_jax.errors import UserError
+
+
+def check(
+  values: Any, shape: tuple[int, int], prompts: Sequence[str], name: str
+) -> np.ndarray:
+  """Returns `values` as f32 if they are finite numbers of the right shape.
+
+  That is [B, K], or [B, K, K] if they are probabilities that i beats j: with
+  their transpose they are 1, to a thousandth, and made so exactly.
+  """
+  expected = (
+    f'expected one number per completion, {list(shape)}, or per pair of them,'
+    f' {[*shape, shape[1]]}'
+  )
+  kind = type(values).__name__
+  try:
+    values = plain(values)
+    array = np.asarray(values)
+  except ValueError:  # ragged
+    array = np.array(None)
+  except Exception as e:
+    raise UserError(
+      f'reward {name} returned {kind}, which cannot be read ({reason(e)});'
+      f' {expected} ({quote(0, prompts)}).'
+    ) from e
+  pairs = array.ndim == 3
+  if array.shape != shape + shape[1:] * pairs:
+    whole = isinstance(values, np.ndarray) and values.ndim
+    rows = list(values) if whole or isinstance(values, list) else []
+    bad = (i for i, r in enumerate(rows) if _shape(r) != shape[1:])
+    i = min(next(bad, len(rows)), shape[0] - 1)
+    got = kind if array.dtype == object else list(array.shape)
+    raise UserError(
+      f'reward {name} returned {got}, {expected} ({quote(i, prompts)}).'
+    )
+  if array.dtype.kind not in 'biuf':
+    raise UserError(
+      f'reward {name} returned {array.dtype}, expected numbers'
+      f' ({quote(0, prompts)}).'
+    )
+  with np.errstate(over='ignore'):
+    result = array.astype(np.float32)
+  bad = np.argwhere(~np.isfinite(result))
+  if len(bad):
+    i, *k = bad[0].tolist()
+    raise UserError(
+      f'reward {name} returned {array[tuple(bad[0])]} for completion'
+      f' {" against ".join(map(str, k))}, expected a finite float32'
+      f' ({quote(i, prompts)}).'
+    )
+  return antisymmetric(result, prompts, name) if pairs else result
+
+
+def combine(
+  parts: Mapping[str, np.ndarray], weights: Mapping[str, float], name: str
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+  """One reward of several: of scores the weighted sum, of judges the mean.
+
+  Returns it, and of scores the weighted parts. A UserError for parts of both
+  kinds: a score and a probability have no sum.
+
+  Args:
+    parts: name -> f32[B, K], or f32[B, K, K].
+    weights: of each; of judges at least 0, and not all 0.
+    name: of the whole, for errors.
+  """
+  scores, judges = (
+    [k for k, v in parts.items() if v.ndim == ndim] for ndim in (2, 3)
+  )
+  if not parts:
+    raise UserError(f'reward {name} returned a dict without any part.')
+  if scores and judges:
+    raise UserError(
+      f'reward {name} has parts of both kinds: {", ".join(scores)} gives a'
+      f' number for each completion, {", ".join(judges)} compares pairs. Take'
+      ' parts of one kind.'
+    )
+  if scores:
+    weighted = {k: weights[k] * v for k, v in parts.items()}
+    return sum(weighted.values()), weighted
+  share = np.array([weights[k] for k in judges], np.float64)
+  if share.min() < 0 or not share.sum() > 0:
+    raise UserError(
+      f'reward {name} is the mean of the judges {", ".join(judges)}, by weights'
+      f' that are {share.tolist()}; they must be 0 or more, and not all 0.'
+    )
+  return np.average([parts[k] for k in judges], axis=0, weights=share), {}
+
+
+def plain(values: Any) -> Any:
+  """What NumPy can read of an answer: arrays of any framework, also in lists.
+
+  torch's tensors with a gradient, on a GPU or in bfloat16, and bfloat16 of jax
+  are numbers as all others.
+  """
+  if isinstance(values, list | tuple):
+    return [plain(value) for value in values]
+  if hasattr(values, 'detach'):  # torch
+    values = values.detach().cpu()
+    values = values.double() if values.is_floating_point() else values
+  if hasattr(values, 'dtype'):
+    values = np.asarray(values)
+    if values.dtype.kind == 'V' and np.can_cast(values.dtype, np.float32):
+      values = values.astype(np.float32)  # of ml_dtypes, exact
+  return values
+
+
+def antisymmetric(win: np.ndarray, prompts, name: str) -> np.ndarray:
+  """Probabilities f32[B, K, K], exact; a UserError if they are none."""
+  other = win.swapaxes(-1, -2)
+  wrong = np.abs(win + other - 1) > 1e-3
+  wrong |= (win < -1e-3) | (win > 1 + 1e-3)
+  if wrong.any():
+    b, i, j = np.argwhere(wrong)[0].tolist()
+    raise UserError(
+      f'judge {name} says that completion {i} beats {j} with probability'
+      f' {win[b, i, j]:.4g}, and {j} beats {i} with {win[b, j, i]:.4g}; both'
+      f' lie in [0, 1] and sum to 1 ({quote(b, prompts)}).'
+    )
+  return np.clip((win + 1 - other) / 2, 0, 1).astype(np.float32)
+
+
+def _shape(row: Any) -> tuple[int, ...] | None:
+  """Of what one prompt was given; None if it is ragged."""
+  try:
+    return np.shape(row)
+  except ValueError:
+    return None
+
+
+def quote(i: int, prompts: Sequence[str]) -> str:
+  """How an error names a prompt."""
+  return f'prompt {i}: {prompts[i][:60]!r}'
+
+
+def reason(error: BaseException) -> str:
+  """An error of somebody else's code on one line."""
+  line = ' '.join(f'{type(error).__name__}: {error}'.split())
+  if 'signal only works in main thread' in line:
+    line += (
+      '. Rewards have a thread of their own, in which no SIGALRM can be set:'
+      " turn that time limit off, for instance math_verify's"
+      ' parsing_timeout=None and timeout_seconds=None, and set reward.timeout'
+    )
+  return line
