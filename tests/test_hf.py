@@ -225,6 +225,22 @@ def test_an_index_comes_before_a_pickle(tmp_path):
   same(hf.load(str(tmp_path / 'x'), config, like_of(config, mesh_of())), params)
 
 
+def test_a_tensor_in_two_shards(tmp_path):
+  """The later file's, whichever the index names."""
+  config, _ = exported('gemma3', tmp_path / 'x', shard_bytes=3000)
+  twice(tmp_path / 'x')
+  loaded = hf.load(str(tmp_path / 'x'), config, like_of(config, mesh_of()))
+  assert (np.asarray(loaded['final_norm']['scale']) == 9).all()
+
+
+def twice(folder):
+  where = read(folder, hf.INDEX)['weight_map']
+  last = folder / max(where.values())
+  assert last.name != where['model.norm.weight']
+  nines = {'model.norm.weight': np.full(16, 9, 'f4')}
+  save_file({**load_file(last), **nines}, last)
+
+
 def second(folder):
   """Another text model, under the names that it has beside an encoder."""
   tensors = load_file(folder / hf.SINGLE)

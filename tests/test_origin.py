@@ -6,10 +6,11 @@ import os
 import jax
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 import test_tokenizer
 import toy
 
-from bond_jax import origin, sample, sft, sharding, weights
+from bond_jax import hf, hf_export, origin, sample, sft, sharding, weights
 from bond_jax.errors import UserError
 from bond_jax.models import gemma, lora
 from configs import gemma_jbond
@@ -163,6 +164,31 @@ def test_what_does_not_fit_is_one_error(release, tmp_path, path, value, says):
     node[last] = value
   with pytest.raises(UserError, match=says):
     toy.run('train', config, str(tmp_path / 'run'))
+
+
+@pytest.mark.parametrize('rank', [0, 2])
+def test_padding_beyond_the_vocabulary_is_cut(release, tmp_path, rank):
+  """Under all weights that are trained, and under adapters."""
+  _, params = release
+  config = gemma_config(rank=rank)
+  sizes = origin.make_sizes(config.model, VOCAB)
+  folder = tmp_path / 'x'
+  hf_export.export(params, sizes, str(folder), dtype='float32')
+  tensors = load_file(folder / hf.SINGLE)
+  table = tensors['model.embed_tokens.weight']
+  padding = np.ones((60, table.shape[1]), np.float32)
+  tensors['model.embed_tokens.weight'] = np.concatenate([table, padding])
+  save_file(tensors, folder / hf.SINGLE)
+  config.weights = str(folder)
+  mesh = sharding.make_mesh(**config.mesh)
+  policy = origin.make_policy(config.model, VOCAB)
+  frozen = origin.load_frozen(config, policy, str(tmp_path), mesh)
+  full = frozen.base if rank else frozen.reference
+  found = np.asarray(full['embedder'].pop('input_embedding'))
+  np.testing.assert_array_equal(found[:VOCAB], table)
+  assert found.shape == (128, table.shape[1])
+  rest = {**params, 'embedder': {}}
+  same(full, rest)
 
 
 @pytest.mark.parametrize(

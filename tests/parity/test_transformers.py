@@ -303,6 +303,12 @@ def test_one_file_comes_first(tmp_path, what):
   np.testing.assert_array_equal(norm_of(tmp_path / 'x'), scale)
 
 
+def test_a_tensor_in_two_shards(tmp_path):
+  exported('gemma3', tmp_path / 'x', shard_bytes=3000)
+  test_hf.twice(tmp_path / 'x')
+  assert (norm_of(tmp_path / 'x') == 9).all()
+
+
 def test_a_file_that_a_config_names_comes_first(tmp_path):
   exported('gemma3', tmp_path / 'x')
   tensors = test_hf.load_file(tmp_path / 'x' / hf.SINGLE)
@@ -361,6 +367,11 @@ def test_padding_beyond_the_vocabulary(tmp_path):
   close(logits(config, params, tokens), expected)
   hf_export.export(params, config, str(tmp_path / 'y'), dtype='float32')
   close(theirs(load(str(tmp_path / 'y')), tokens), expected)
+  low = str(tmp_path / 'low')
+  adapted = train_by_hand(load(str(tmp_path / 'x')), ['q_proj'], low)
+  config = dataclasses.replace(config, lora_scale=1.5)
+  params = lora.join(params, adapter_of(config, 'attn/q', low))
+  close(logits(config, params, tokens), theirs(adapted, tokens)[..., :64])
 
 
 # -- Adapters
