@@ -35,6 +35,7 @@ from bond_jax import (
   metrics,
   origin,
   sharding,
+  stops,
 )
 
 _RUN = flags.DEFINE_string('run', 'runs/demo', 'Finished, of configs/demo.py.')
@@ -61,7 +62,8 @@ def draw_rewards(run: str) -> np.ndarray:
     rows, encode, length=config.prompt.length, count=config.evaluate.prompts
   )
   reward = build.make_reward(config, config.reward, run)
-  draw = completions.make_draw(config, tokenizer.stop_ids, mesh)
+  stop = stops.of(tokenizer, config.stop)
+  draw = completions.make_draw(config, stop, mesh)
   key, num = build.key(config.seed, 'calibration'), 16
   read = functools.partial(build.texts, config, tokenizer, rows)
   found, total = [], REFERENCE + CHOSEN_FROM + DENSITY

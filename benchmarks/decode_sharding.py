@@ -24,6 +24,7 @@ import numpy as np  # noqa: E402
 from bond_jax import sharding  # noqa: E402
 from bond_jax.models import gemma  # noqa: E402
 from bond_jax.sampling import sample  # noqa: E402
+from bond_jax.stops import Stop  # noqa: E402
 from bond_jax.types import Prompts  # noqa: E402
 
 CONFIG = gemma.CONFIGS['gemma3_tiny']
@@ -50,7 +51,7 @@ def main(data: int, model: int) -> None:
   def draw(params, prompts, mesh):
     return sample(
         policy, params, prompts, jax.random.key(1), num=NUM, length=T,
-        stop_ids=(), mesh=mesh,
+        stop=Stop(()), mesh=mesh,
     )  # fmt: skip
 
   own, whole = (

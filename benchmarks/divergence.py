@@ -16,6 +16,7 @@ import numpy as np
 
 from bond_jax.models import gemma
 from bond_jax.sampling import sample
+from bond_jax.stops import Stop
 from bond_jax.types import Prompts
 
 CONFIG = gemma.CONFIGS['gemma3_tiny']
@@ -37,7 +38,7 @@ def compare(dtype: str) -> None:
   @functools.cache
   def program(num, slots):
     draw = functools.partial(
-      sample, policy, num=num, length=T, stop_ids=(1,), slots=slots
+      sample, policy, num=num, length=T, stop=Stop((1,)), slots=slots
     )
     return jax.jit(
       lambda prompts, first: (

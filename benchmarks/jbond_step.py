@@ -12,6 +12,7 @@ from bond_jax import build, scoring, sharding, train
 from bond_jax import optimizer as optimizer_lib
 from bond_jax import step as step_lib
 from bond_jax.algorithms import jbond
+from bond_jax.stops import Stop
 from bond_jax.types import Frozen, Prompts
 from configs import demo
 
@@ -30,7 +31,7 @@ def make_setup(
     ),
     optimizer=optimizer_lib.adam(steps=10**6, **optimizer),
     length=length,
-    stop_ids=(),
+    stop=Stop(()),
     rollouts=1,
     epochs=1,
     micro_batches=micro_batches,

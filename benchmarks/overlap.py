@@ -36,6 +36,7 @@ from bond_jax import optimizer as optimizer_lib
 from bond_jax import step as step_lib
 from bond_jax.algorithms import wind
 from bond_jax.models import gemma
+from bond_jax.stops import Stop
 from bond_jax.types import Frozen, Prompts
 from configs import demo
 
@@ -62,7 +63,7 @@ def make_setup() -> step_lib.Setup:
     ),
     optimizer=optimizer_lib.adam(steps=100, **optimizer),
     length=24,
-    stop_ids=(1,),
+    stop=Stop((1,)),
     rollouts=ROLLOUTS,
     epochs=1,
     micro_batches=1,

@@ -13,7 +13,6 @@ import zlib
 import jax
 from jax.sharding import Mesh
 import ml_collections
-import numpy as np
 
 from bond_jax import (
   command,
@@ -29,6 +28,7 @@ from bond_jax import (
   sharding,
   sources,
   stopping,
+  stops,
 )
 from bond_jax import tokenizer as tokenizer_lib
 from bond_jax.errors import UserError
@@ -57,7 +57,7 @@ class Task(NamedTuple):
 
   policy: Policy
   frozen: Frozen  # the reference, and what is under it, in their shards
-  stop_ids: tuple[int, ...]
+  stop: stops.Stop
   batches: Any  # iterator of Prompts, with get_state() and set_state(state)
   reward: Callable[[Prompts, Rollout], scoring.Scored]  # on the host
   # frozen -> probe, a function from params, and one that gives all of frozen,
@@ -199,8 +199,8 @@ def texts(
     [y[m].tolist() for y, m in zip(ys, masks, strict=True)]
     for ys, masks in zip(drawn.completion, drawn.mask, strict=True)
   ]
-  ends = [[y[-1] in tokenizer.stop_ids for y in ys] for ys in tokens]
-  context = Context(some, tokens, np.array(ends), config.prompt.kind == 'turn')
+  cut = stops.of(tokenizer, config.stop).cut(drawn.completion, drawn.mask)
+  context = Context(some, tokens, ~cut, config.prompt.kind == 'turn')
   return said, [[tokenizer.decode(y) for y in ys] for ys in tokens], context
 
 

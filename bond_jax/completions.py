@@ -29,6 +29,7 @@ from bond_jax import (
 from bond_jax.errors import UserError
 from bond_jax.log_probs import log_probs
 from bond_jax.models import lora
+from bond_jax.stops import Stop
 from bond_jax.types import Params, Policy, Prompts
 
 Row = dict[str, Any]
@@ -42,7 +43,7 @@ class Model(NamedTuple):
   base: Params  # under adapters, else {}
 
 
-def make_draw(config, stop_ids: Sequence[int], mesh):
+def make_draw(config, stop: Stop, mesh):
   """A function that samples from `own` and scores with `other` as well.
 
   Returns `draw(own, other, prompts, key, first, num)`: the rollout on the host,
@@ -56,7 +57,7 @@ def make_draw(config, stop_ids: Sequence[int], mesh):
     def evaluate(mine, theirs, prompts, key, first, num):
       drawn = sampling.sample(
           lora.over(own, mine[1]), mine[0], prompts, key, num=num,
-          length=config.length, stop_ids=stop_ids, first=first,
+          length=config.length, stop=stop, first=first,
           slots=config.slots, mesh=sampling_mesh,
       )  # fmt: skip
       there = log_probs(
@@ -123,7 +124,7 @@ def calls(sides: Sequence[Side], at_once: int) -> list[tuple[Side, int, int]]:
 
 def collect(
   path: str, sides: Sequence[Side], judge, prompts: Prompts, *, at_once: int,
-  stop_ids: Sequence[int], writer_of: Callable[[int | None], metrics.Writer],
+  writer_of: Callable[[int | None], metrics.Writer],
 ) -> list[Row]:  # fmt: skip
   """Writes the rows of all calls to `path`, less those that are there.
 
@@ -135,7 +136,6 @@ def collect(
     judge: (prompts, rollout) -> texts and scores, see `make_judge`.
     prompts: on all hosts.
     at_once: completions of each prompt in a call.
-    stop_ids: tokens that end a completion.
     writer_of: completions per prompt that are there, or None -> the writer of
       the stage's metrics.
   """
@@ -152,9 +152,7 @@ def collect(
       with writer.phase('judge'):
         texts, scores = judge(prompts, rollout)
       if hosts.first():
-        rows = records(
-          side.who, prompts, rollout, here, there, texts, scores, stop_ids
-        )
+        rows = records(side.who, prompts, rollout, here, there, texts, scores)
         append(path, list(rows))
       drawn += num
       writer.write(drawn, {'tokens/decoded': rollout.mask.sum()})
@@ -189,16 +187,13 @@ def check_scores(scores: dict[str, np.ndarray]) -> None:
       )
 
 
-def records(
-  who, prompts, rollout, here, there, texts, scores, stop_ids
-) -> Iterator[Row]:
+def records(who, prompts, rollout, here, there, texts, scores) -> Iterator[Row]:
   """The rows of completions.jsonl of one call; see `measures.RECORD_KEYS`."""
   log_policy, log_reference = (
     (here, there) if who == 'policy' else (there, here)
   )
   for b, prompt in enumerate(texts[0]):
     for k in range(rollout.mask.shape[1]):
-      length = int(rollout.mask[b, k].sum())
       yield dict(
         id=int(prompts.id[b]),
         prompt=prompt,
@@ -207,8 +202,8 @@ def records(
         log_policy=float(log_policy[b, k]),
         log_reference=float(log_reference[b, k]),
         who=who,
-        length=length,
-        truncated=bool(rollout.completion[b, k, length - 1] not in stop_ids),
+        length=int(rollout.mask[b, k].sum()),
+        truncated=not texts[2].finished[b, k],
       )
 
 

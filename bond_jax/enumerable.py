@@ -21,6 +21,7 @@ import numpy as np
 
 from bond_jax import build, exact, origin, scoring, sharding, shares
 from bond_jax.errors import UserError
+from bond_jax.stops import Stop
 from bond_jax.types import Frozen, Params, Policy, Prompts, Rollout
 
 EOS = 1
@@ -179,7 +180,7 @@ def make(config: ml_collections.ConfigDict, workdir: str, mesh) -> build.Task:
   return build.Task(
     policy=policy,
     frozen=Frozen(reference, {}),
-    stop_ids=(EOS,),
+    stop=Stop((EOS,)),
     batches=Cycle(settings.prompts, settings.vocab, config.train.batch),
     reward=lookup(*language(config), settings.vocab),
     make_probe=functools.partial(make_probe, config, policy),

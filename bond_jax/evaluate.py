@@ -39,6 +39,7 @@ from bond_jax import (
   scoring,
   sharding,
   shares,
+  stops,
   sweep,
 )
 from bond_jax.errors import UserError
@@ -94,7 +95,8 @@ def evaluate(
     length=config.prompt.length,
     count=settings.prompts,
   )
-  program = completions.make_draw(config, tokenizer.stop_ids, mesh)
+  stop = stops.of(tokenizer, config.stop)
+  program = completions.make_draw(config, stop, mesh)
   key = build.key(config.seed, 'evaluate')
 
   def draw(stream, own, other, first, num):
@@ -119,7 +121,7 @@ def evaluate(
   rows = completions.collect(
     path, sides,
     completions.make_judge(judges, read, own), prompts,
-    at_once=settings.at_once, stop_ids=tokenizer.stop_ids,
+    at_once=settings.at_once,
     writer_of=lambda done: metrics.Writer(own_rows, 'evaluate', total, done),
   )  # fmt: skip
 

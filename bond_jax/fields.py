@@ -74,6 +74,7 @@ FIELDS = {
   ),
   'prompt': dict(kind=TEXT, length=WHOLE, longer=TEXT),
   'length': WHOLE,
+  'stop': NAMES,
   'chunk': WHOLE,
   'slots': WHOLE,
   'sft': dict(

@@ -25,7 +25,7 @@ RECORD_KEYS = (
   'log_reference',
   'who',  # 'policy' or 'reference'
   'length',  # tokens, EOS included
-  'truncated',  # True: cut at the length limit, so there is no EOS
+  'truncated',  # True: cut at the length limit, so there is no end
 )
 _TEXTS = ('id', 'prompt', 'completion', 'who')
 _LARGEST = 1e100  # sums and squares of numbers as large still are numbers

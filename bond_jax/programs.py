@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 import ml_collections
 
-from bond_jax import costs, hlo, origin, sharding, text_task, train
+from bond_jax import costs, hlo, origin, sharding, stops, text_task, train
 from bond_jax import step as step_lib
 from bond_jax.types import Frozen, Params, Prompts, Rollout
 
@@ -77,8 +77,9 @@ def shapes(config, policy, setup: step_lib.Setup, mesh: Mesh):
 def of_config(config: ml_collections.ConfigDict, mesh: Mesh):
   """The programs of a run on a mesh by their names, and what it keeps."""
   policy = origin.make_policy(config.model, config.tokenizer.vocab_size)
-  stop_ids = (1,)  # which they are changes no shape
-  setup = train.make_setup(config, policy, stop_ids, mesh)
+  # Stand-ins for the ids and the pieces: the shapes are the same.
+  stop = stops.make((1,), [b''] * config.tokenizer.vocab_size, config.stop)
+  setup = train.make_setup(config, policy, stop, mesh)
   state, frozen = shapes(config, policy, setup, mesh)
   of_run = train.make_programs(setup, mesh, state)
   rows = sharding.by_row(mesh)
@@ -107,15 +108,14 @@ def of_config(config: ml_collections.ConfigDict, mesh: Mesh):
       row(jnp.float32, b, k),
     )
 
-  key = jax.eval_shape(lambda: jax.random.key(0))
-  key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=whole)
+  key = jax.eval_shape(lambda: jax.random.key(0)).update(sharding=whole)
   index = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
   batch, _ = jax.eval_shape(
     lambda *x: step_lib.weigh(setup, *x),
     state, frozen, prompts(b), rollouts(b, k), row(jnp.float32, b, k),
   )  # fmt: skip
   batch = jax.tree.map(lambda x: row(x.dtype, *x.shape), batch)
-  probe = text_task.probe_programs(config, policy, stop_ids, mesh)
+  probe = text_task.probe_programs(config, policy, stop, mesh)
   shown, n = config.train.probe_prompts, config.train.probe_completions
   calls = {
     'rollout': (of_run.rollout, prompts(b), key, index),

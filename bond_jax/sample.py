@@ -21,10 +21,13 @@ from bond_jax import (
   command,
   data,
   environment,
+  fields,
   ops,
   origin,
   sampling,
   sharding,
+  stops,
+  text_task,
 )
 from bond_jax import tokenizer as tokenizer_lib
 from bond_jax.errors import UserError
@@ -46,6 +49,7 @@ def make_draw(config: ml_collections.ConfigDict, workdir: str, which: str):
   """
   mesh = sharding.make_mesh(**config.mesh)
   tokenizer = origin.load_tokenizer(config, workdir)
+  stop = stops.of(tokenizer, config.stop)
   policy = origin.make_policy(config.model, config.tokenizer.vocab_size)
   if which != 'reference':
     params = origin.load_policy(
@@ -61,7 +65,7 @@ def make_draw(config: ml_collections.ConfigDict, workdir: str, which: str):
   def program(base, params, prompts, key, num):
     return sampling.sample(
         lora.over(policy, base), params, prompts, key, num=num,
-        length=config.length, stop_ids=tokenizer.stop_ids,
+        length=config.length, stop=stop,
         mesh=sharding.reshaped(mesh, data=1, model=-1),
     )  # fmt: skip
 
@@ -119,6 +123,7 @@ def talk(
 ) -> None:
   """What the flags ask for."""
   environment.configure_jax()
+  fields.check(config.to_dict(), text_task.NEEDED)
   turns = config.prompt.kind == 'turn'
   if prompt is None and not turns:
     raise UserError(

@@ -17,6 +17,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from bond_jax import sharding
 from bond_jax.errors import UserError
+from bond_jax.stops import Stop
 from bond_jax.types import Array, Decoder, Params, Policy, Prompts, Rollout
 
 
@@ -31,6 +32,7 @@ class State(NamedTuple):
   busy: Array  # bool[S]
   fresh: Array  # bool[S], nothing drawn yet: its prompt's hidden state is next
   hidden: Array  # [S, D], that state
+  found: Array | None  # u8[S], of `Stop.table` after the text; None without
   token: Array  # i32[S], the last token drawn
   steps: Array  # i32[]
   log: tuple[Array, ...]  # [N, S]: place in the rollout, token, log-prob
@@ -44,7 +46,7 @@ def sample(
   *,
   num: int,
   length: int,
-  stop_ids: tuple[int, ...],
+  stop: Stop,
   first: int = 0,
   slots: int = 0,
   mesh: Mesh | None = None,
@@ -62,7 +64,7 @@ def sample(
     key: the key of this step; consumed.
     num: completions per prompt.
     length: T, the largest number of new tokens.
-    stop_ids: tokens that end a completion, themselves part of it.
+    stop: what ends a completion, itself part of it.
     first: the index of the first completion of each prompt.
     slots: completions decoded side by side; 0 = all of them.
     mesh: where it splits prompts, each part has slots and a queue of its own,
@@ -75,7 +77,7 @@ def sample(
     UserError: for what cannot be drawn; see `check`.
   """
   parts = mesh.shape['data'] if mesh else 1
-  check(policy, length, stop_ids, slots, parts)
+  check(policy, length, stop, slots, parts)
 
   def draw(params, prompts, key):
     return _sample(
@@ -84,7 +86,7 @@ def sample(
       key,
       num=num,
       length=length,
-      stop_ids=stop_ids,
+      stop=stop,
       first=first,
       slots=slots // parts,
     )
@@ -107,13 +109,13 @@ def sample(
 
 
 def check(
-  policy: Policy, length: int, stop_ids, slots: int, parts: int
+  policy: Policy, length: int, stop: Stop, slots: int, parts: int
 ) -> None:
   """Refuses what cannot be drawn, in one line."""
   if length < 1:
     raise UserError(f'length, the new tokens at most, must be 1 or more, got'
                     f' {length}.')  # fmt: skip
-  unknown = [i for i in stop_ids if not 0 <= i < policy.vocab_size]
+  unknown = [i for i in stop.ids if not 0 <= i < policy.vocab_size]
   if unknown:
     raise UserError(
       f'stop ids {unknown} are not in the vocabulary of {policy.vocab_size}'
@@ -133,7 +135,7 @@ def _sample(
   *,
   num: int,
   length: int,
-  stop_ids: tuple[int, ...],
+  stop: Stop,
   first: int,
   slots: int,
 ) -> Rollout:
@@ -147,7 +149,8 @@ def _sample(
       ' slots=0 does that.'
     )
   uniforms = _uniforms(key, prompts.id, first + jnp.arange(num), length)
-  stops = jnp.array(stop_ids, jnp.int32)
+  stops = jnp.array(stop.ids, jnp.int32)
+  table = None if stop.table is None else jnp.asarray(stop.table)
 
   def draw(state: State, hidden: Array) -> State:
     """Draws the next token of every busy slot."""
@@ -157,6 +160,10 @@ def _sample(
     place = state.row * length + state.drawn
     place = jnp.where(state.busy, place, rows * length)
     ended = jnp.isin(token, stops) | (drawn == length)
+    found = state.found
+    if table is not None:
+      found = table[jnp.where(state.fresh, 0, found), token]
+      ended |= found == len(table) - 1
     put = lambda log, new: jax.lax.dynamic_update_index_in_dim(
       log, new, state.steps, 0
     )
@@ -164,6 +171,7 @@ def _sample(
       drawn=drawn,
       busy=state.busy & ~ended,
       fresh=jnp.zeros_like(state.fresh),
+      found=found,
       token=token,
       steps=state.steps + 1,
       log=jax.tree.map(put, state.log, (place, token, log_prob)),
@@ -180,6 +188,8 @@ def _sample(
     return _refill(decoder, prompts, num, draw(state, hidden))
 
   state = _begin(decoder, prompts, num, length, slots)
+  if table is not None:
+    state = state._replace(found=jnp.zeros(slots, table.dtype))
   if slots == rows:  # else the loop's first step does it, among many
     state = draw(state, state.hidden)
   state = jax.lax.while_loop(lambda state: state.busy.any(), body, state)
@@ -211,6 +221,7 @@ def _begin(
     busy=jnp.ones(slots, bool),
     fresh=jnp.ones(slots, bool),
     hidden=hidden[of_slot],
+    found=None,
     token=jnp.zeros(slots, jnp.int32),
     steps=jnp.int32(0),
     log=(log(jnp.int32) + rows * length, log(jnp.int32), log(jnp.float32)),

@@ -23,6 +23,7 @@ from bond_jax import micro_batches, ops, quantiles, step_metrics
 from bond_jax.log_probs import log_probs
 from bond_jax.models import lora, scalar_head
 from bond_jax.sampling import sample
+from bond_jax.stops import Stop
 from bond_jax.types import (
   Algorithm,
   Array,
@@ -44,7 +45,7 @@ class Setup(NamedTuple):
   algorithm: Algorithm
   optimizer: optax.GradientTransformation
   length: int  # T, new tokens at most
-  stop_ids: tuple[int, ...]
+  stop: Stop
   rollouts: int  # batches drawn per iteration
   epochs: int  # updates on each of them
   micro_batches: int
@@ -138,7 +139,7 @@ def rollout(
       key,
       num=num,
       length=setup.length,
-      stop_ids=setup.stop_ids,
+      stop=setup.stop,
       first=first,
       slots=setup.slots,
       mesh=setup.sampling_mesh,
@@ -249,7 +250,7 @@ def weigh(
   )
   shown = step_metrics.of_rollout(
     prompts, drawn, reward, scores.win, setup.algorithm.num_policy,
-    setup.stop_ids,
+    setup.stop.cut(drawn.completion, drawn.mask),
   )  # fmt: skip
   return batch, {**metrics, **shown}
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 import functools
 
 import jax.numpy as jnp
@@ -17,20 +16,19 @@ def of_rollout(
   reward: Array,
   win: Array,
   split: int,
-  stop_ids: Sequence[int],
+  cut: Array,
 ) -> dict[str, Array]:
   """What K completions of each prompt look like.
 
   The first `split` of them are the policy's, the others the anchor's. Rewards
-  f32[B, K], wins f32[B, K, K].
+  f32[B, K], wins f32[B, K, K]; `cut` bool[B, K]: those without an end.
   """
   mean = functools.partial(ops.weighted_mean, weight=prompts.weight)
-  k, stops = reward.shape[1], jnp.array(stop_ids, jnp.int32)
-  last = drawn.mask[..., -1] & ~jnp.isin(drawn.completion[..., -1], stops)
+  k = reward.shape[1]
   tied = ((win == 0.5).sum((-2, -1)) - k) / max(1, k * (k - 1))
   metrics = {
     'length/completion': mean(drawn.mask.sum(-1).mean(-1)),
-    'truncated': mean(last.mean(-1)),
+    'truncated': mean(cut.mean(-1)),
     # The share of the sampler's slots that drew a token.
     'slots/busy': mean(drawn.mask.sum((-2, -1)))
     / mean(drawn.slot_steps.sum(-1)),

@@ -25,6 +25,7 @@ from bond_jax import (
   sharding,
   shares,
   sources,
+  stops,
 )
 from bond_jax.errors import UserError
 from bond_jax.log_probs import log_probs
@@ -32,7 +33,8 @@ from bond_jax.models import lora
 from bond_jax.sampling import sample
 
 NEEDED = ('sampling_mesh', 'data', 'weights', 'tokenizer', 'model', 'prompt',
-          'length', 'chunk', 'slots', 'reward', 'gold', 'evaluate')  # fmt: skip
+          'length', 'stop', 'chunk', 'slots', 'reward', 'gold',
+          'evaluate')  # fmt: skip
 
 
 def check(config: ml_collections.ConfigDict, mesh) -> None:
@@ -66,7 +68,8 @@ def check(config: ml_collections.ConfigDict, mesh) -> None:
   )
   policy = origin.make_policy(config.model, config.tokenizer.vocab_size)
   parts = sharding.reshaped(mesh, **config.sampling_mesh).shape['data']
-  sampling.check(policy, config.length, (), config.slots, parts)
+  stop = stops.make((), [b''], config.stop)  # the ids come with a vocabulary
+  sampling.check(policy, config.length, stop, config.slots, parts)
   for name in ('reward', 'gold'):
     build.check_reward(config[name], name)
   if 'reward_model' in config:
@@ -78,6 +81,7 @@ def check(config: ml_collections.ConfigDict, mesh) -> None:
 def make(config: ml_collections.ConfigDict, workdir: str, mesh) -> build.Task:
   """The task of a run whose sft stage has finished."""
   tokenizer = origin.load_tokenizer(config, workdir)
+  stop = stops.of(tokenizer, config.stop)
   encode = origin.make_encoder(config, tokenizer)
   policy = origin.make_policy(config.model, config.tokenizer.vocab_size)
   frozen = origin.load_frozen(config, policy, workdir, mesh)
@@ -100,7 +104,7 @@ def make(config: ml_collections.ConfigDict, workdir: str, mesh) -> build.Task:
       count=config.train.probe_prompts,
     )
     on_mesh = sharding.put_batch(prompts, mesh)
-    probe = probe_programs(config, policy, tokenizer.stop_ids, mesh)
+    probe = probe_programs(config, policy, stop, mesh)
     key, base = build.key(config.seed, 'probe'), frozen.base
     draw = lambda params, stream: probe.draw(
       params, base, on_mesh, jax.random.fold_in(key, stream)
@@ -119,7 +123,7 @@ def make(config: ml_collections.ConfigDict, workdir: str, mesh) -> build.Task:
   return build.Task(
     policy=policy,
     frozen=frozen,
-    stop_ids=tokenizer.stop_ids,
+    stop=stop,
     batches=data.prompts(
       rows,
       encode,
@@ -164,14 +168,14 @@ class Probe(NamedTuple):
   score: Callable[..., Any]  # frozen, prompts, rollout -> log-ratio f32[B, K]
 
 
-def probe_programs(config, policy, stop_ids, mesh) -> Probe:
+def probe_programs(config, policy, stop, mesh) -> Probe:
   sampling_mesh = sharding.reshaped(mesh, **config.sampling_mesh)
 
   def draw(params, base, prompts, key):
     return sample(
         lora.over(policy, base), params, prompts, key,
         num=config.train.probe_completions, length=config.length,
-        stop_ids=stop_ids, slots=config.slots, mesh=sampling_mesh,
+        stop=stop, slots=config.slots, mesh=sampling_mesh,
     )  # fmt: skip
 
   def score(frozen, prompts, drawn):

@@ -86,6 +86,17 @@ class Tokenizer:
     with futures.ThreadPoolExecutor(1) as thread:
       return thread.submit(encode).result()
 
+  def pieces(self) -> list[bytes]:
+    """Returns what each piece adds to a text, in UTF-8.
+
+    Of a character that has no piece of its own, each byte is one.
+    """
+    byte = lambda i: bytes.fromhex(self.processor.id_to_piece(i)[3:5])
+    before = self.decode([self.unk_id])  # a first piece may lose its space
+    text = lambda i: self.decode([self.unk_id, i])[len(before) :].encode()
+    ids = range(self.vocab_size)
+    return [(byte if self.processor.is_byte(i) else text)(i) for i in ids]
+
   def decode(self, ids: Sequence[int]) -> str:
     """Returns the text of `ids`, leaving out what only controls."""
     control = (

@@ -47,7 +47,7 @@ class Programs(NamedTuple):
 
 
 def make_setup(
-  config: ml_collections.ConfigDict, policy: Policy, stop_ids, mesh
+  config: ml_collections.ConfigDict, policy: Policy, stop, mesh
 ) -> step_lib.Setup:
   """The setup that a config describes, of a policy on a mesh."""
   settings = config.train
@@ -56,7 +56,7 @@ def make_setup(
     algorithm=origin.with_anchor(build.make_algorithm(config), config.model),
     optimizer=optimizer_lib.adam(steps=settings.steps, **settings.optimizer),
     length=config.length,
-    stop_ids=stop_ids,
+    stop=stop,
     rollouts=settings.rollouts,
     epochs=settings.epochs,
     micro_batches=settings.micro_batches,
@@ -191,7 +191,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
     facts.of(config, mesh), lambda: facts.inputs(config, workdir, 'train'),
   )  # fmt: skip
   task = build.task(config).make(config, workdir, mesh)
-  setup = make_setup(config, task.policy, task.stop_ids, mesh)
+  setup = make_setup(config, task.policy, task.stop, mesh)
   cost = costs.of_config(config, setup.algorithm, task.policy.vocab_size)
   hosts.say(f'train: {costs.line(cost)}')
   guard = guard_lib.Guard(config, setup)

@@ -48,8 +48,8 @@ class Rollout(NamedTuple):
   """K completions of each prompt: the policy's first, then the anchor's."""
 
   completion: Array  # i32[B, K, T]
-  mask: Array  # bool[B, K, T], True up to and including EOS
-  log_prob: Array  # f32[B, K, T], under the law sampled from; 0 after EOS
+  mask: Array  # bool[B, K, T], True up to and including its end
+  log_prob: Array  # f32[B, K, T], under the law sampled from; 0 after it
   # f32[B, K], slots times steps that it took to draw them, per completion
   slot_steps: Array
 

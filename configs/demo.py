@@ -132,6 +132,9 @@ def get_config(argument: str = 'algorithm=jbond') -> ml_collections.ConfigDict:
     longer='drop',  # or 'cut': of longer texts and turns keep BOS and the end
   )
   config.length = 24  # new tokens at most
+  # Texts that end a completion, as EOS does: it ends with the first token after
+  # which it contains one of them, and that token is part of it.
+  config.stop = ()
   config.chunk = 8192  # tokens whose logits exist at one time, on each device
   # Completions decoded side by side; one that ends makes room for the next.
   config.slots = 0  # 0 = all of a batch at once

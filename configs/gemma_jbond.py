@@ -73,6 +73,7 @@ def get_config(
   # Rows are turns of a user; longer prompts are left out ('drop') or 'cut'.
   config.prompt = dict(kind='turn', length=512, longer='drop')
   config.length = 512
+  config.stop = ()  # texts that end a completion beside EOS and end of turn
   config.chunk = 1024  # tokens; their logits are 1.07 GB at 262,144 pieces
   config.slots = 0
   config.reward = demo.reward(unset())

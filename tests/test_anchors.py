@@ -10,6 +10,7 @@ import pytest
 from bond_jax import anchors
 from bond_jax import step as step_lib
 from bond_jax.algorithms import best_of_n
+from bond_jax.stops import Stop
 from bond_jax.types import Frozen
 
 
@@ -46,7 +47,7 @@ def test_ema_keeps_float32_under_a_bfloat16_policy():
 def test_the_anchor_starts_in_float32_whatever_the_parameters_are():
   setup = step_lib.Setup(
       policy=None, algorithm=best_of_n.make(n=2, anchor='ema:0.02'),
-      optimizer=optax.sgd(0.1), length=1, stop_ids=(), rollouts=1, epochs=1,
+      optimizer=optax.sgd(0.1), length=1, stop=Stop(()), rollouts=1, epochs=1,
       micro_batches=1, chunk=1,
   )  # fmt: skip
   params = {'w': jnp.full(2, 1.03125, jnp.bfloat16)}

@@ -15,6 +15,7 @@ from bond_jax import step as step_lib
 from bond_jax.algorithms import bond, jbond, wind
 from bond_jax.log_probs import log_probs
 from bond_jax.models import gemma
+from bond_jax.stops import Stop
 from bond_jax.types import Frozen, Prompts
 from configs import demo
 
@@ -106,7 +107,7 @@ def test_tokens_are_those_that_the_programs_process(name):
       policy=model._replace(
           hidden=counted('hidden', model.hidden), decoder=decoder
       ), algorithm=algorithm,
-      optimizer=optax.sgd(0.1), length=T, stop_ids=(), rollouts=1, epochs=1,
+      optimizer=optax.sgd(0.1), length=T, stop=Stop(()), rollouts=1, epochs=1,
       micro_batches=MICRO, chunk=1024,
   )  # fmt: skip
   frozen = Frozen(model.init(jax.random.key(0)), {})
@@ -246,7 +247,7 @@ def test_counters_are_the_closed_form_where_nothing_ends():
   model, mesh = policy(), sharding.make_mesh(1, 1)
   setup = step_lib.Setup(
       policy=model, algorithm=JBOND, optimizer=optax.sgd(0.1), length=T,
-      stop_ids=(), rollouts=1, epochs=1, micro_batches=MICRO, chunk=1024,
+      stop=Stop(()), rollouts=1, epochs=1, micro_batches=MICRO, chunk=1024,
   )  # fmt: skip
   frozen, key = Frozen(model.init(jax.random.key(0)), {}), jax.random.key(1)
   state = train.init_state(setup, frozen, mesh)

@@ -21,6 +21,7 @@ from bond_jax import (
 from bond_jax.errors import UserError
 from bond_jax.log_probs import log_probs
 from bond_jax.models import scalar_head
+from bond_jax.stops import Stop
 from bond_jax.types import Rollout
 
 X, V, T = language.PROMPTS, language.VOCAB, language.LENGTH
@@ -148,7 +149,7 @@ def test_the_sampler_draws_from_the_law(task, law):
   def draw(params):
     return sampling.sample(
         task[0].policy, params, prompts, jax.random.key(0), num=500,
-        length=T, stop_ids=(enumerable.EOS,),
+        length=T, stop=Stop((enumerable.EOS,)),
     )  # fmt: skip
 
   drawn = jax.device_get(draw(task[1]))
@@ -169,7 +170,7 @@ def test_the_kl_is_estimated_without_bias(task, law):
   prompts = next(enumerable.Cycle(X, V, 8 * X))
   mine = completions.Model(policy, params, {})
   theirs = completions.Model(policy, task[0].frozen.reference, {})
-  draw = completions.make_draw(config, (enumerable.EOS,), mesh)
+  draw = completions.make_draw(config, Stop((enumerable.EOS,)), mesh)
   _, here, there = draw(mine, theirs, prompts, jax.random.key(0), 0, 256)
   log_ratio = np.log(law) - np.log(law_of(task[0], theirs.params))
   exact_kl = (law * log_ratio).sum(-1)

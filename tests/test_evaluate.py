@@ -24,6 +24,7 @@ from bond_jax import (
 from bond_jax import tokenizer as tokenizer_lib
 from bond_jax.errors import UserError
 from bond_jax.log_probs import log_probs
+from bond_jax.stops import Stop
 from bond_jax.types import Prompts, Rollout
 
 
@@ -95,7 +96,7 @@ def test_draws_are_scored_under_both_models(config):
     length=config.prompt.length,
     count=8,
   )
-  draw = completions.make_draw(config, tokenizer.stop_ids, mesh)
+  draw = completions.make_draw(config, Stop(tokenizer.stop_ids), mesh)
   sides = [completions.Model(policy, params, {}) for params in (own, other)]
   drawn, here, there = draw(*sides, prompts, jax.random.key(3), 0, 2)
   score = jax.jit(
@@ -150,7 +151,7 @@ def test_records_of_a_side(config, tmp_path, who, own, other, killed):
   collect = lambda: completions.collect(
     str(path), [completions.Side(who, 3, draw)],
     completions.make_judge({'reward': judge}, read, np.arange(2)), prompts,
-    at_once=2, stop_ids=tokenizer.stop_ids,
+    at_once=2,
     writer_of=lambda done: metrics.Writer(str(tmp_path), 'x', 3, done),
   )  # fmt: skip
   if killed == 'judge':

@@ -69,6 +69,7 @@ WHOLE, TEXT = fields.WHOLE, fields.TEXT
     ('data.mix', [{'a': 3}, {'a': {'name': 3}}]),
     ('reward.parts', [{'a': {'function': 'x', 'args': {}, 'weight': '1'}}]),
     ('reward_model.alphas', [3, ['a'], None]),
+    ('stop', ['x', ['x', 1], None, {}]),
     ('sft', [None, 3]),
   ],
 )
@@ -89,6 +90,7 @@ def test_what_is_of_another_kind_is_one_line(config, path, values):
     ('model.sizes', [{}, {'layers': 2, 'window': 4}]),
     ('data.mix', [{'a': {'name': 'x', 'weight': 2}}]),
     ('reward_model.alphas', [(1, 2.0), [0.5]]),
+    ('stop', [(), ('\n', ' a'), ['x']]),
     ('algorithm.args', [{}, {'what': 'ever'}]),
   ],
 )

@@ -32,7 +32,7 @@ MEETING = {
 # Must run where only jax, flax, optax and orbax are installed.
 CORE = {'types', 'errors', 'ops', 'anchors', 'log_probs', 'sampling', 'step',
         'sharding', 'optimizer', 'quantiles', 'micro_batches',
-        'step_metrics'}  # fmt: skip
+        'step_metrics', 'stops'}  # fmt: skip
 # The only readers of configs.
 CONFIGURED = {
     'command', 'build', 'sft', 'reward_model', 'train', 'evaluate', 'sample',

@@ -15,6 +15,7 @@ from bond_jax import build, scoring, sharding, train
 from bond_jax import step as step_lib
 from bond_jax.algorithms import best_of_n
 from bond_jax.errors import UserError
+from bond_jax.stops import Stop
 from bond_jax.types import Frozen, Prompts, TrainState
 
 ROLLOUTS, EPOCHS, STEPS = 2, 2, 8
@@ -175,7 +176,7 @@ def test_a_run_goes_on_from_its_last_whole_iteration(
 def test_the_anchor_counts_iterations():
   setup = step_lib.Setup(
       policy=None, algorithm=best_of_n.make(n=2, anchor='periodic:2'),
-      optimizer=None, length=1, stop_ids=(), rollouts=2, epochs=3,
+      optimizer=None, length=1, stop=Stop(()), rollouts=2, epochs=3,
       micro_batches=1, chunk=1,
   )  # fmt: skip
   for step, moves in ((6, False), (12, True), (18, False), (24, True)):

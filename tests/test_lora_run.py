@@ -31,6 +31,7 @@ from bond_jax import step as step_lib
 from bond_jax.algorithms import bond, jbond
 from bond_jax.errors import UserError
 from bond_jax.models import gemma, lora
+from bond_jax.stops import Stop
 from bond_jax.types import Frozen, Prompts, Rollout
 
 # -- the step -----------------------------------------------------------------
@@ -49,7 +50,7 @@ def make_setup(algorithm=None):
     ),
     optimizer=optax.sgd(0.5),
     length=5,
-    stop_ids=STOPS,
+    stop=Stop(STOPS),
     rollouts=1,
     epochs=1,
     micro_batches=2,
@@ -94,7 +95,7 @@ def run(mesh, steps=3):
     return scoring.Scored(value, np.ones(len(value), np.float32), {})
 
   task = build.Task(
-      policy=setup.policy, frozen=frozen, stop_ids=STOPS,
+      policy=setup.policy, frozen=frozen, stop=Stop(STOPS),
       batches=batches(), reward=reward, make_probe=None,
   )  # fmt: skip
   state = train.init_state(setup, frozen, mesh)

@@ -15,6 +15,7 @@ from bond_jax import sharding, train
 from bond_jax import step as step_lib
 from bond_jax.algorithms import jbond
 from bond_jax.models import gemma, lora
+from bond_jax.stops import Stop
 from bond_jax.types import Frozen, Prompts
 
 BATCH, STEPS, RATE = 32, 5, 0.05
@@ -73,7 +74,7 @@ def run(kind, optimizer, mesh, micro_batches, sampling=None):
     ),
     optimizer=OPTIMIZERS[optimizer],
     length=5,
-    stop_ids=(1, 4, 8),
+    stop=Stop((1, 4, 8)),
     rollouts=1,
     epochs=1,
     micro_batches=micro_batches,

@@ -78,6 +78,23 @@ def test_the_best_has_the_highest_reward(config, ask):
   assert out.rstrip('\n').endswith(f'] {texts[best]}')
 
 
+def test_a_stop_string_ends_a_completion(config, ask):
+  whole = numbered(ask(config, toy.finished(), prompt='the film', n=8))
+  config.stop = ('e', 'wa')
+  cut = numbered(ask(config, toy.finished(), prompt='the film', n=8))
+  assert cut != whole
+  for text, long in zip(cut, whole, strict=True):
+    assert long.startswith(text)
+    assert text == long or 'e' in text or 'wa' in text
+
+
+def test_a_config_of_before_is_one_line(config, ask):
+  with config.unlocked():
+    del config.stop
+  with pytest.raises(UserError, match="config has no 'stop'.* a list of texts"):
+    ask(config, toy.finished(), prompt='the film')
+
+
 def test_openings_are_no_conversation(config, ask):
   with pytest.raises(UserError, match="this config has 'opening'; give --pro"):
     ask(config, toy.finished(), 'hello')

@@ -14,9 +14,11 @@ from bond_jax.errors import UserError
 from bond_jax.log_probs import log_probs
 from bond_jax.models import gemma
 from bond_jax.sampling import draw_token, sample
+from bond_jax.stops import Stop
 from bond_jax.types import Prompts
 
 EOS = 1
+STOP = Stop((EOS,))
 LENGTHS = [1, 5, 3, 2, 5, 4, 1, 2]
 WIDTH = 5
 
@@ -50,7 +52,7 @@ def draw(model):
   programs = functools.cache(
       lambda num, slots: jax.jit(
           lambda params, prompts, key, first: sample(
-              policy, params, prompts, key, num=num, length=6, stop_ids=(EOS,),
+              policy, params, prompts, key, num=num, length=6, stop=STOP,
               first=first, slots=slots,
           )
       )
@@ -158,7 +160,7 @@ def test_slots_do_not_matter_to_other_models(tiny, prompts, name, scan):
   )
   prompts = prompts._replace(tokens=prompts.tokens % config.vocab_size)
   args = params, prompts, jax.random.key(1)
-  kwargs = dict(num=2, length=9, stop_ids=(EOS,))
+  kwargs = dict(num=2, length=9, stop=STOP)
   at_once, queued = (
     jax.jit(functools.partial(sample, policy, **kwargs, slots=slots))(*args)
     for slots in (0, 3)
@@ -193,7 +195,7 @@ def test_the_mesh_does_not_matter(
   program = jax.jit(
     lambda params, prompts: sample(
         policy, params, prompts, jax.random.key(7), num=3, length=6,
-        stop_ids=(EOS,), slots=slots, mesh=mesh,
+        stop=STOP, slots=slots, mesh=mesh,
     )
   )  # fmt: skip
   on_mesh = program(
@@ -208,7 +210,7 @@ def test_the_mesh_does_not_matter(
 
 
 def table_draw(
-  table, tokens, *, num, length, key=0, stop_ids=(EOS,), policy=None, slots=0
+  table, tokens, *, num, length, key=0, stop=STOP, policy=None, slots=0
 ):
   """Completions of one-token prompts under a table [positions, V, V]."""
   tokens = np.array(tokens)[:, None]
@@ -222,7 +224,7 @@ def table_draw(
       policy or oracle.table_policy(table.shape[-1]),
       num=num,
       length=length,
-      stop_ids=stop_ids,
+      stop=stop,
       slots=slots,
     )
   )
@@ -253,7 +255,7 @@ def test_a_completion_of_one_token():
 
 
 def test_any_of_several_stop_ids_ends_a_completion():
-  drawn = table_draw(forced(4), [2, 3], num=1, length=3, stop_ids=(EOS, 3))
+  drawn = table_draw(forced(4), [2, 3], num=1, length=3, stop=Stop((EOS, 3)))
   np.testing.assert_array_equal(drawn.completion, [[[1, 0, 0]], [[3, 0, 0]]])
   assert np.asarray(drawn.mask).sum() == 2
 
@@ -353,7 +355,7 @@ def test_a_token_without_mass_is_never_drawn():
   'wrong, words',
   [
     (dict(length=0), 'length, .* must be 1 or more, got 0'),
-    (dict(stop_ids=(1, 5)), r'stop ids \[5\] are not in the vocabulary of 5'),
+    (dict(stop=Stop((1, 5))), r'stop ids \[5\] are not in the vocabulary of 5'),
     (dict(slots=-1), r'slots \(-1\) must be 0'),
   ],
 )

@@ -14,6 +14,7 @@ from bond_jax import anchors, checkpoint, faults, sharding, step_metrics
 from bond_jax import step as step_lib
 from bond_jax.algorithms import bond, jbond
 from bond_jax.models import gemma, scalar_head
+from bond_jax.stops import Stop
 from bond_jax.types import Frozen, Prompts
 
 STOPS, BATCH, RATE = (1, 4, 8), 8, 0.05
@@ -41,7 +42,7 @@ def setup():
     algorithm=algorithm._replace(weigh=weigh),
     optimizer=optax.sgd(0.1),
     length=5,
-    stop_ids=STOPS,
+    stop=Stop(STOPS),
     rollouts=1,
     epochs=1,
     micro_batches=1,

@@ -78,9 +78,9 @@ def test_compilations_are_counted(config, workdir):
 
 
 def test_lengths_of_all_sizes_compile_nothing_anew(config, workdir):
-  """Texts cut to any length, slots, buckets: one program each."""
+  """Texts cut to any length, slots, buckets, stops: one program each."""
   config.prompt.update(dict(kind='text', length=12, longer='cut'))
-  config.slots = 4
+  config.slots, config.stop = 4, ('e', 'film')
   config.train.update(dict(micro_batches=4, buckets=2))
   toy.before('train', workdir, config)
   toy.run('train', config, workdir)
@@ -89,6 +89,7 @@ def test_lengths_of_all_sizes_compile_nothing_anew(config, workdir):
   assert found['prompts_cut'] > 0 and 'prompts_left_out' not in found
   for row in toy.rows(workdir, 'train'):
     assert 0 < row['slots/busy'] <= 1
+    assert row['length/completion'] < 5 and row['truncated'] < 0.5
     assert row['sampler_gap'] < 1e-4
 
 

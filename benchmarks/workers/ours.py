@@ -11,6 +11,7 @@ from benchmarks import jbond_step, large, tiny, workloads
 from benchmarks.workers import serve
 from bond_jax import sampling
 from bond_jax.models import gemma
+from bond_jax.stops import Stop
 from bond_jax.types import Prompts
 
 HAS_SLOTS = 'slots' in inspect.signature(sampling.sample).parameters
@@ -27,7 +28,7 @@ def draw(policy, params, prompts, key, workload: workloads.Workload):
   queue = dict(slots=workload.slots) if workload.slots and HAS_SLOTS else {}
   return sampling.sample(
       policy, params, prompts, key, num=workload.n,
-      length=workload.new_tokens, stop_ids=workloads.stop_ids(workload),
+      length=workload.new_tokens, stop=Stop(workloads.stop_ids(workload)),
       **queue,
   )  # fmt: skip
 

@@ -30,6 +30,7 @@ from bond_jax import (
 from bond_jax.errors import UserError
 from bond_jax.models import gemma
 from bond_jax.models import library as adapter
+from bond_jax.stops import Stop
 from bond_jax.types import Prompts
 
 STRANGERS = 'Gemma3n_E2B', 'Gemma4_E2B', 'Gemma4_26B_A4B'
@@ -96,7 +97,7 @@ def draw(policy, params):
   rollout = jax.jit(
     lambda params: sampling.sample(
       policy, params, prompts(), jax.random.key(3), num=2, length=8,
-      stop_ids=(1,),
+      stop=Stop((1,)),
     )
   )(params)  # fmt: skip
   scores = jax.jit(

@@ -20,6 +20,7 @@ from benchmarks import harness
 from bond_jax import checkpoint, log_probs, sampling
 from bond_jax import tokenizer as tokenizer_lib
 from bond_jax.models import gemma
+from bond_jax.stops import Stop
 from bond_jax.types import Prompts, TrainState
 
 pytest.importorskip('lm_eval', reason='needs requirements-hf.txt')
@@ -139,7 +140,7 @@ def programs(tokenizer):
   def draw(params, prompts):
     return sampling.sample(
       policy_of(tokenizer, 0.0), params, prompts, jax.random.key(0), num=1,
-      length=16, stop_ids=tokenizer.stop_ids,
+      length=16, stop=Stop(tokenizer.stop_ids),
     )  # fmt: skip
 
   return jax.jit(score), jax.jit(draw)
