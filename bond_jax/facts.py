@@ -74,12 +74,13 @@ def inputs(
     elif stage not in ('train', 'evaluate'):
       continue
     elif re.fullmatch(r'(reward|gold)\.(parts\.[^.]+\.)?function', key):
-      modules = fingerprints.of_modules(value.partition(':')[0])
-      found |= {f'{key} {name}': x for name, x in modules.items()}
+      found |= _modules(key, value)
     elif re.fullmatch(r'(reward|gold)\.(parts\.[^.]+\.)?args\..+', key):
       path = value.replace('{reference}', start).replace('{workdir}', workdir)
       path = os.path.expanduser(path)
       found[f'{key} {value}'] = fingerprints.of_path(path, deep=False)
+      if re.fullmatch(r'[\w.]+:\w+', value):  # a function that another calls
+        found |= _modules(key, value)
   found['reference tokenizer'] = _of_run(start, ('tokenizer.model',))
   for part in _PARTS[stage]:
     if stage == 'reward' and config.weights != 'sft':
@@ -95,6 +96,12 @@ def _texts(value: Any, key: str = '') -> Iterator[tuple[str, str]]:
   items = value.items() if isinstance(value, Mapping) else ()
   for name, inner in items:
     yield from _texts(inner, f'{key}.{name}' if key else name)
+
+
+def _modules(key: str, function: str) -> dict[str, str]:
+  """Those of the module of 'module:function', and of its own imports."""
+  modules = fingerprints.of_modules(function.partition(':')[0])
+  return {f'{key} module {name}': x for name, x in modules.items()}
 
 
 def _data(key: str, flat: Mapping[str, str], splits) -> list[str]:

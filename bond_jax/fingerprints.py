@@ -79,13 +79,16 @@ def of_path(path: str, deep: bool = True) -> str | None:
 def of_modules(name: str) -> dict[str, str]:
   """Those of a module and of what it imports of the user's own, by name.
 
-  Packages that are installed, Python's and ours are left out below the first:
-  their versions are recorded.
+  Packages that are installed, Python's and ours are left out below the first.
+  So is one that cannot be imported.
   """
   todo, found = [name] if name else [], {}
   while todo:
     name = todo.pop()
-    module = sys.modules.get(name) or importlib.import_module(name)
+    try:
+      module = sys.modules.get(name) or importlib.import_module(name)
+    except ImportError:  # whoever calls it says so
+      continue
     path = getattr(module, '__file__', None)
     if name in found or not path or not path.endswith('.py'):
       continue
@@ -154,9 +157,12 @@ def steady(
   output. Returns the record, and the other inputs that have changed.
   """
   lines = changed(before, now)
-  names = [line.partition(' (')[0] for line in lines]
-  own = {name: WRITTEN for name in names if '.args.' in name}
-  others = [line for line in lines if '.args.' not in line.partition(' (')[0]]
+  own = {
+    name: WRITTEN
+    for name in (line.partition(' (')[0] for line in lines)
+    if '.args.' in name and ' module ' not in name
+  }
+  others = [line for line in lines if line.partition(' (')[0] not in own]
   return {**before, **own}, others
 
 

@@ -75,8 +75,8 @@ def everything(place):
   [
     ('train.jsonl', 'data.name'),
     ('validation.jsonl', 'data.name'),
-    ('my_length.py', 'reward.function my_length'),
-    ('helper.py', 'reward.function helper'),
+    ('my_length.py', 'reward.function module my_length'),
+    ('helper.py', 'reward.function module helper'),
     ('table.txt', 'reward.args.path'),
     ('weights/model.safetensors', 'weights'),
     ('some.model', 'tokenizer.path'),
@@ -98,6 +98,22 @@ def test_an_input_that_changes_is_named(name, key, place):
   assert [x for x in lines if x.startswith(key)], lines
   kinds = {'reward': ('reward', 'gold')}.get(key.partition('.')[0], (key,))
   assert all(line.startswith(kinds) for line in lines), lines
+
+
+def test_a_function_that_another_calls_is_an_input(place):
+  """As TRL's, which an adapter of ours is told of."""
+  config = with_length(place)
+  config.reward.function = 'bond_jax.rewards.trl:reward'
+  with config.unlocked():
+    config.reward.args = dict(function='my_length:length')
+  look = lambda: facts.inputs(config, str(place / 'run'), 'train')
+  before = look()
+  with open(place / 'my_length.py', 'a') as f:
+    f.write('#')
+  forget()
+  assert any('reward.args.function module my_length' in line
+             for line in fingerprints.changed(before, look()))  # fmt: skip
+  assert fingerprints.steady(before, look())[1]  # no output of a reward
 
 
 def test_files_that_come_and_go(place):
@@ -177,7 +193,7 @@ def test_training_goes_on_with_the_same_reward_alone(place):
   killed('train', config, workdir)
   write(place / 'helper.py', 'sign = -1\n')
   forget()
-  with pytest.raises(UserError, match='reward.function helper'):
+  with pytest.raises(UserError, match='reward.function module helper'):
     toy.run('train', config, workdir)
   write(place / 'helper.py', 'sign = 1\n')
   forget()
@@ -234,7 +250,7 @@ def test_an_evaluation_never_mixes_two_rewards(place, capsys):
   assert toy.summary(workdir)['win_rate'] is not None
   write(place / 'helper.py', 'sign = 1\n')
   forget()
-  with pytest.raises(UserError, match='reward.function helper'):
+  with pytest.raises(UserError, match='reward.function module helper'):
     toy.run('evaluate', config, workdir)  # finished, of another reward
 
 
