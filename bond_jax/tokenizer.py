@@ -221,13 +221,14 @@ def _check_same(tokenizer: Tokenizer, path: str, theirs: str) -> None:
   try:
     with open(theirs, encoding='utf-8') as f:
       rows = json.load(f).get('added_tokens', [])
-    added = {int(row['id']): row['content'] for row in rows}
-  except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+    added = {row['id']: row['content'] for row in rows}
+  except (OSError, ValueError, LookupError, TypeError, AttributeError,
+          RecursionError) as e:  # fmt: skip
     raise UserError(f'cannot read {theirs} ({e!r}); download it again.') from e
-  for i in range(tokenizer.vocab_size):
+  for i in filter(added.__contains__, range(tokenizer.vocab_size)):
     piece = tokenizer.processor.id_to_piece(i)
     # The writers of tokenizer.json put a tab where the byte of one was.
-    if added.get(i, piece) not in (piece, '\t'):
+    if added[i] not in (piece, '\t'):
       raise UserError(
         f'{theirs} has {added[i]!r:.60} as piece {i}, and {FILE} {piece!r}:'
         f' transformers reads the former. If the latter is right, name {path}.'

@@ -274,6 +274,19 @@ def vocabulary(folder: Path) -> Target:
   return Target('tokenizer.model', 'bytes', [seed], read)
 
 
+def tokenizer_json(folder: Path) -> Target:
+  words = _turns()
+  _write(folder / tokenizer.FILE, words.processor.serialized_model_proto())
+  rows = [{'id': i, 'content': words.processor.id_to_piece(i)} for i in (4, 5)]
+  seed = json.dumps({'added_tokens': rows, 'model': {}}).encode()
+
+  def read(content):
+    _write(folder / 'tokenizer.json', content)
+    tokenizer.load(str(folder))
+
+  return Target('tokenizer.json', 'json', [seed], read)
+
+
 def ridge_model(folder: Path) -> Target:
   processor = _turns().processor
   out = io.BytesIO()
@@ -633,10 +646,10 @@ TARGETS: dict[str, Callable[[Path], Target]] = {
   f.__name__: f
   for f in (
     config_json, version_json, command_line, jsonl, parquet, columns,
-    settings_of_data, archive, ratings, vocabulary, ridge_model, safetensors,
-    safetensors_bytes, hf_json, hf_index, adapter, orbax_metadata,
-    orbax_manifest, reply_body, reply_raw, judge_reply, reward_values,
-    served_request, sweep_metrics, sweep_summary, sweep_whole,
+    settings_of_data, archive, ratings, vocabulary, tokenizer_json,
+    ridge_model, safetensors, safetensors_bytes, hf_json, hf_index, adapter,
+    orbax_metadata, orbax_manifest, reply_body, reply_raw, judge_reply,
+    reward_values, served_request, sweep_metrics, sweep_summary, sweep_whole,
     completions_jsonl,
   )
 }  # fmt: skip

@@ -125,7 +125,7 @@ def test_a_folder_that_holds_the_file(path):
     ([(40, '\t')], None),  # as the writers of tokenizer.json do
     ([(1, '</s>'), (4, '<think>')], "'<think>' as piece 4"),
     (None, 'cannot read .*tokenizer.json'),
-    ([('x', 'y')], 'cannot read .*tokenizer.json'),
+    ([([], 'y')], 'cannot read .*tokenizer.json'),
   ],
 )
 def test_a_folder_with_two_vocabularies(path, tmp_path, added, says):
