@@ -164,14 +164,13 @@ def make_ask(
 
 def rows(config: ml_collections.ConfigDict, split: str) -> data.Source:
   """The rows of a split of the run's data, or of the sources that it mixes."""
+  section = config.data
+  common = {k: section[k] for k in ('data_dir', 'bad_rows') if k in section}
 
   def part(name, weight=1.0, fields=None, splits=None):
-    rows = sources.source(
-        name, split, config.data.data_dir, fields=fields, splits=splits
-    )  # fmt: skip
-    return rows, weight
+    names = dict(fields=fields, splits=splits)
+    return sources.source(name, split, **names, **common), weight
 
-  section = config.data
   for name, args in section.mix.items():
     making.check_arguments(f'data.mix.{name}', part, args)
   if section.mix:
@@ -188,13 +187,13 @@ def texts(
 ) -> tuple[list[str], list[list[str]], Context]:
   """What a reward is called with; `rows` are the data, arrays on the host.
 
-  An opening is what the model saw of its text; a turn is the last message.
+  Prompts are quoted as `data.last_words` says, an opening as the model saw it.
   """
   some = [rows[int(i)] for i in prompts.id]
   if config.prompt.kind == 'opening':
     said = [tokenizer.decode(row) for row in prompts.tokens]
   else:
-    said = [data.last_words(row) for row in some]
+    said = [data.last_words(row, config.prompt.kind) for row in some]
   tokens = [
     [y[m].tolist() for y, m in zip(ys, masks, strict=True)]
     for ys, masks in zip(drawn.completion, drawn.mask, strict=True)

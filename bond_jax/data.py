@@ -23,14 +23,16 @@ import grain
 import numpy as np
 
 from bond_jax import sources
-from bond_jax.errors import UserError
+from bond_jax.conversations import asked
+from bond_jax.errors import BadRow, UserError
 from bond_jax.sources import Row, Source, source  # noqa: F401 (for callers)
 from bond_jax.tokenizer import chat, Tokenizer
 from bond_jax.types import Prompts
 
 KINDS = ('opening', 'text', 'turn')  # of prompts; see `encoder`
 FATES = {'drop': 'left out', 'cut': 'cut on the left'}  # of longer ones
-Encode = Callable[[Row], list[int] | None]  # a prompt's pieces; None: left out
+Make = Callable[[Row], Any]  # an example; None: left out; may raise a BadRow
+Encode = Callable[[Row], list[int] | None]  # one that makes a prompt's pieces
 
 
 def sentences(
@@ -47,20 +49,31 @@ def sentences(
   to T = `length`, or cut there and then without EOS. A batch may span epochs.
   """
 
-  def pieces_of(row: Row) -> list[int]:
-    if 'text' not in row:
-      raise UserError(
-        "a row has no text, which sft.target 'text' needs; its fields are"
-        f' {", ".join(row)}.'
-      )
-    return (tokenizer.encode(row['text']) + [tokenizer.eos_id])[:length]
-
   def collate(examples):
     ids, pieces = zip(*examples, strict=True)
     prompts = _prompts(ids, [[tokenizer.bos_id]] * len(ids), 1)
     return prompts, *_completions(pieces, length, tokenizer)
 
-  return _iterate(rows, pieces_of, collate, batch, seed)
+  return _iterate(rows, sentence(tokenizer, length), collate, batch, seed)
+
+
+def sentence(tokenizer: Tokenizer, length: int) -> Make:
+  """Returns the function that makes a row the pieces of its text, and EOS."""
+
+  def make(row: Row) -> list[int]:
+    text = text_of(row, "sft.target 'text' needs")
+    return (tokenizer.encode(text) + [tokenizer.eos_id])[:length]
+
+  return make
+
+
+def text_of(row: Row, needs: str) -> str:
+  """The row's text; a BadRow, which says what needs it, if it has none."""
+  if not isinstance(row.get('text'), str):
+    raise BadRow(
+      f'a row has no text, which {needs}; its fields are {", ".join(row)}.'
+    )
+  return row['text']
 
 
 def answers(
@@ -78,18 +91,6 @@ def answers(
   Prompts are those of `prompts`, P = `prompt_length`. A completion ends as a
   drawn one does, with the end of a turn where the vocabulary has one, else EOS.
   """
-
-  def pieces_of(row: Row) -> tuple[list[int], list[int]] | None:
-    if not isinstance(row.get('completion'), str):
-      raise UserError(
-        "a row has no text under 'completion'; its fields are"
-        f' {", ".join(row)}. Name it with data.fields, or train on whole texts'
-        " with sft.target 'text'."
-      )
-    prompt = encode(row)
-    pieces = [*tokenizer.encode(row['completion']), tokenizer.stop_ids[-1]]
-    return prompt and (prompt, pieces[:length])
-
   for part in sources.parts(rows):  # else no end
     _distinct_prompts([part], encode, 1, prompt_length)
 
@@ -99,7 +100,25 @@ def answers(
     prompts = _prompts(ids, said, prompt_length)
     return prompts, *_completions(pieces, length, tokenizer)
 
-  return _iterate(rows, pieces_of, collate, batch, seed)
+  make = answer(encode, tokenizer, length)
+  return _iterate(rows, make, collate, batch, seed)
+
+
+def answer(encode: Encode, tokenizer: Tokenizer, length: int) -> Make:
+  """Returns the function that makes a row a prompt and its completion."""
+
+  def make(row: Row) -> tuple[list[int], list[int]] | None:
+    if not isinstance(row.get('completion'), str):
+      raise BadRow(
+        "a row has no text under 'completion'; its fields are"
+        f' {", ".join(row)}. Name it with data.fields, or train on whole texts'
+        " with sft.target 'text'."
+      )
+    prompt = encode(row)
+    pieces = [*tokenizer.encode(row['completion']), tokenizer.stop_ids[-1]]
+    return prompt and (prompt, pieces[:length])
+
+  return make
 
 
 def _completions(
@@ -141,12 +160,8 @@ def encoder(
     return None if longer == 'drop' else [pieces[0], *pieces[1 + more :]]
 
   def pieces_of(row: Row) -> list[int]:
-    if 'text' not in row:
-      raise UserError(
-        f"a row has no text, which prompt.kind {kind!r} needs; take 'turn' for"
-        ' messages.'
-      )
-    return [tokenizer.bos_id, *tokenizer.encode(row['text'])]
+    needs = f"prompt.kind {kind!r} needs; take 'turn' for messages"
+    return [tokenizer.bos_id, *tokenizer.encode(text_of(row, needs))]
 
   def opening(row: Row) -> list[int] | None:
     pieces = pieces_of(row)
@@ -156,22 +171,17 @@ def encoder(
     return fit(pieces_of(row))
 
   def turn(row: Row) -> list[int] | None:
-    messages = row.get('messages')
-    if messages is None:
-      if 'text' not in row:
-        raise UserError(
-          'a row has neither messages nor a text: it may teach a reward model,'
-          ' but there is no prompt in it.'
-        )
-      messages = [{'role': 'user', 'content': row['text']}]
-    return fit(chat(tokenizer, messages, system=system))
+    return fit(chat(tokenizer, asked(row), system=system))
 
   return dict(zip(KINDS, (opening, text, turn), strict=True))[kind]
 
 
-def last_words(row: Row) -> str:
-  """What the user said last: the prompt, as a person would quote it."""
-  return row['messages'][-1]['content'] if 'messages' in row else row['text']
+def last_words(row: Row, kind: str = 'turn') -> str:
+  """The prompt that `encoder` makes of a row, as a person would quote it.
+
+  Whole, also where it is cut: the text, or of a turn what was said last.
+  """
+  return asked(row)[-1]['content'] if kind == 'turn' else row['text']
 
 
 def check_prompt(kind: str, length: int, longer: str) -> None:
@@ -227,7 +237,7 @@ def _distinct_prompts(
 
   def search(part: sources.Part) -> Iterator[int]:
     for i in range(len(part.rows)):
-      pieces = tuple(encode(part.rows[i]) or ())
+      pieces = tuple(sources.made(part.rows, i, encode) or ())
       if pieces and pieces not in found:
         found[pieces] = part.start + i
         yield i
@@ -255,7 +265,7 @@ def _who(part: sources.Part) -> str:
 
 
 class Count(NamedTuple):
-  """How many rows of a source `encode` leaves out, of those looked at."""
+  """How many rows of a source `make` leaves out, of those looked at."""
 
   name: str
   rows: int
@@ -264,19 +274,28 @@ class Count(NamedTuple):
 
 
 def count_left_out(
-  rows: Source, encode: Encode, most: int = 100_000
+  rows: Source,
+  make: Make,
+  most: int = 100_000,
+  bad: list[BadRow] | None = None,
 ) -> list[Count]:
-  """Encodes the rows of each source, or a random `most` of them.
+  """Makes examples of the rows of each source, or of a random `most` of them.
 
   100,000 take some seconds, less than the first step of a real run, and a row
-  that is malformed shows before that step; more would not tell more.
+  that is malformed shows before that step; more would not tell more. Those that
+  are skipped are appended to `bad`, and are not among the ones left out.
   """
-  counts = []
+  counts, bad = [], [] if bad is None else bad
   for part in sources.parts(rows):
     places = np.arange(len(part.rows))
     if len(places) > most:  # not every so many: rows may come in a rhythm
       places = np.random.default_rng(0).choice(places, most, replace=False)
-    left_out = sum(not encode(part.rows[int(i)]) for i in places)
+    before = len(bad)
+    used = sum(
+      bool(sources.made(part.rows, int(i), make, bad=bad.append))
+      for i in places
+    )
+    left_out = len(places) - used - (len(bad) - before)
     counts.append(Count(part.name, len(part.rows), len(places), left_out))
   return counts
 
@@ -312,13 +331,20 @@ def _prompts(ids, pieces, length: int) -> Prompts:
 
 def _iterate(
   rows: Source,
-  make: Callable[[Row], Any],
+  make: Make,
   collate: Callable[[list[tuple[int, Any]]], Any],
   batch: int,
   seed: int,
 ) -> grain.DatasetIterator:
   """Shuffles, repeats, makes examples (None: left out) and batches them."""
   parts = sources.parts(rows)
+  for part in parts:  # else no end
+    bad = []
+    if next(sources.each(part.rows, make, bad=bad.append), None) is None:
+      raise UserError(
+        f'{_who(part)} has no row that can be used:'
+        f' {f"the first bad one: {bad[0]}" if bad else "all are too long."}'
+      )
   streams = [_stream(part, make, seed) for part in parts]
   # Mixed after the filter: a weight is a share of what is left.
   mixed = (
@@ -329,23 +355,21 @@ def _iterate(
   return iter(mixed.batch(batch, drop_remainder=True, batch_fn=collate))
 
 
-def _stream(
-  part: sources.Part, make: Callable[[Row], Any], seed: int
-) -> grain.IterDataset:
+def _stream(part: sources.Part, make: Make, seed: int) -> grain.IterDataset:
   """(id, what is made of the row) of one source, for ever."""
 
-  def example(i: int, row: Row) -> tuple[int, Any] | None:
-    pieces = make(row)
-    return pieces and (part.start + i % len(part.rows), pieces)
+  def example(i: int) -> tuple[int, Any] | None:
+    pieces = sources.made(part.rows, i, make)
+    return pieces and (part.start + i, pieces)
 
   if part.name:  # another order for each, whatever it is mixed with
     seed = zlib.crc32(f'{seed} {part.name}'.encode())
   # No threads: on a few cores they only fight over the interpreter.
   options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
   return (
-    grain.MapDataset.source(part.rows)
+    grain.MapDataset.source(range(len(part.rows)))
     .seed(seed)
-    .map_with_index(example)
+    .map(example)
     .filter(lambda x: x is not None)
     .shuffle()
     .repeat()

@@ -23,6 +23,13 @@ class UserError(Exception):
     return _UNSAFE.sub(lambda m: m[0].encode('unicode_escape').decode(), text)
 
 
+class BadRow(UserError):
+  """A row of the data that cannot be used, whatever the settings are.
+
+  Who knows where the row is puts that before it; see `sources.made`.
+  """
+
+
 class Stopped(BaseException):
   """A run that ends because it was asked to; one line, no trace.
 

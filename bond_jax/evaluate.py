@@ -83,10 +83,7 @@ def evaluate(
   """
   settings, mesh = config.evaluate, sharding.make_mesh(**config.mesh)
   tokenizer = origin.load_tokenizer(config, workdir)
-  mine, reference = load_sides(config, workdir, str(checkpoint), mesh)
-  theirs = reference
-  if against != 'reference':
-    theirs = load_other(against, tokenizer, mesh)
+  # A bad row shows before weights are loaded.
   held_out = build.rows(config, 'test')
   read = functools.partial(build.texts, config, tokenizer, held_out)
   prompts = data.fixed_prompts(
@@ -95,6 +92,10 @@ def evaluate(
     length=config.prompt.length,
     count=settings.prompts,
   )
+  mine, reference = load_sides(config, workdir, str(checkpoint), mesh)
+  theirs = reference
+  if against != 'reference':
+    theirs = load_other(against, tokenizer, mesh)
   stop = stops.of(tokenizer, config.stop)
   program = completions.make_draw(config, stop, mesh)
   key = build.key(config.seed, 'evaluate')

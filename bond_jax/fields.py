@@ -63,7 +63,8 @@ FIELDS = {
   'mesh': _MESH,
   'sampling_mesh': _MESH,
   'data': dict(
-    name=TEXT, data_dir=TEXT, fields=TEXTS, splits=TEXTS, mix={'*': _SOURCE}
+    name=TEXT, data_dir=TEXT, fields=TEXTS, splits=TEXTS, mix={'*': _SOURCE},
+    **{'bad_rows?': TEXT},
   ),
   'weights': TEXT,
   'tokenizer': _TOKENIZER,

@@ -7,16 +7,18 @@ numpy, padded on the right.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+import itertools
 import os
 from typing import Any, NamedTuple
 
 import grain
 import numpy as np
 
-from bond_jax import arrays
+from bond_jax import arrays, sources
+from bond_jax.conversations import asked, Messages, transcripts
 from bond_jax.data import Row, Source
-from bond_jax.errors import UserError
-from bond_jax.tokenizer import chat, Messages, Tokenizer
+from bond_jax.errors import BadRow, UserError
+from bond_jax.tokenizer import chat, Tokenizer
 
 SPLITS = ('train', 'validation', 'test')
 _ROUNDS = 16  # of pairing rows that are left over from the round before
@@ -32,6 +34,7 @@ class Judged(NamedTuple):
   rating: np.ndarray | None  # f64[N]; None where only preferences are known
   unit: np.ndarray  # i64[N], texts of one unit have their prompt in common
   left_out: int  # rows that are longer than the model may read
+  bad: Sequence[BadRow] = ()  # of rows that are skipped
 
 
 def encode(
@@ -52,16 +55,11 @@ def texts(row: Row) -> list[str]:
   """Everything that people wrote in a row, for training a vocabulary on it."""
   found = []
   for key in ('text', 'messages', 'chosen', 'rejected'):
-    said = row.get(key, ())
+    if key == 'messages' and transcripts(row):  # which have them already
+      continue
+    said = row.get(key) or ()
     found += [said] if isinstance(said, str) else [m['content'] for m in said]
   return found
-
-
-def asked(row: Row) -> Messages:
-  """The turns that an answer answers: a row's messages, or its text as one."""
-  if 'messages' in row:
-    return row['messages']
-  return [{'role': 'user', 'content': row['text']}]
 
 
 def read(
@@ -80,9 +78,10 @@ def read(
 
   Rows with 'chosen' and 'rejected' are a pair each: two texts that go on from
   the row's 'text', if it has one; or two answers to its 'messages' (else to its
-  'text', as the user's). Where they are messages themselves, the last ones are
-  the answers, and those before them, if any, what was asked. A number 'margin'
-  is the pair's gap, 1 without it.
+  'text', as the user's). Where they are messages themselves, or transcripts
+  that are the row's only prompt, the last ones are the answers, and those
+  before them, if any, what was asked. A number 'margin' is the pair's gap, 1
+  without it.
   Rows with 'text' and 'rating' are paired by `pairs_of`, the gap being the
   difference of the ratings. Rows without either are a UserError.
 
@@ -95,30 +94,41 @@ def read(
     length: pieces of the longest text; rows with longer ones are left out.
     min_gap, partners, seed: see `pairs_of`.
   """
-  some = [_last_turns(rows[i], i, split) for i in range(len(rows))]
-  keys = _columns(some[0], split)
-  texts, pieces, rows_of = [], [], []
-  for i, row in enumerate(some):
-    found = [_whole(row, key, i, split, turns) for key in keys]
+  keys, what, bad = _columns(rows, split), f'the {split} split', []
+
+  def judge(row: Row) -> tuple[list[str], list[list[int]], float] | tuple[()]:
+    row = _last_turns(row, turns)
+    found = [_whole(row, key, turns) for key in keys]
     messages = asked(row) if turns else None
     ids = [encode(tokenizer, text, messages, system=system) for text in found]
-    if max(map(len, ids)) <= length:
-      texts += found
-      pieces += ids
-      rows_of.append(i)
-  if not texts:
+    if max(map(len, ids)) > length:
+      return ()
+    if len(keys) == 1:
+      return found, ids, number_of(row, 'rating')
+    gap = 1.0 if row.get('margin') is None else number_of(row, 'margin')
+    return found, ids, gap
+
+  some = [
+    sources.made(rows, i, judge, what=what, bad=bad.append)
+    for i in range(len(rows))
+  ]
+  used = [found for found in some if found]
+  if not used:
     raise UserError(
       f'all {len(some)} rows of the {split} split are longer than'
-      f' reward_model.length = {length} pieces.'
+      f' reward_model.length = {length} pieces, or bad.'
     )
-  left_out = len(some) - len(rows_of)
+  texts, pieces, numbers = zip(*used, strict=True)
+  texts, pieces = (
+    list(itertools.chain.from_iterable(x)) for x in (texts, pieces)
+  )
+  left_out = len(some) - len(used) - len(bad)
   if len(keys) == 2:
-    gap = [_number({'margin': 1.0, **some[i]}, 'margin', i, split)
-           for i in rows_of]  # fmt: skip
-    unit = np.repeat(np.arange(len(rows_of)), 2)
+    unit = np.repeat(np.arange(len(used)), 2)
     pairs = np.arange(len(texts)).reshape(-1, 2)
-    return Judged(texts, pieces, pairs, np.array(gap), None, unit, left_out)
-  rating = np.array([_number(some[i], 'rating', i, split) for i in rows_of])
+    gap = np.array(numbers)
+    return Judged(texts, pieces, pairs, gap, None, unit, left_out, bad)
+  rating = np.array(numbers)
   pairs = pairs_of(rating, min_gap=min_gap, partners=partners, seed=seed)
   if not len(pairs):
     raise UserError(
@@ -128,7 +138,7 @@ def read(
     )
   gap = rating[pairs[:, 0]] - rating[pairs[:, 1]]
   unit = np.arange(len(texts))
-  return Judged(texts, pieces, pairs, gap, rating, unit, left_out)
+  return Judged(texts, pieces, pairs, gap, rating, unit, left_out, bad)
 
 
 def cut_anew(
@@ -182,66 +192,67 @@ def kept(
   )  # fmt: skip
 
 
-def _last_turns(row: Row, i: int, split: str) -> Row:
-  """The row with its answers as texts, if it has them as messages."""
+def _last_turns(row: Row, turns: bool) -> Row:
+  """The row with its answers as texts, if it has them in conversations."""
   pair = [row.get(key) for key in ('chosen', 'rejected')]
+  if held := turns and transcripts(row):
+    return {**row, 'chosen': held[1], 'rejected': held[2]}
   if not all(isinstance(said, list) for said in pair):
     return row
   asked, other = (said[:-1] for said in pair)
   if asked != other:
-    raise UserError(
-      f"row {i} of the {split} split: 'chosen' and 'rejected' answer different"
-      ' messages.'
-    )
+    raise BadRow("'chosen' and 'rejected' answer different messages.")
   answers = {k: row[k][-1]['content'] for k in ('chosen', 'rejected')}
   return {**row, **({'messages': asked} if asked else {}), **answers}
 
 
-def _columns(row: Row, split: str) -> tuple[str, ...]:
+def _columns(rows: Source, split: str) -> tuple[str, ...]:
   """The columns that hold what is judged: of a pair, or of a rated text."""
-  if {'chosen', 'rejected'} <= row.keys():
-    return 'chosen', 'rejected'
-  if {'text', 'rating'} <= row.keys():
-    return ('text',)
+
+  def columns(row: Row) -> tuple[str, ...] | None:
+    there = {key for key, value in row.items() if value is not None}
+    found = [keys for keys in (('chosen', 'rejected'), ('text', 'rating'))
+             if there >= {*keys}]  # fmt: skip
+    return found[0] if found else None
+
+  what = f'the {split} split'
+  if found := next(sources.each(rows, columns, what=what), None):
+    return found if 'chosen' in found else ('text',)
+  names = next(sources.each(rows, sorted, what=what))
   raise UserError(
-    f'the {split} split has the columns {", ".join(sorted(row))}; a reward'
+    f'the {split} split has the columns {", ".join(names)}; a reward'
     " model is trained on 'chosen' and 'rejected', or on 'text' and 'rating'."
   )
 
 
-def _whole(row: Row, key: str, i: int, split: str, turns: bool) -> str:
+def _whole(row: Row, key: str, turns: bool) -> str:
   """What is judged under a column: the answer to turns, or the whole text."""
-  text = _text(row, key, i, split)
-  prompted = 'messages' in row or ('text' in row and key != 'text')
+  text = _text(row, key)
+  has_text = row.get('text') is not None
+  prompted = row.get('messages') or (has_text and key != 'text')
   if turns and not prompted:
-    raise UserError(
-      f"row {i} of the {split} split has no 'messages', which prompt.kind"
-      " 'turn' needs."
-    )
-  goes_on = not turns and key != 'text' and 'text' in row
-  return _text(row, 'text', i, split) + text if goes_on else text
+    raise BadRow("it has no 'messages', which prompt.kind 'turn' needs.")
+  goes_on = not turns and key != 'text' and has_text
+  return _text(row, 'text') + text if goes_on else text
 
 
-def _text(row: Row, key: str, i: int, split: str) -> str:
+def _text(row: Row, key: str) -> str:
   value = row.get(key)
   value = value.decode('utf-8') if isinstance(value, bytes) else value
   if not isinstance(value, str):
-    raise UserError(
-      f'row {i} of the {split} split: {key!r} is {value!r:.60}, expected a'
-      ' text.'
-    )
+    raise BadRow(f'{key!r} is {value!r:.60}, expected a text.')
   return value
 
 
-def _number(row: Row, key: str, i: int, split: str) -> float:
+def number_of(row: Row, key: str) -> float:
+  """A field that is a finite number, or a text that says one; else a BadRow."""
   try:
     value = float(row[key])
   except (KeyError, OverflowError, TypeError, ValueError):
     value = np.nan
   if not np.isfinite(value):
-    raise UserError(
-      f'row {i} of the {split} split: {key!r} is'
-      f' {row.get(key, "not there")!r:.60}, expected a number.'
+    raise BadRow(
+      f'{key!r} is {row.get(key, "not there")!r:.60}, expected a number.'
     )
   return value
 

@@ -8,20 +8,27 @@ from __future__ import annotations
 
 import array
 import bisect
+import codecs
 from collections.abc import Callable, Iterator, Mapping, Sequence
+import contextlib
+import functools
 import glob
+import gzip
+import io
 import itertools
 import json
 import os
 import re
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
+import zlib
 
 import numpy as np
 import tensorflow_datasets as tfds
 
 from bond_jax import movie_reviews  # noqa: F401 (registers the builder)
-from bond_jax.errors import UserError
+from bond_jax.errors import BadRow, UserError
 
+JSON = '.jsonl', '.json', '.jsonl.gz', '.json.gz'  # how such paths end
 _COMMIT = '[0-9a-f]{40}'
 
 
@@ -31,6 +38,9 @@ class Table(NamedTuple):
   size: int
   read: Callable[[int], Any]
   place: Callable[[int], str]  # of a row, for people
+  # The files or splits, one after the other, each by a name that is the same
+  # however it was asked for, and how many rows it has.
+  holds: Sequence[tuple[str, int]]
   empty: int = 0  # lines, skipped
 
 
@@ -43,26 +53,35 @@ def paths(name: str) -> list[str]:
   return found
 
 
-def jsonl(paths: Sequence[str], check: Callable[[Any, str], Any]) -> Table:
-  """Reads every line once, to check it; afterwards those that are asked for.
+def jsonl(paths: Sequence[str], check: Callable[[Any], Any] | None) -> Table:
+  """Reads rows of JSON: one per line, or the elements of one array.
 
-  Empty lines are no rows. What stays in memory is 32 bytes of each line.
+  Files that end in .gz are held in memory, unpacked; of others 32 bytes of each
+  row are. Empty lines are no rows.
+
+  Args:
+    paths: of the files.
+    check: what every row must pass before this returns.
   """
   spans = array.array('q')  # of each row: file, first byte, end, line
-  empty = 0
+  empty, openers, holds = 0, [_opener(path) for path in paths], []
   for k, path in enumerate(paths):
     before = len(spans)
-    for start, line, number in _lines(path):
-      if not line.strip():
+    for start, value, number in _values(path, openers[k]):
+      if not value.strip():
         empty += 1
         continue
-      place = f'{path}:{number}'
-      check(_parse(line, place), place)
-      spans.extend((k, start, start + len(line), number))
+      if check:
+        try:
+          check(_parse(value))
+        except BadRow as e:
+          raise BadRow(f'{path}:{number}: {e}') from e
+      spans.extend((k, start, start + len(value), number))
     if len(spans) == before:
       raise UserError(
         f'{path} is empty; expected one {{"text": ...}} per line.'
       )
+    holds.append((os.path.realpath(path), (len(spans) - before) // 4))
   index = np.frombuffer(spans, np.int64).reshape(-1, 4)
 
   def place(i: int) -> str:
@@ -70,36 +89,89 @@ def jsonl(paths: Sequence[str], check: Callable[[Any, str], Any]) -> Table:
 
   def read(i: int) -> Any:
     k, start, end, _ = index[i].tolist()
-    try:
-      with open(paths[k], 'rb') as f:
-        f.seek(start)
-        line = f.read(end - start)
-    except OSError as e:
-      raise UserError(f'cannot read {paths[k]}: {e.strerror}.') from e
-    return _parse(line, place(i))
+    with _reading(paths[k]), openers[k]() as f:
+      f.seek(start)
+      value = f.read(end - start)
+    return _parse(value)
 
-  return Table(len(index), read, place, empty)
+  return Table(len(index), read, place, holds, empty)
 
 
-def _lines(path: str) -> Iterator[tuple[int, bytes, int]]:
-  """Where each line begins, the line, and its number, from 1."""
-  start = 0
+@contextlib.contextmanager
+def _reading(path: str) -> Iterator[None]:
   try:
-    with open(path, 'rb') as f:
-      for number, line in enumerate(f, 1):
-        yield start, line, number
-        start += len(line)
-  except OSError as e:
-    raise UserError(f'cannot read {path}: {e.strerror}.') from e
+    yield
+  except (OSError, EOFError, zlib.error) as e:  # the latter two: of gzip
+    reason = getattr(e, 'strerror', None) or _first_line(e)
+    raise UserError(f'cannot read {path}: {reason.rstrip(".")}.') from e
 
 
-def _parse(line: bytes, place: str) -> Any:
+def _opener(path: str) -> Callable[[], BinaryIO]:
+  """What opens the file, unpacked."""
+  if not path.endswith('.gz'):
+    return functools.partial(open, path, 'rb')
+  with _reading(path), gzip.open(path) as f:
+    return functools.partial(io.BytesIO, f.read())
+
+
+def _values(
+  path: str, opener: Callable[[], BinaryIO]
+) -> Iterator[tuple[int, bytes, int]]:
+  """Of each line, or element of an array: first byte, bytes, line, from 1."""
+  start, first = 0, True
+  with _reading(path), opener() as f:
+    for number, line in enumerate(f, 1):
+      if line.startswith(codecs.BOM_UTF8):  # Notepad and Excel write it
+        line = line.removeprefix(codecs.BOM_UTF8)
+        start += len(codecs.BOM_UTF8)
+      if first and line.lstrip().startswith(b'['):
+        yield from _elements(path, line + f.read(), start, number)
+        return
+      first &= not line.strip()
+      yield start, line, number
+      start += len(line)
+
+
+def _elements(
+  path: str, content: bytes, start: int, number: int
+) -> Iterator[tuple[int, bytes, int]]:
+  """What `_values` says, of an array that begins at this byte and line."""
+  decode, gap = json.JSONDecoder().raw_decode, re.compile('[ \t\r\n]*')
+  skip = lambda at: gap.match(text, at).end()
+  before, broken = 0, 'not JSON in UTF-8'
   try:
-    row = json.loads(line.decode('utf-8'))
-    if b'\\u' in line:  # an escape may be half a character, which is no text
+    text = content.decode('utf-8')
+    at = skip(text.index('[') + 1)
+    more = text[at : at + 1] != ']'
+    while more:
+      _, end = decode(text, at)
+      start += len(text[before:at].encode('utf-8'))
+      number += text.count('\n', before, at)
+      yield start, text[at:end].encode('utf-8'), number
+      before, at = at, skip(end)
+      more = text[at : at + 1] == ','
+      at = skip(at + 1) if more else at
+    if text[at : at + 1] != ']' or skip(at + 1) < len(text):
+      raise json.JSONDecodeError('Expecting one array', text, at)
+  except json.JSONDecodeError as e:
+    number += text.count('\n', before, e.pos)
+    raise UserError(f'{path}:{number}: {broken} ({e.msg}).') from e
+  except UnicodeDecodeError as e:
+    number += content.count(b'\n', 0, e.start)
+    raise UserError(f'{path}:{number}: {broken} ({e}).') from e
+  except RecursionError as e:
+    raise UserError(f'{path}:{number}: {broken} ({e}).') from e
+
+
+def _parse(value: bytes) -> Any:
+  try:
+    row = json.loads(value.decode('utf-8'))
+    if b'\\u' in value:  # an escape may be half a character, which is no text
       json.dumps(row, ensure_ascii=False).encode('utf-8')
-  except (ValueError, RecursionError) as e:  # also UnicodeError
-    raise UserError(f'{place}: not JSON in UTF-8 ({e}).') from e
+  except UnicodeError as e:
+    raise BadRow(f'not JSON in UTF-8 ({e}); save the file as UTF-8.') from e
+  except (ValueError, RecursionError) as e:
+    raise BadRow(f'not JSON in UTF-8 ({e}).') from e
   return row
 
 
@@ -134,7 +206,8 @@ def parquet(paths: Sequence[str]) -> Table:
     k = bisect.bisect_right(starts, i) - 1
     return f'{paths[k]}, row {i - starts[k]}'
 
-  return Table(len(table), read, place)
+  holds = [*zip(map(os.path.realpath, paths), map(len, tables))]
+  return Table(len(table), read, place, holds)
 
 
 def _first_line(error: Exception) -> str:
@@ -166,11 +239,13 @@ def hugging_face(name: str, split: str) -> Table:
   except Exception as e:  # of many kinds, by way of its many libraries
     reason = f'{type(e).__name__}: {_first_line(e)}'
     raise UserError(f'cannot read {name}: {reason}') from e
+  held = target if match else os.path.realpath(target)
   if isinstance(found, datasets.DatasetDict):
     _check_split(name, split, found)
-    found = found[split]
+    found, held = found[split], os.path.join(held, split)
   found = found.with_format(None)  # Python's own types
-  return Table(len(found), found.__getitem__, lambda i: f'{name}, row {i}')
+  place = lambda i: f'{name}, row {i}'
+  return Table(len(found), found.__getitem__, place, [(held, len(found))])
 
 
 def _check_split(name: str, split: str, known: Mapping[str, Any]) -> None:
@@ -188,8 +263,8 @@ def builder(name: str, split: str, data_dir: str) -> Table:
   except (tfds.core.DatasetNotFoundError, ValueError) as e:
     raise UserError(
       f'data.name {name!r} is neither a TFDS builder, installed or prepared in'
-      f' {data_dir!r}, nor a path that ends in .jsonl or .parquet, nor a'
-      ' dataset of Hugging Face, hf:owner/name@commit.'
+      f' {data_dir!r}, nor a path that ends in {", ".join(JSON)} or .parquet,'
+      ' nor a dataset of Hugging Face, hf:owner/name@commit.'
     ) from e
   prepare = (
     f"tfds.builder({name!r}, data_dir={data_dir!r}, file_format='array_record')"
@@ -222,12 +297,20 @@ def builder(name: str, split: str, data_dir: str) -> Table:
 
   def read(i: int) -> dict[str, Any]:
     row = _decoded(rows[i])
-    for key in turned:
-      values = zip(*row[key].values(), strict=True)
-      row[key] = [dict(zip(row[key], x, strict=True)) for x in values]
-    return row
+    return row | {key: transposed(row[key]) for key in turned}
 
-  return Table(len(rows), read, lambda i: f'{name}, row {i} of {split}')
+  place = lambda i: f'{name}, row {i} of {split}'
+  held = os.path.join(os.path.realpath(builder.data_dir), split)
+  return Table(len(rows), read, place, [(held, len(rows))])
+
+
+def transposed(columns: Mapping[str, Any]) -> list[dict[str, Any]]:
+  """A list of dicts, of a dict of equally long lists, or of such dicts."""
+  values = [
+    transposed(value) if isinstance(value, dict) else value
+    for value in columns.values()
+  ]
+  return [dict(zip(columns, x)) for x in zip(*values, strict=True)]
 
 
 def _decoded(value: Any) -> Any:

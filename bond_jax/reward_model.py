@@ -14,6 +14,7 @@ Both write reward/summary.json.
 from __future__ import annotations
 
 import importlib.metadata
+import itertools
 import os
 import time
 
@@ -24,10 +25,11 @@ from bond_jax import (
   command,
   hosts,
   metrics,
+  preferences,
   reward_report,
   reward_training,
+  sources,
 )
-from bond_jax.errors import UserError
 
 
 def main(config: ml_collections.ConfigDict, workdir: str) -> None:
@@ -45,16 +47,14 @@ def main(config: ml_collections.ConfigDict, workdir: str) -> None:
 
 
 def check_splits(config: ml_collections.ConfigDict) -> None:
-  """Refuses one file for what is fitted and what is judged."""
-  name = config.data.name
-  if 'data' in config.reward_model:
-    name = {'name': name, **config.reward_model.data}['name']
-  if name.endswith('.jsonl') and '{split}' not in name:
-    raise UserError(
-      f'data.name is {name!r}: to be fitted and judged on different texts,'
-      ' the reward model needs "{split}" in the name, and a file for each of'
-      ' train, validation and test.'
-    )
+  """Refuses rows on which the model is both fitted, chosen or judged.
+
+  The model, its penalty or its last step, is chosen on the validation split.
+  """
+  ridge = config.reward_model.kind == 'ridge'
+  mine = config if ridge else reward_training.own(config)
+  rows = {split: build.rows(mine, split) for split in preferences.SPLITS}
+  sources.check_apart(rows, *itertools.combinations(rows, 2))
 
 
 def ridge(config: ml_collections.ConfigDict, workdir: str) -> None:
@@ -73,9 +73,8 @@ def fit(config: ml_collections.ConfigDict, workdir: str, path: str) -> None:
 
   start = time.perf_counter()
   settings = {k: v for k, v in config.reward_model.items() if k != 'kind'}
-  splits = ('train', 'validation', 'test')
   report = ridge_fit.build(
-    {split: build.rows(config, split) for split in splits},
+    {split: build.rows(config, split) for split in preferences.SPLITS},
     vocab_size=config.tokenizer.vocab_size,
     workdir=workdir,
     **settings,

@@ -41,6 +41,7 @@ def report(
     'texts': {split: len(judged[split].texts) for split in preferences.SPLITS},
     'pairs': {split: len(judged[split].pairs) for split in preferences.SPLITS},
     'left_out': {split: judged[split].left_out for split in preferences.SPLITS},
+    'bad_rows': {split: len(judged[split].bad) for split in preferences.SPLITS},
     'accuracy': float(both[:, 0].mean()),
     'accuracy_interval': measures.interval(draws[:, 0]),
     'log_loss': measures.log_loss(lead),

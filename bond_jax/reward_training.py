@@ -9,6 +9,7 @@ bag of words fitted to the same pairs.
 from __future__ import annotations
 
 import functools
+import itertools
 import os
 from typing import Any
 
@@ -33,6 +34,7 @@ from bond_jax import (
 )
 from bond_jax import optimizer as optimizer_lib
 from bond_jax import preference_measures as measures
+from bond_jax import sources as sources_lib
 from bond_jax import tokenizer as tokenizer_lib
 from bond_jax.errors import UserError
 from bond_jax.guard import check_finite
@@ -114,10 +116,10 @@ def _tokenizer(config, mine, sources, workdir: str):
   """The run's vocabulary, or the section's: a file, or trained on its rows."""
   if 'tokenizer' not in config.reward_model or mine.tokenizer.path:
     return origin.load_tokenizer(mine, workdir)
-  rows = sources['train']
+  said = sources_lib.each(sources['train'], preferences.texts)
   return tokenizer_lib.ensure(
     os.path.join(workdir, 'reward', 'tokenizer.model'),
-    (t for i in range(len(rows)) for t in preferences.texts(rows[i])),
+    itertools.chain.from_iterable(said),
     mine.tokenizer.vocab_size,
   )
 
@@ -224,7 +226,7 @@ def read_splits(
   Rated texts of the held-out splits meet more others than those of training.
   """
   settings = config.reward_model
-  return {
+  judged = {
     split: preferences.read(
       sources[split],
       split,
@@ -238,6 +240,11 @@ def read_splits(
     )
     for split in preferences.SPLITS
   }
+  for split, part in judged.items():
+    if part.bad:
+      rows = len(sources[split])
+      hosts.say(sources_lib.skipped(part.bad, rows, f'reward_model, {split}'))
+  return judged
 
 
 def make_batches(

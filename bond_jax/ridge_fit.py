@@ -12,7 +12,7 @@ import numpy as np
 import scipy.stats
 from sklearn import linear_model
 
-from bond_jax import arrays, data
+from bond_jax import arrays, data, preferences, sources
 from bond_jax import tokenizer as tokenizer_lib
 from bond_jax.errors import UserError
 from bond_jax.rewards.ridge import features, ngrams, predict, read
@@ -96,23 +96,13 @@ def _pearson(a: np.ndarray, b: np.ndarray) -> float:
     return float(np.corrcoef(a, b)[0, 1])
 
 
-def _all(source: data.Source) -> list[dict]:
-  # By index: iterating starts Grain's threads, which take longer than reading.
-  return [source[i] for i in range(len(source))]
-
-
-def _ratings(rows: data.Source, split: str) -> np.ndarray:
-  try:
-    return np.array([float(row['rating']) for row in rows], np.float64)
-  except (KeyError, TypeError, ValueError) as e:
-    raise UserError(
-      f'the {split} split has a row without a number "rating"; the reward'
-      ' model needs one in every row.'
-    ) from e
+def _rated(row: data.Row) -> tuple[str, float]:
+  text = data.text_of(row, 'reward_model.kind "ridge" needs')
+  return text, preferences.number_of(row, 'rating')
 
 
 def build(
-  sources: dict[str, data.Source],
+  splits: dict[str, data.Source],
   *,
   vocab_size: int,
   workdir: str,
@@ -122,16 +112,22 @@ def build(
 ) -> dict[str, float]:
   """Fits, saves and judges the reward model of a run; returns the report.
 
-  `sources` are the rows of train, validation and test.
+  `splits` are the rows of train, validation and test.
   """
-  rows = {split: _all(source) for split, source in sources.items()}
+  texts, ratings, skipped = {}, {}, 0
+  for split, rows in splits.items():
+    what, bad = f'the {split} split', []
+    rated = list(sources.each(rows, _rated, what=what, bad=bad.append))
+    if not rated:
+      raise UserError(f'all rows of {what} are bad; the first: {bad[0]}')
+    if bad:
+      print(sources.skipped(bad, len(rows), what), flush=True)
+    texts[split] = [text for text, _ in rated]
+    ratings[split] = np.array([rating for _, rating in rated], np.float64)
+    skipped += len(bad)
   tokenizer = tokenizer_lib.ensure(
-    os.path.join(workdir, 'tokenizer.model'),
-    (row['text'] for row in rows['train']),
-    vocab_size,
+    os.path.join(workdir, 'tokenizer.model'), texts['train'], vocab_size
   )
-  texts = {s: [row['text'] for row in r] for s, r in rows.items()}
-  ratings = {s: _ratings(r, s) for s, r in rows.items()}
   ids = {s: tokenizer.processor.encode(t) for s, t in texts.items()}
   found, report = fit(
     (ids['train'], ratings['train']),
@@ -147,6 +143,7 @@ def build(
   got = predict(read(path), texts['test'])  # of the file as others will use it
   return {
     **report,
+    'bad_rows': skipped,
     'test_pearson': _pearson(got, ratings['test']),
     'test_spearman': float(
       scipy.stats.spearmanr(got, ratings['test']).statistic

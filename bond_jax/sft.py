@@ -27,7 +27,9 @@ from bond_jax import (
   origin,
   saving,
   sharding,
+  sources,
   stopping,
+  text_task,
 )
 from bond_jax import optimizer as optimizer_lib
 from bond_jax import tokenizer as tokenizer_lib
@@ -117,23 +119,51 @@ def batches_of(
   return data.answers(rows, encode, tokenizer, prompt_length=length, **kwargs)
 
 
+def look_at(
+  config: ml_collections.ConfigDict,
+  tokenizer: tokenizer_lib.Tokenizer,
+  rows: data.Source,
+) -> dict[str, int]:
+  """Says what of the rows `batches_of` does not use; see `text_task`."""
+  length = config.sft.length
+  if config.sft.target == 'text':
+    return text_task.look_at(rows, data.sentence(tokenizer, length), None)
+  encode = origin.make_encoder(config, tokenizer, longer='drop')
+  make = data.answer(encode, tokenizer, length)
+  return text_task.look_at(rows, make, config.prompt)
+
+
+def load_vocabulary(
+  config: ml_collections.ConfigDict, workdir: str, rows: data.Source
+) -> tokenizer_lib.Tokenizer:
+  """That of the config, else one that is trained on the rows, once."""
+  if config.tokenizer.path:
+    return origin.load_tokenizer(config, workdir)
+
+  def said(row: data.Row) -> str:
+    text = data.text_of(row, 'a vocabulary is trained on; give tokenizer.path')
+    answer = row.get('completion')
+    return text + answer if isinstance(answer, str) else text
+
+  return tokenizer_lib.ensure(
+    os.path.join(workdir, 'tokenizer.model'),
+    sources.each(rows, said),
+    config.tokenizer.vocab_size,
+  )
+
+
 def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
   """Runs the stage to its end, from its last checkpoint if it has one."""
   settings, folder = config.sft, os.path.join(workdir, 'sft')
   mesh = sharding.make_mesh(**config.mesh)
   rows = build.rows(config, 'train')
-  if config.tokenizer.path:
-    tokenizer = origin.load_tokenizer(config, workdir)
-  else:
-    tokenizer = tokenizer_lib.ensure(
-      os.path.join(workdir, 'tokenizer.model'),
-      # By index: iterating, Grain starts threads that take four times as long.
-      (
-        row['text'] + row.get('completion', '')
-        for row in (rows[i] for i in range(len(rows)))
-      ),
-      config.tokenizer.vocab_size,
-    )
+  tokenizer = load_vocabulary(config, workdir, rows)
+  # A bad row shows before weights are loaded.
+  batches = functools.partial(batches_of, config, tokenizer)
+  held_out = batches('validation')
+  held_out = [next(held_out) for _ in range(settings.validation_batches)]
+  batches = batches('train')
+  of_data = look_at(config, tokenizer, rows)
   policy = origin.make_policy(
     config.model, config.tokenizer.vocab_size, full=True
   )
@@ -141,10 +171,6 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
 
   state = init_state(config, policy, optimizer, mesh)
   update, loss = make_programs(policy, optimizer, config.chunk, mesh, state)
-  batches = functools.partial(batches_of, config, tokenizer)
-  held_out = batches('validation')
-  held_out = [next(held_out) for _ in range(settings.validation_batches)]
-  batches = batches('train')
   saver = saving.Saver(
     os.path.join(folder, 'checkpoints'), 'sft', config.save_failure,
     facts.of(config, mesh), lambda: facts.inputs(config, workdir, 'sft'),
@@ -190,6 +216,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
     'parameters': sum(x.size for x in jax.tree.leaves(state.params)),
     'loss': rows[-1]['loss'],
     'validation_loss': rows[-1]['validation_loss'],
+    **of_data,
     'seconds': round(sum(phases.values()), 3),
     'phase_seconds': {k: round(v, 3) for k, v in phases.items()},
   }

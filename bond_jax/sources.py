@@ -1,54 +1,66 @@
-"""Rows of text by their index: of TFDS builders, files and Hugging Face.
+"""Rows by their index: of TFDS builders, files and Hugging Face.
 
-A row is a dict. What it says to the program:
-
-  text                 the prompt, or the text that prompts are openings of
-  messages             a prompt of turns, each with a role and a content
-  prompt               either of these, in rows that have neither
-  chosen, rejected     two answers to it, texts or messages: a preference pair;
-                       with messages, or whole texts, no prompt need be there
-
-Whatever else it holds, rewards find it in `Context.rows`. Rows are read when
-they are asked for, by `readers.py`.
+They are read when they are asked for, by `readers.py`, and are dicts as
+`conversations.py` says. One that is bad stops the run, or is left out: `made`
+and `each` see to it.
 """
 
 from __future__ import annotations
 
 import bisect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 import functools
 import itertools
 import math
 import re
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
-from bond_jax import readers
-from bond_jax.errors import UserError
+from bond_jax import conversations, readers
+from bond_jax.errors import BadRow, UserError
 
-Row = dict[str, Any]
+Row = conversations.Row
 Source = Sequence[Row]  # random access
+T = TypeVar('T')
+
+BAD_ROWS = ('stop', 'skip')  # what becomes of them
 
 
 class Rows(Sequence):
   """Some rows of a table, under our names for the fields, each checked."""
 
   def __init__(
-    self, table: readers.Table, fields: Mapping[str, str], window: range
+    self,
+    table: readers.Table,
+    fields: Mapping[str, str],
+    window: range,
+    skip: bool = False,
   ):
     self._table, self._fields, self._window = table, fields, window
-    self.empty = table.empty
+    self.empty, self.skip = table.empty, skip
 
   def __len__(self) -> int:
     return len(self._window)
 
   def __getitem__(self, i: int) -> Row:
+    return self.use(i, lambda row: row)
+
+  def use(self, i: int, make: Callable[[Row], T]) -> T:
+    """What `make` returns for a row; a BadRow of both says where it is."""
     i = self._window[i]
-    place = self._table.place(i)
     try:
-      row = self._table.read(i)
+      return make(conversations.prepare(self._fields, self._table.read(i)))
     except UnicodeDecodeError as e:
-      raise UserError(f'{place}: not UTF-8 ({e}).') from e
-    return prepare(self._fields, row, place)
+      raise BadRow(f'{self._table.place(i)}: not UTF-8 ({e}).') from e
+    except BadRow as e:
+      raise BadRow(f'{self._table.place(i)}: {e}') from e
+
+  def held(self) -> Iterator[tuple[str, range]]:
+    """Of each file, or split, that rows come from, which ones do."""
+    start, window = 0, self._window
+    for name, size in self._table.holds:
+      first, end = max(window.start - start, 0), min(window.stop - start, size)
+      yield name, range(first, end)
+      start += size
 
 
 class Part(NamedTuple):
@@ -84,14 +96,99 @@ class Mixture(Sequence):
     return self._size
 
   def __getitem__(self, i: int) -> Row:
+    part, i = self.find(i)
+    return {**part.rows[i], 'source': part.name}
+
+  def find(self, i: int) -> tuple[Part, int]:
+    """The source of a row, and its place there."""
     i = range(self._size)[i]
     part = self.parts[bisect.bisect_right(self._starts, i) - 1]
-    return {**part.rows[i - part.start], 'source': part.name}
+    return part, i - part.start
 
 
 def parts(rows: Source) -> tuple[Part, ...]:
   """The sources of a mixture; of other rows one, without a name."""
   return rows.parts if isinstance(rows, Mixture) else (Part('', 0, rows, 1.0),)
+
+
+def made(
+  rows: Source,
+  i: int,
+  make: Callable[[Row], T],
+  *,
+  what: str = 'the data',
+  bad: Callable[[BadRow], Any] = lambda e: None,
+) -> T | Any:
+  """Returns what `make` returns for a row, a BadRow with its address.
+
+  Args:
+    rows: of the data.
+    i: which one.
+    make: may raise a BadRow.
+    what: names rows that have no address of their own.
+    bad: called with the BadRow, for what is returned, where these are left out.
+  """
+  if isinstance(rows, Mixture):
+    part, i = rows.find(i)
+    return made(part.rows, i, make, what=what, bad=bad)
+  if not isinstance(rows, Rows):
+    try:
+      return make(rows[i])
+    except BadRow as e:
+      raise BadRow(f'row {i} of {what}: {e}') from e
+  try:
+    return rows.use(i, make)
+  except BadRow as e:
+    if rows.skip:
+      return bad(e)
+    raise _stop(e) from e
+
+
+def each(
+  rows: Source,
+  make: Callable[[Row], T],
+  *,
+  what: str = 'the data',
+  bad: Callable[[BadRow], None] = lambda e: None,
+) -> Iterator[T]:
+  """What `make` returns for each row, unless that is None; see `made`."""
+  # By index: iterating, Grain starts threads that take four times as long.
+  for i in range(len(rows)):
+    if (found := made(rows, i, make, what=what, bad=bad)) is not None:
+      yield found
+
+
+def _stop(e: BadRow) -> BadRow:
+  return BadRow(f"{e} Correct it, or set data.bad_rows='skip' to leave it out.")
+
+
+def skipped(bad: Sequence[BadRow], count: int, what: str) -> str:
+  """The line that says how many of so many rows are left out, and why."""
+  return (
+    f'{what}: {len(bad):,} of {count:,} rows are bad and left out; the first:'
+    f' {bad[0]}'
+  )
+
+
+def check_apart(rows: Mapping[str, Source], *pairs: tuple[str, str]) -> None:
+  """Refuses pairs of splits that have rows of the same place in common."""
+  for one, other in pairs:
+    both = itertools.product(_held(rows[one]), _held(rows[other]))
+    for (name, mine), (theirs, their) in both:
+      common = range(max(mine.start, their.start), min(mine.stop, their.stop))
+      if name == theirs and common:
+        raise UserError(
+          f'the splits {one} and {other} have {len(common)} rows in common,'
+          f' of {name}: nothing may be fitted and judged on the same ones.'
+          ' data.name needs "{split}" in the name and a file for each split,'
+          " or data.splits windows of one: {'train': 'train[10%:]',"
+          " 'validation': 'train[:5%]', 'test': 'train[5%:10%]'}."
+        )
+
+
+def _held(rows: Source) -> list[tuple[str, range]]:
+  some = [part.rows for part in parts(rows)]
+  return [held for x in some if isinstance(x, Rows) for held in x.held()]
 
 
 def empty_lines(rows: Source) -> int:
@@ -107,101 +204,50 @@ def source(
   *,
   fields: Mapping[str, str] | None = None,
   splits: Mapping[str, str] | None = None,
+  bad_rows: str = 'stop',
 ) -> Source:
   """Returns the rows of a split; a UserError says what is wrong, and where.
 
   Args:
-    name: a TFDS builder; a path that ends in .jsonl or .parquet, in which * and
-      ? match many files and "{split}" stands for the split; or "hf:" and a
-      folder that `save_to_disk` wrote or owner/name@commit, with a subset
-      owner/name:subset@commit.
+    name: a TFDS builder; a path that ends in .jsonl, .json, these with .gz, or
+      .parquet, in which * and ? match many files and "{split}" stands for the
+      split; or "hf:" and a folder that `save_to_disk` wrote or
+      owner/name@commit, with a subset owner/name:subset@commit.
     split: train, validation or test.
     data_dir: where TFDS builders are prepared.
     fields: our name -> theirs. If it names the text and not the messages, or
       the other way round, what they call the other is dropped.
     splits: our split -> theirs, of which [a:b] takes rows or per cent:
       {'validation': 'train[:5%]'}.
+    bad_rows: 'stop' at the first one, or 'skip' them, as `made` does.
   """
-  fields = fields or {}
+  if bad_rows not in BAD_ROWS:
+    raise UserError(
+      f'data.bad_rows is {bad_rows!r}; known are {", ".join(BAD_ROWS)}.'
+    )
+  fields, skip = fields or {}, bad_rows == 'skip'
   asked = (splits or {}).get(split, split)
   split, window = _window(asked)
   filled = name.replace('{split}', split)
   if name.startswith('hf:'):
     table = readers.hugging_face(filled, split)
-  elif name.endswith('.jsonl'):
-    table = readers.jsonl(
-      readers.paths(filled), functools.partial(prepare, fields)
-    )
+  elif name.endswith(readers.JSON):
+    check = None if skip else functools.partial(conversations.prepare, fields)
+    try:
+      table = readers.jsonl(readers.paths(filled), check)
+    except BadRow as e:
+      raise _stop(e) from e
   elif name.endswith('.parquet'):
     table = readers.parquet(readers.paths(filled))
   else:
     table = readers.builder(name, split, data_dir)
-  rows = Rows(table, fields, window(table.size))
+  rows = Rows(table, fields, window(table.size), skip)
   if not rows:
     raise UserError(f'{filled} is empty: it has no rows of split {asked!r}.')
-  rows[0]  # before anything is spent
+  bad = []  # before anything is spent
+  if next(each(rows, lambda row: row, bad=bad.append), None) is None:
+    raise UserError(f'all {len(rows)} rows are bad; the first: {bad[0]}')
   return rows
-
-
-def check_row(row: Any) -> str:
-  """What a row lacks, by our names for its fields; '' if nothing."""
-  known = f'; it has {", ".join(row)}' if isinstance(row, dict) else ''
-  row = row if isinstance(row, dict) else {}
-  if isinstance(row.get('text'), bytes):
-    return 'the text is not UTF-8.'
-  pair = [row.get(name) for name in ('chosen', 'rejected')]
-  if 'messages' in row:
-    asks = _is_messages(row['messages'])
-  elif 'text' in row:
-    asks = isinstance(row['text'], str)
-  else:
-    asks = None not in pair  # enough for a reward model
-  if not asks:
-    return (
-      'expected an object with a string "text", or with "messages", a list of'
-      ' objects with strings "role" and "content", or with "chosen" and'
-      f' "rejected"{known}. data.fields gives fields these names.'
-    )
-  if pair != [None, None] and not (
-    all(isinstance(x, str) for x in pair) or all(map(_is_messages, pair))
-  ):
-    return '"chosen" and "rejected" must both be strings or both be messages.'
-  return ''
-
-
-def _is_messages(value: Any) -> bool:
-  return (
-    isinstance(value, list)
-    and bool(value)
-    and all(
-      isinstance(m, dict)
-      and isinstance(m.get('role'), str)
-      and isinstance(m.get('content'), str)
-      for m in value
-    )
-  )
-
-
-def prepare(fields: Mapping[str, str], row: Any, place: str) -> Row:
-  """The row under our names; a UserError if it is none."""
-  if fields and isinstance(row, dict):
-    for ours, theirs in fields.items():
-      if theirs not in row:
-        raise UserError(
-          f'{place}: no field {theirs!r}, which data.fields calls {ours!r}; it'
-          f' has {", ".join(row)}.'
-        )
-    named = {ours: row[theirs] for ours, theirs in fields.items()}
-    gone = set(fields.values())
-    if not {'text', 'messages'}.isdisjoint(fields):
-      gone |= {'text', 'messages'}
-    row = {k: v for k, v in row.items() if k not in gone} | named
-  if isinstance(row, dict) and {'text', 'messages'}.isdisjoint(row):
-    ours = {str: 'text', list: 'messages'}.get(type(row.get('prompt')))
-    row = {ours if ours and k == 'prompt' else k: v for k, v in row.items()}
-  if problem := check_row(row):
-    raise UserError(f'{place}: {problem}')
-  return row
 
 
 def _window(split: str) -> tuple[str, Callable[[int], range]]:

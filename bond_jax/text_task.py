@@ -19,6 +19,7 @@ from bond_jax import (
   fields,
   hosts,
   origin,
+  preferences,
   reward_training,
   sampling,
   scoring,
@@ -31,6 +32,7 @@ from bond_jax.errors import UserError
 from bond_jax.log_probs import log_probs
 from bond_jax.models import lora
 from bond_jax.sampling import sample
+from bond_jax.types import Prompts
 
 NEEDED = ('sampling_mesh', 'data', 'weights', 'tokenizer', 'model', 'prompt',
           'length', 'stop', 'chunk', 'slots', 'reward', 'gold',
@@ -74,8 +76,8 @@ def check(config: ml_collections.ConfigDict, mesh) -> None:
     build.check_reward(config[name], name)
   if 'reward_model' in config:
     reward_training.check(config, mesh)
-  for split in ('train', 'validation', 'test'):
-    build.rows(config, split)
+  rows = {split: build.rows(config, split) for split in preferences.SPLITS}
+  sources.check_apart(rows, ('train', 'validation'), ('train', 'test'))
 
 
 def make(config: ml_collections.ConfigDict, workdir: str, mesh) -> build.Task:
@@ -83,26 +85,24 @@ def make(config: ml_collections.ConfigDict, workdir: str, mesh) -> build.Task:
   tokenizer = origin.load_tokenizer(config, workdir)
   stop = stops.of(tokenizer, config.stop)
   encode = origin.make_encoder(config, tokenizer)
+  # A bad row shows before weights are loaded, also one that is used later.
+  rows = build.rows(config, 'train')
+  whole = origin.make_encoder(config, tokenizer, longer='drop')
+  facts = look_at(rows, whole, config.prompt)
+  held_out, prompts = held_out_prompts(
+    config, encode, 'validation', config.train.probe_prompts
+  )
+  held_out_prompts(config, encode, 'test', config.evaluate.prompts)
   policy = origin.make_policy(config.model, config.tokenizer.vocab_size)
   frozen = origin.load_frozen(config, policy, workdir, mesh)
   ask, ask_gold = (
     build.make_ask(config, name, workdir) for name in ('reward', 'gold')
   )
-  rows = build.rows(config, 'train')
-  whole = origin.make_encoder(config, tokenizer, longer='drop')
-  facts = look_at(rows, whole, config.prompt)
 
   def scored(prompts, drawn):
     return ask(*build.texts(config, tokenizer, rows, prompts, drawn))
 
   def make_probe(frozen):
-    held_out = build.rows(config, 'validation')
-    prompts = data.fixed_prompts(
-      held_out,
-      encode,
-      length=config.prompt.length,
-      count=config.train.probe_prompts,
-    )
     on_mesh = sharding.put_batch(prompts, mesh)
     probe = probe_programs(config, policy, stop, mesh)
     key, base = build.key(config.seed, 'probe'), frozen.base
@@ -137,25 +137,41 @@ def make(config: ml_collections.ConfigDict, workdir: str, mesh) -> build.Task:
   )
 
 
-def look_at(rows: data.Source, encode: data.Encode, prompt) -> dict[str, int]:
-  """Says, once, what of the data no whole prompt is made of, and how much.
+def held_out_prompts(
+  config: ml_collections.ConfigDict, encode: data.Encode, split: str, count: int
+) -> tuple[data.Source, Prompts]:
+  """The rows of a split, and the fixed prompts that are made of them."""
+  rows = build.rows(config, split)
+  length = config.prompt.length
+  return rows, data.fixed_prompts(rows, encode, length=length, count=count)
 
-  `encode` drops prompts that are too long.
+
+def look_at(rows: data.Source, make: data.Make, prompt) -> dict[str, int]:
+  """Says, once, what of the data is not used, and how much.
+
+  `make` drops prompts that are too long; where `prompt`, the settings of the
+  prompts, is None, it makes none.
   """
-  counts = data.count_left_out(rows, encode)
-  empty = sources.empty_lines(rows)
-  lines = data.describe(counts, prompt.kind, prompt.length, prompt.longer)
-  if empty:
+  bad = []
+  counts = data.count_left_out(rows, make, bad=bad)
+  looked_at = sum(count.looked_at for count in counts)
+  facts, lines = {'rows_looked_at': looked_at}, []
+  if prompt:
+    kept = prompt.kind != 'opening' and prompt.longer == 'cut'
+    facts = {
+      'prompts_looked_at': looked_at,
+      'prompts_cut' if kept else 'prompts_left_out': sum(
+        count.left_out for count in counts
+      ),
+    }
+    lines = data.describe(counts, prompt.kind, prompt.length, prompt.longer)
+  if empty := sources.empty_lines(rows):
     lines.append(f'data: {empty:,} empty lines are skipped')
-  hosts.say('\n'.join(lines))
-  kept = prompt.kind != 'opening' and prompt.longer == 'cut'
-  return {
-    'prompts_looked_at': sum(count.looked_at for count in counts),
-    'prompts_cut' if kept else 'prompts_left_out': sum(
-      count.left_out for count in counts
-    ),
-    'empty_lines': empty,
-  }
+  if bad:
+    lines.append(sources.skipped(bad, looked_at, 'data'))
+  if lines:
+    hosts.say('\n'.join(lines))
+  return {**facts, 'bad_rows': len(bad), 'empty_lines': empty}
 
 
 class Probe(NamedTuple):

@@ -19,7 +19,7 @@ import os
 import sentencepiece
 
 from bond_jax import hosts
-from bond_jax.errors import UserError
+from bond_jax.errors import BadRow, UserError
 
 # What begins and ends a turn, up to Gemma 3 and from Gemma 4 on.
 TURNS = ('<start_of_turn>', '<end_of_turn>'), ('<|turn>', '<turn|>')
@@ -132,7 +132,7 @@ def chat(
     before, messages = messages[:1], messages[1:]
   elif messages and messages[0][0] == 'system':
     if not system:
-      raise UserError(
+      raise BadRow(
         "this family has no system turn; put the system's words into the"
         " user's first message."
       )
@@ -140,7 +140,7 @@ def chat(
   roles = [{'model': 'assistant'}.get(role, role) for role, _ in messages]
   due = ['assistant' if i % 2 else 'user' for i in range(len(roles))]
   if roles != due or not len(roles) % 2:
-    raise UserError(
+    raise BadRow(
       f'the roles of a conversation are {roles}; user and assistant must take'
       ' turns, the user first and last.'
     )

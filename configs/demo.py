@@ -94,8 +94,8 @@ def get_config(argument: str = 'algorithm=jbond') -> ml_collections.ConfigDict:
   # Devices along each axis; data=-1 takes all.
   config.mesh = dict(data=-1, model=1)
   config.sampling_mesh = dict(data=-1, model=1)  # the same devices
-  # A TFDS builder, a path with {split} that ends in .jsonl or .parquet, or
-  # hf:owner/name@commit; see docs/data.md for this and for the rest.
+  # A TFDS builder, a path with {split} that ends in .jsonl, .json, .jsonl.gz or
+  # .parquet, or hf:owner/name@commit; see docs/data.md for this and the rest.
   config.data = dict(
     name='movie_reviews',
     data_dir='data',  # of TFDS
@@ -103,6 +103,7 @@ def get_config(argument: str = 'algorithm=jbond') -> ml_collections.ConfigDict:
     splits=dict(),  # our splits -> theirs: validation='train[:5%]'
     # Several in the place of one, name -> dict(name, weight, fields, splits).
     mix=dict(),
+    bad_rows='stop',  # or 'skip': leave them out, and say how many
   )
   config.weights = ''  # a checkpoint that the sft stage starts from; '' = none
   # A SentencePiece file; '' = one that the sft stage trains on the data.

@@ -52,7 +52,12 @@ def get_config(
   config.mesh = dict(data=-1, model=1)
   config.sampling_mesh = dict(data=-1, model=sampling_model)
   config.data = dict(
-    name=unset(), data_dir='data', fields=dict(), splits=dict(), mix=dict()
+    name=unset(),
+    data_dir='data',
+    fields=dict(),
+    splits=dict(),
+    mix=dict(),
+    bad_rows='stop',
   )
   config.tokenizer = dict(path=unset(), sha256='', vocab_size=vocab_size)
   config.model = dict(

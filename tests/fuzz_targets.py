@@ -58,6 +58,11 @@ ROWS = [
   [{'prompt': 'Say.', 'chosen': 'good', 'rejected': 'bad', 'margin': 0.5}],
   [{'chosen': [*MESSAGES, {'role': 'assistant', 'content': 'yes'}],
     'rejected': [*MESSAGES, {'role': 'assistant', 'content': 'no'}]}],
+  [{'conversations': [{'from': 'human', 'value': 'Is it good?'}],
+    'chosen': [{'from': 'gpt', 'value': 'yes'}],
+    'rejected': [{'role': 'model', 'content': [{'text': 'no'}]}]}],
+  [{'chosen': '\n\nHuman: Is it?\n\nAssistant: yes',
+    'rejected': '\n\nHuman: Is it?\n\nAssistant: no'}],
 ]  # fmt: skip
 
 
@@ -175,7 +180,8 @@ def jsonl(folder: Path) -> Target:
     path = _write(folder / 'x.jsonl', content)
     _use(sources.source(path, 'train', ''))
 
-  return Target('rows .jsonl', 'lines', [_lines(r) for r in ROWS], read)
+  seeds = [*map(_lines, ROWS), _lines([ROWS[0] + ROWS[1]])]  # an array, too
+  return Target('rows .jsonl', 'lines', seeds, read)
 
 
 def parquet(folder: Path) -> Target:
@@ -211,11 +217,15 @@ def columns(folder: Path) -> Target:
 def settings_of_data(folder: Path) -> Target:
   """data.name, fields and splits, of rows that are well."""
   _write(folder / 'x.jsonl', _lines(ROWS[0]))
+  rest = {'validation': 'a[1:]', 'test': 'a[-1:]'}
+  splits = {'train': 'a[:50%]', **rest}
+  mixed = dict(name=f'{folder}/x.jsonl', weight=2, splits=splits)
   seeds = [
-    dict(name='x.jsonl', fields={'text': 'text'}, splits={'train': 'a[:1]'}),
-    dict(name='x.jsonl', fields={}, splits={'train': 'a[5%:]'}),
-    dict(name='x.jsonl', mix={'a': dict(name=f'{folder}/x.jsonl', weight=2)}),
-  ]
+    dict(name='x.jsonl', fields={'text': 'text'},
+         splits={'train': 'a[:1]', **rest}),
+    dict(name='x.jsonl', fields={}, splits=splits, bad_rows='skip'),
+    dict(name='x.jsonl', mix={'a': mixed}),
+  ]  # fmt: skip
 
   def read(content):
     try:

@@ -260,6 +260,7 @@ def test_a_run_says_what_does_not_fit(config, capsys, longer, name, fate):
   assert 0 < left_out[0] < 45 and facts == {
     'prompts_looked_at': 345,
     name: sum(left_out),
+    'bad_rows': 0,
     'empty_lines': 10,
   }
   end = f'prompts are longer than prompt.length = 25 and {fate}'

@@ -122,7 +122,8 @@ def test_ratings_are_asked_for(config, tmp_path):
   rows = _rows('validation')
   del rows[3]['rating']
   _write(tmp_path, 'validation', rows)
-  with pytest.raises(UserError, match='validation split .* "rating"'):
+  where = r"validation\.jsonl:4: 'rating' is 'not there', expected a number"
+  with pytest.raises(UserError, match=where):
     reward_model.main(config, str(tmp_path / 'run'))
   assert not (tmp_path / 'run' / 'reward').exists()
 

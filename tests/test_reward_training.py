@@ -484,7 +484,10 @@ def test_it_starts_from_the_sft_stage_and_takes_pairs(tmp_path):
     (dict(merge_dropout=1.0), 'merge_dropout must be 0 or more and less'),
     (dict(steps=0), 'steps must be 1 or more, got 0'),
     (dict(members=0), 'members must be 1 or more, got 0'),
-    (dict(data=dict(name='x.jsonl')), 'needs "{split}" in the name'),
+    (
+      dict(data=dict(name=f'{toy.folder()}/train.jsonl')),
+      'needs "{split}" in the name',
+    ),
     (dict(weights='sft'), 'has no model or tokenizer of its own'),
     (dict(min_gap=99.0), 'no two ratings of the train split.*differ'),
     (dict(length=3), 'all 300 rows of the train split are longer'),

@@ -1,5 +1,6 @@
 """Rows: from every kind of place, under our names, or one line about them."""
 
+import gzip
 import json
 import os
 import pathlib
@@ -16,8 +17,8 @@ import pytest
 import tensorflow_datasets as tfds
 import toy
 
-from bond_jax import build, data, sources
-from bond_jax.errors import UserError
+from bond_jax import build, data, sharding, sources, text_task, tokenizer
+from bond_jax.errors import BadRow, UserError
 
 FEATURES = {
   'document': tfds.features.Text(),
@@ -402,3 +403,184 @@ def test_a_config_names_fields_and_splits(tmp_path):
   sizes = [len(build.rows(made, s)) for s in ('train', 'validation', 'test')]
   assert sizes == [5, 2, 1]
   assert build.rows(made, 'train')[0]['text'] == PAIRS[2]['prompt']
+
+
+# -- Rows that are bad
+
+
+BAD = '{"text": 3}\nnot json\n{"text": "caf\\ud83d"}\n{"id": 1}\n'
+
+
+def test_bad_rows_are_left_out_where_they_may_be(tmp_path):
+  """The others keep their places, from which their ids come."""
+  path = tmp_path / 'x.jsonl'
+  path.write_text('{"text": 0}\n{"text": "a"}\n\n' + BAD + '{"text": "b"}\n')
+  says(
+    lambda: sources.source(str(path), '', ''), f'{path}:1: ', "bad_rows='skip'"
+  )
+  rows = sources.source(str(path), '', '', bad_rows='skip')
+  assert len(rows) == 7
+  bad = []
+  found = list(sources.each(rows, lambda row: row['text'], bad=bad.append))
+  assert found == ['a', 'b'] and rows[6]['text'] == 'b'
+  places = [str(e).partition(': ')[0] for e in bad]
+  assert places == [f'{path}:{k}' for k in (1, 4, 5, 6, 7)]
+  encode = lambda row: [1, ord(row['text'])]
+  made = data.prompts(rows, encode, length=2, batch=4, seed=0)
+  assert sorted(next(made).id.tolist()) == [1, 1, 6, 6]
+  bad = []
+  assert data.count_left_out(rows, encode, bad=bad) == [('', 7, 7, 0)]
+  assert len(bad) == 5
+  assert data.fixed_prompts(rows, encode, length=2, count=2).id.tolist() == [
+    1, 6
+  ]  # fmt: skip
+
+
+@pytest.mark.parametrize('name', ['x.jsonl', 'x.json', 'x.parquet', 'mixture'])
+def test_what_an_encoder_refuses_has_a_place(tmp_path, name):
+  """Bad for what it is used for; the same for every format."""
+  given = [{'text': 'a'}, {'text': 'bad'}, {'text': 'c'}]
+  path, place = str(tmp_path / name), ':2: '
+  if name == 'x.json':
+    pathlib.Path(path).write_text(json.dumps(given, indent=1))
+    place = ':5: '
+  elif name == 'x.parquet':
+    pa.parquet.write_table(pa.Table.from_pylist(given), path)
+    place = ', row 1: '
+  else:
+    path = write(tmp_path / 'x.jsonl', *given)
+  how = dict(name=path)
+  if name == 'mixture':
+    how['mix'] = dict(z=dict(name=path), a=dict(name=path))
+
+  def encode(row):
+    if row['text'] == 'bad':
+      raise BadRow('it will not do.')
+    return [1, ord(row['text'])]
+
+  rows = build.rows(config(**how), 'train')
+  draw = lambda: data.prompts(rows, encode, length=2, batch=6, seed=0)
+  for use in (
+    lambda: data.count_left_out(rows, encode),
+    lambda: data.fixed_prompts(rows, encode, length=2, count=3),
+    lambda: list(sources.each(rows, encode)),
+    lambda: next(draw()),
+  ):
+    line = says(use, 'it will not do.', "data.bad_rows='skip'")
+    assert line.startswith(f'{path}{place}')
+  rows, bad = build.rows(config(**how, bad_rows='skip'), 'train'), []
+  count, *_ = data.count_left_out(rows, encode, bad=bad)
+  assert count == (count.name, 3, 3, 0) and len(bad) == len(rows) // 3
+  good = {i for i in range(len(rows)) if i % 3 != 1}
+  assert set(next(draw()).id.tolist()) == good
+
+
+def test_where_every_row_is_bad_the_first_one_is_said(tmp_path):
+  (tmp_path / 'x.jsonl').write_text(BAD)
+  name = f'{tmp_path}/x.jsonl'
+  read = lambda **how: sources.source(name, '', '', **how)
+  says(lambda: read(bad_rows='skip'), 'all 4 rows are bad', f'{name}:1: ')
+  says(lambda: read(bad_rows='drop'), "data.bad_rows is 'drop'", 'stop, skip')
+  write(tmp_path / 'x.jsonl', {'text': 'a'})
+
+  def refuse(row):
+    raise BadRow('it will not do.')
+
+  for make in (data.prompts, data.fixed_prompts):
+    how = dict(batch=1, seed=0) if make is data.prompts else dict(count=1)
+    says(
+      lambda make=make, how=how: make(
+        read(bad_rows='skip'), refuse, length=2, **how
+      ),
+      '0 distinct prompts',
+    )
+  words = tokenizer.train(['one two three'] * 50, str(tmp_path / 'words'), 24)
+  write(tmp_path / 'x.jsonl', {'messages': TALK})
+  says(
+    lambda: data.sentences(
+      read(bad_rows='skip'), words, length=3, batch=1, seed=0
+    ),
+    'no row that can be used',
+    f'{name}:1: a row has no text',
+  )
+
+
+# -- Splits that are apart
+
+
+PLACES = ('x.jsonl', 'x.json', 'x.jsonl.gz', 'x.parquet', '?.jsonl',
+          '{split}.jsonl', 'builder', 'mixture')  # fmt: skip
+
+
+@pytest.fixture(params=PLACES)
+def of_windows(request, tmp_path, data_dir):
+  """A place with 20 rows; a function: windows of it -> a config on them."""
+  kind, given = request.param, [{'text': str(i)} for i in range(20)]
+  path, names, more = tmp_path / kind, ['x', 'x', 'x'], {}
+  text = '\n'.join(map(json.dumps, given))
+  if kind == 'x.json':
+    path.write_text(json.dumps(given))
+  elif kind == 'x.jsonl.gz':
+    path.write_bytes(gzip.compress(text.encode()))
+  elif kind == 'x.parquet':
+    pa.parquet.write_table(pa.Table.from_pylist(given), path)
+  elif kind == '?.jsonl':
+    write(tmp_path / 'x.jsonl', *given[:8])
+    write(tmp_path / 'y.jsonl', *given[8:])
+  elif kind == 'builder':
+    path, names = 'small_news', ['train'] * 3
+    more = dict(data_dir=data_dir, fields={'text': 'summary'})
+  else:
+    path = tmp_path / 'x.jsonl'
+    path.write_text(text)
+  if kind == '{split}.jsonl':  # one file by two names
+    path, names = tmp_path / kind, ['x', 'y', 'x']
+    os.symlink(tmp_path / 'x.jsonl', tmp_path / 'y.jsonl')
+
+  def config_of(windows):
+    keys = 'train', 'validation', 'test'
+    both = zip(names, windows, strict=True)
+    splits = dict(zip(keys, map(''.join, both), strict=True))
+    source = dict(name=str(path), splits=splits)
+    if kind == 'mixture':
+      other = dict(name=f'{toy.folder()}/{{split}}.jsonl')
+      return config(mix=dict(a=source, b=other))
+    return config(**source, **more)
+
+  return config_of
+
+
+@pytest.mark.parametrize(
+  'windows, pair',
+  [
+    (('', '', ''), 'train and validation'),
+    (('[:50%]', '[40%:60%]', '[60%:]'), 'train and validation'),
+    (('[10:]', '[:10]', '[-1:]'), 'train and test'),
+    (('[:10]', '[10:]', '[10:]'), None),
+    (('[10%:]', '[:1]', '[1:2]'), None),
+    (('[:8]', '[8:12]', '[12:]'), None),
+  ],
+)
+def test_no_row_is_both_fitted_and_judged(of_windows, windows, pair):
+  mesh = sharding.make_mesh(1, 1)
+  check = lambda: text_task.check(of_windows(windows), mesh)
+  if pair:
+    says(check, f'the splits {pair} have', 'rows in common', '{split}', '[:5%]')
+  else:
+    check()
+
+
+@pytest.mark.parametrize('stage', toy.STAGES)
+def test_every_stage_refuses_rows_that_serve_twice(tmp_path, stage):
+  made = config(name=f'{toy.folder()}/train.jsonl')
+  run = lambda: toy.run(stage, made, str(tmp_path / 'run'))
+  says(run, 'the splits train and validation have 300 rows in common')
+  assert not (tmp_path / 'run').exists()
+
+
+def test_a_reward_model_is_not_judged_where_it_is_chosen(tmp_path):
+  made = config(
+    name=f'{toy.folder()}/{{split}}.jsonl', splits=dict(test='validation')
+  )
+  run = lambda: toy.run('reward_model', made, str(tmp_path / 'run'))
+  says(run, 'the splits validation and test have 60 rows in common')

@@ -183,7 +183,7 @@ def _log_odds(logits: np.ndarray, index: int) -> np.ndarray:
 
 
 def _field(row, name: str) -> str:
-  if name not in row:
+  if row.get(name) is None:
     raise UserError(
       f'a row has no field {name!r}, which is to entail the completion; it has'
       f' {", ".join(row) or "none"}; name another with reward.args.premise.'
@@ -193,10 +193,11 @@ def _field(row, name: str) -> str:
 
 
 def _conversations(tokenizer, prompts, completions, context) -> list[str]:
-  """The row's messages, or the prompt as the only one, and the answer."""
+  """The turns that were read, or the prompt as the only one, and the answer."""
   found = []
   for prompt, ys, row in zip(prompts, completions, context.rows):
-    asked = row.get('messages') or [{'role': 'user', 'content': prompt}]
+    asked = context.turns and row.get('messages')
+    asked = asked or [{'role': 'user', 'content': prompt}]
     for y in ys:
       talk = [*asked, {'role': 'assistant', 'content': y}]
       found.append(tokenizer.apply_chat_template(talk, tokenize=False))

@@ -85,7 +85,7 @@ def exact_answer(key: str = 'answer', pattern: str = _MARKED) -> RewardFn:
     return _float(found[-1]) if found else None
 
   def right(i: int, row) -> float:
-    text = str(row.get(key, ''))
+    text = '' if row.get(key) is None else str(row[key])
     numbers = _NUMBER.findall(text)
     if not numbers:
       raise UserError(

@@ -209,6 +209,12 @@ def test_the_template_of_the_model_s_own_tokenizer(tmp_path):
   written = [f'{before}assistant {y} [SEP]' for y in texts[0]]
   written += [f'user of it [SEP]assistant {y} [SEP]' for y in texts[1]]
   close(got, one_at_a_time(model, written, special=False)[:, 0])
+  # Where the prompt is a text, the model has not read the row's messages.
+  got = hf.classifier(path, chat=True, length=LIMIT)(
+    ['a story', 'of it'], texts, context._replace(turns=False)
+  )
+  written[:2] = [f'user a story [SEP]assistant {y} [SEP]' for y in texts[0]]
+  close(got, one_at_a_time(model, written, special=False)[:, 0])
 
 
 def test_a_tokenizer_without_a_template(tmp_path):
