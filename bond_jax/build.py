@@ -44,7 +44,8 @@ from bond_jax.types import (
 )
 
 # Of a config, whatever its task is.
-NEEDED = ('seed', 'reference', 'save_failure', 'task', 'mesh', 'train',
+NEEDED = ('seed', 'reference', 'save_failure', 'task', 'mesh', 'sampling_mesh',
+          'model', 'length', 'chunk', 'slots', 'train',
           'algorithm')  # fmt: skip
 
 
@@ -87,17 +88,15 @@ def make_algorithm(config: ml_collections.ConfigDict):
     f[:-3] for f in os.listdir(folder) if f.endswith('.py') and f[0] != '_'
   )
   if name not in known:
-    raise UserError(
-      f'algorithm.name is {name!r}; known are {", ".join(known)}.'
-    )
+    said = f'algorithm.name is {name!r}; known are {", ".join(known)}.'
+    raise UserError(said)
   module = importlib.import_module(f'bond_jax.algorithms.{name}')
-  making.check_arguments(
-    f'algorithm {name}', module.make, config.algorithm.args
-  )
+  args = config.algorithm.args.to_dict()
+  rules = {'algorithm': {'args': fields.of_arguments(module.make)}}
+  fields.check({'algorithm': {'args': args}}, rules=rules)
   try:
-    return module.make(**config.algorithm.args)
-  except (TypeError, ValueError) as e:
-    args = dict(config.algorithm.args)
+    return module.make(**args)
+  except ValueError as e:
     raise UserError(f'algorithm {name}: {e}; args are {args}.') from e
 
 
@@ -207,26 +206,24 @@ def check(config: ml_collections.ConfigDict) -> Mesh:
   """The mesh of a config; a UserError for what no stage could work with."""
   fields.check(config.to_dict(), NEEDED)
   settings = config.train
+  if not config.model.temperature:
+    raise UserError('model.temperature is 0, the greedy law, which is for'
+                    ' bond_jax.sample; training needs more.')  # fmt: skip
   mesh = sharding.make_mesh(**config.mesh)
-  sharding.check_batch(
-    'train.batch', settings.batch, mesh, settings.micro_batches
-  )
+  sharding.reshaped(mesh, **config.sampling_mesh)
+  parts = settings.micro_batches
+  sharding.check_batch('train.batch', settings.batch, mesh, parts)
   algorithm = make_algorithm(config)
   steps = settings.rollouts * settings.epochs
-  if min(settings.rollouts, settings.epochs) < 1:
-    raise UserError(
-      f'train.rollouts ({settings.rollouts}) and train.epochs'
-      f' ({settings.epochs}) must both be 1 or more.'
-    )
   if steps > 1 and algorithm.num_policy:
     raise UserError(
       f"algorithm {config.algorithm.name} trains on the policy's completions,"
       ' which one update makes stale; set train.rollouts and train.epochs to 1.'
     )
   for name in ('steps', 'save_every'):
-    if settings[name] < 1 or settings[name] % steps:
+    if settings[name] % steps:
       raise UserError(
-        f'train.{name} ({settings[name]}) must be a positive multiple of'
+        f'train.{name} ({settings[name]}) must be a multiple of'
         f' train.rollouts x train.epochs = {steps}: a checkpoint holds no half'
         ' iteration.'
       )

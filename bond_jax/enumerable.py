@@ -19,7 +19,16 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from bond_jax import build, exact, origin, scoring, sharding, shares
+from bond_jax import (
+  build,
+  exact,
+  fields,
+  origin,
+  sampling,
+  scoring,
+  sharding,
+  shares,
+)
 from bond_jax.errors import UserError
 from bond_jax.stops import Stop
 from bond_jax.types import Frozen, Params, Policy, Prompts, Rollout
@@ -100,23 +109,15 @@ class Cycle:
 
 def check(config: ml_collections.ConfigDict, mesh) -> None:
   """Refuses sizes that do not make a language."""
-  del mesh
+  fields.check(config.to_dict(), ('enumerable',))
   settings = config.enumerable
-  if settings.vocab < 2 or config.length < 1 or settings.prompts < 1:
-    raise UserError(
-      'enumerable.vocab must be 2 or more, length and enumerable.prompts 1 or'
-      f' more; got {settings.vocab}, {config.length}, {settings.prompts}.'
-    )
-  count = sum((settings.vocab - 1) ** t for t in range(config.length + 1))
-  if count > MOST:
+  powers = (
+    (settings.vocab - 1) ** t for t in range(min(config.length, MOST) + 1)
+  )
+  if any(count > MOST for count in itertools.accumulate(powers)):
     raise UserError(
       f'enumerable.vocab ({settings.vocab}) and length ({config.length}) make'
-      f' {count} completions, which are compared in pairs; at most {MOST}.'
-    )
-  if not (settings.best_of >= 1 and settings.kl_weight >= 0):
-    raise UserError(
-      'enumerable.best_of must be 1 or more, enumerable.kl_weight 0 or more;'
-      f' got {settings.best_of} and {settings.kl_weight}.'
+      f' more than {MOST} completions, which are compared in pairs; lower one.'
     )
   if config.train.batch % settings.prompts:
     raise UserError(
@@ -128,7 +129,8 @@ def check(config: ml_collections.ConfigDict, mesh) -> None:
       f'model.lora.rank is {config.model.lora.rank}: there are no weights under'
       ' the adapters here; set it to 0.'
     )
-  make_policy(config)
+  parts = sharding.reshaped(mesh, **config.sampling_mesh).shape['data']
+  sampling.check(make_policy(config), config.length, (), config.slots, parts)
 
 
 def make_policy(config: ml_collections.ConfigDict) -> Policy:

@@ -40,11 +40,6 @@ class Guard:
     names = 'kl', 'entropy', 'length', 'signal', 'speed'
     self._limits = {name: settings[name] for name in names}
     self._limits['moves'] = setup.algorithm.anchor.moves
-    if unknown := sorted(set(self._stop_at) - set(watch.MEANING)):
-      raise UserError(
-        f'train.watch.stop has {", ".join(map(repr, unknown))}; known are'
-        f' {", ".join(watch.MEANING)}.'
-      )
     self._seen: list[watch.Row] = []
     self._found: dict[str, str] = {}
     self._names: list[str] = []  # of what the last step broke

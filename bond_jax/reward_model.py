@@ -13,37 +13,37 @@ Both write reward/summary.json.
 
 from __future__ import annotations
 
-import importlib.metadata
 import itertools
-import os
 import time
+from typing import Any
 
 import ml_collections
 
 from bond_jax import (
   build,
   command,
+  fields,
   hosts,
   metrics,
   preferences,
   reward_report,
   reward_training,
   sources,
+  text_task,
 )
 
 
 def main(config: ml_collections.ConfigDict, workdir: str) -> None:
   hosts.start()
   build.check_stage('reward_model', config, workdir)
-  reward_training.check_kind(config)
+  fields.check(config.to_dict(), (*build.NEEDED, *text_task.NEEDED))
   check_splits(config)
+  work, table = reward_training.train, reward_report.headlines
   if config.reward_model.kind == 'ridge':
-    ridge(config, workdir)
-  else:
-    build.stage(
-        'reward_model', reward_training.train, config, workdir, folder='reward',
-        table=reward_report.headlines,
-    )  # fmt: skip
+    work, table = ridge, metrics.scalars
+  build.stage(
+    'reward_model', work, config, workdir, folder='reward', table=table
+  )
 
 
 def check_splits(config: ml_collections.ConfigDict) -> None:
@@ -57,36 +57,22 @@ def check_splits(config: ml_collections.ConfigDict) -> None:
   sources.check_apart(rows, *itertools.combinations(rows, 2))
 
 
-def ridge(config: ml_collections.ConfigDict, workdir: str) -> None:
-  """Fits the ridge regression, once."""
-  path = os.path.join(workdir, 'reward', 'summary.json')
-  if not build.begin('reward_model', config, path, workdir, {}):
-    return
-  build.claim(config, workdir, workdir)
-  hosts.once(lambda: fit(config, workdir, path))
-
-
-def fit(config: ml_collections.ConfigDict, workdir: str, path: str) -> None:
-  """Fits, writes what comes out, and shows it; on one host alone."""
+def ridge(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
+  """Fits the ridge regression, on one host alone; returns the summary."""
   # Here, because it imports scikit-learn, which takes a second.
   from bond_jax import ridge_fit
 
   start = time.perf_counter()
   settings = {k: v for k, v in config.reward_model.items() if k != 'kind'}
-  report = ridge_fit.build(
-    {split: build.rows(config, split) for split in preferences.SPLITS},
-    vocab_size=config.tokenizer.vocab_size,
-    workdir=workdir,
-    **settings,
+  report = hosts.once(
+    lambda: ridge_fit.build(
+      {split: build.rows(config, split) for split in preferences.SPLITS},
+      vocab_size=config.tokenizer.vocab_size,
+      workdir=workdir,
+      **settings,
+    )
   )
-  report['seconds'] = round(time.perf_counter() - start, 3)
-  asked = {**config.data.to_dict(), **config.reward_model}
-  packages = ('numpy', 'scipy', 'scikit-learn', 'sentencepiece')
-  versions = {p: importlib.metadata.version(p) for p in packages}
-  command.write_json(path, {'asked': asked, **report, 'versions': versions})
-  shown = [(k, v) for k, v in report.items() if k != 'tokenizer_sha256']
-  rows = [('', 'value'), *shown]
-  metrics.table(rows, f'reward_model: done, see {path}')
+  return {**report, 'seconds': round(time.perf_counter() - start, 3)}
 
 
 if __name__ == '__main__':

@@ -43,11 +43,6 @@ def fit(
     The arrays of model.npz (without the tokenizer), and numbers to report.
   """
   base = vocab_size + 1
-  if base**order >= 2**63:
-    raise UserError(
-      f'reward_model.order is {order}: n-grams of {vocab_size} pieces that'
-      ' long do not fit 63 bits; use a smaller order.'
-    )
   ids, ratings = train
   row, key = ngrams(ids, order, base)
   pairs = np.unique(np.stack([key, row]), axis=1)

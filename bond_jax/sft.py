@@ -33,7 +33,6 @@ from bond_jax import (
 )
 from bond_jax import optimizer as optimizer_lib
 from bond_jax import tokenizer as tokenizer_lib
-from bond_jax.errors import UserError
 from bond_jax.guard import check_finite
 from bond_jax.log_probs import log_probs
 from bond_jax.types import Policy, TrainState
@@ -110,10 +109,6 @@ def batches_of(
   )
   if settings.target == 'text':
     return data.sentences(rows, tokenizer, **kwargs)
-  if settings.target != 'completion':
-    raise UserError(
-      f'sft.target is {settings.target!r}; known are text, completion.'
-    )
   encode = origin.make_encoder(config, tokenizer)
   length = config.prompt.length
   return data.answers(rows, encode, tokenizer, prompt_length=length, **kwargs)

@@ -34,9 +34,9 @@ from bond_jax.models import lora
 from bond_jax.sampling import sample
 from bond_jax.types import Prompts
 
-NEEDED = ('sampling_mesh', 'data', 'weights', 'tokenizer', 'model', 'prompt',
-          'length', 'stop', 'chunk', 'slots', 'reward', 'gold',
-          'evaluate')  # fmt: skip
+NEEDED = ('data', 'weights', 'tokenizer', 'prompt', 'stop', 'reward', 'gold',
+          'evaluate', 'train.probe_prompts',
+          'train.probe_completions')  # fmt: skip
 
 
 def check(config: ml_collections.ConfigDict, mesh) -> None:
@@ -45,12 +45,6 @@ def check(config: ml_collections.ConfigDict, mesh) -> None:
   A wrong setting of a late stage must not cost the early ones.
   """
   fields.check(config.to_dict(), NEEDED)
-  for name in ('probe_prompts', 'probe_completions'):
-    if name not in config.train:  # what can be enumerated has no such thing
-      raise UserError(
-        f'config.train has no {name!r}, which must be a whole number; take it'
-        ' over from configs/demo.py.'
-      )
   batches = {
     'train.probe_prompts': config.train.probe_prompts,
     'evaluate.prompts': config.evaluate.prompts,
@@ -59,15 +53,6 @@ def check(config: ml_collections.ConfigDict, mesh) -> None:
     batches['sft.batch'] = config.sft.batch
   for name, batch in batches.items():
     sharding.check_batch(name, batch, mesh, 1)
-  if config.model.temperature <= 0:
-    raise UserError(
-      f'model.temperature is {config.model.temperature}; a law to train must be'
-      ' above 0 (1.0 = the model itself). 0, the greedy law, is for'
-      ' bond_jax.sample.'
-    )
-  data.check_prompt(
-    config.prompt.kind, config.prompt.length, config.prompt.longer
-  )
   policy = origin.make_policy(config.model, config.tokenizer.vocab_size)
   parts = sharding.reshaped(mesh, **config.sampling_mesh).shape['data']
   stop = stops.make((), [b''], config.stop)  # the ids come with a vocabulary

@@ -82,7 +82,7 @@ def get_config(argument: str = 'algorithm=jbond') -> ml_collections.ConfigDict:
   """Returns the settings of all four stages, for one algorithm."""
   _, _, name = argument.partition('algorithm=')
   # A name that is not here is refused, with those that are, by every stage.
-  steps, batch, rate, args = ALGORITHMS.get(name, (1, 8, 0.0, {}))
+  steps, batch, rate, args = ALGORITHMS.get(name, (1, 8, 1e-3, {}))
   config = ml_collections.ConfigDict()
   config.seed = 0
   # The run whose sft and reward stages this one starts from: by default its

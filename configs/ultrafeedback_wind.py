@@ -38,7 +38,7 @@ ALGORITHMS = dict(
 
 def get_config(argument: str = 'algorithm=wind'):
   _, _, name = argument.partition('algorithm=')
-  rate, rollouts, args = ALGORITHMS.get(name, (0.0, 1, {}))
+  rate, rollouts, args = ALGORITHMS.get(name, (1e-6, 1, {}))
   config = gemma_jbond.get_config(
     'gemma2_9b', vocab_size=256_000, learning_rate=rate, lora_rank=0
   )

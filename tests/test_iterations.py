@@ -194,7 +194,7 @@ def test_a_run_of_half_iterations_is_refused(name, value):
   config = get_config()
   build.check(config)
   config.train[name] = value
-  says = rf'train.{name} \({value}\) must be a positive multiple of .* = 4:'
+  says = rf'train.{name} \({value}\) must be a multiple of .* = 4:'
   with pytest.raises(UserError, match=says):
     build.check(config)
 

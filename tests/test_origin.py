@@ -149,8 +149,8 @@ def test_supervised_training_starts_from_weights(release, tmp_path):
     ('tokenizer.vocab_size', 119, 'has 120 pieces, .* of another model'),
     ('model.sizes.features', 32, 'not hold the model of the config'),
     ('prompt.length', 8, '0 distinct prompts of prompt.length 8'),
-    ('prompt.kind', 'turns', "prompt.kind is 'turns'; known are opening"),
-    ('model.lora.rank', -1, 'LoRA needs a whole rank'),
+    ('prompt.kind', 'turns', "prompt.kind is 'turns', expected 'opening'"),
+    ('model.lora.rank', -1, 'lora.rank is -1, expected a whole number, 0'),
     ('model.lora.rank', 1.5, 'lora.rank is 1.5, expected a whole number'),
   ],
 )

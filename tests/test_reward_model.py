@@ -2,13 +2,14 @@
 
 import json
 import os
+import signal
 
-import ml_collections
 import numpy as np
 import pytest
+import toy
 
-from bond_jax import command, reward_model
-from bond_jax.errors import UserError
+from bond_jax import command, locks, reward_model, ridge_fit
+from bond_jax.errors import Stopped, UserError
 from bond_jax.rewards import ridge
 
 WORDS = {'great': 2.5, 'fine': 1.0, 'odd': -0.5, 'dull': -1.5, 'awful': -3.0}
@@ -35,25 +36,12 @@ def _write(folder, split, rows):
 def config(tmp_path):
   for split in ('train', 'validation', 'test'):
     _write(tmp_path, split, _rows(split))
-  return ml_collections.ConfigDict(
-    {
-      'data': {
-        'name': str(tmp_path / '{split}.jsonl'),
-        'data_dir': '',
-        'fields': {},
-        'splits': {},
-        'mix': {},
-      },
-      'reference': '{workdir}',
-      'tokenizer': {'vocab_size': 80},
-      'reward_model': {
-        'kind': 'ridge',
-        'order': 2,
-        'min_count': 1,
-        'alphas': (0.01, 0.1, 100),
-      },
-    }
+  config = toy.get_config(str(tmp_path))
+  config.tokenizer.vocab_size = 80
+  config.reward_model.update(
+    dict(order=2, min_count=1, alphas=(0.01, 0.1, 100.0))
   )
+  return config
 
 
 def test_learns_ratings_that_it_has_not_seen(config, tmp_path, capsys):
@@ -63,7 +51,7 @@ def test_learns_ratings_that_it_has_not_seen(config, tmp_path, capsys):
   assert summary['alpha'] in (0.01, 0.1, 100)
   assert summary['test_pearson'] > 0.97
   assert summary['test_spearman'] > 0.95
-  assert summary['asked']['min_count'] == 1
+  assert summary['versions']['scikit-learn']
   assert summary['seconds'] > 0
   assert 'test_pearson' in capsys.readouterr().out
   assert sorted(os.listdir(os.path.join(workdir, 'reward'))) == [
@@ -125,7 +113,7 @@ def test_ratings_are_asked_for(config, tmp_path):
   where = r"validation\.jsonl:4: 'rating' is 'not there', expected a number"
   with pytest.raises(UserError, match=where):
     reward_model.main(config, str(tmp_path / 'run'))
-  assert not (tmp_path / 'run' / 'reward').exists()
+  assert not os.listdir(tmp_path / 'run' / 'reward')
 
 
 def test_one_file_for_all_splits_is_refused(config, tmp_path):
@@ -152,3 +140,28 @@ def test_constant_ratings_are_said(config, tmp_path):
     _write(tmp_path, split, [{**r, 'rating': 1} for r in _rows(split)])
   with pytest.raises(UserError, match='are all ratings the same'):
     reward_model.main(config, str(tmp_path / 'run'))
+
+
+def test_it_is_a_stage_as_all_others(config, tmp_path, monkeypatch):
+  """One command at a time, checked before it begins, and ended by a signal."""
+  workdir, build = str(tmp_path / 'run'), ridge_fit.build
+  config.evaluate.prompts = 1
+  with pytest.raises(UserError, match='config.evaluate.prompts is 1'):
+    reward_model.main(config, workdir)
+  assert not os.path.exists(workdir)
+  config.evaluate.prompts = 2
+
+  def signals(*args, **kwargs):
+    with pytest.raises(
+      UserError, match='is in use by .*, reward_model, started'
+    ):
+      locks.held(workdir, 'train').__enter__()
+    os.kill(os.getpid(), signal.SIGTERM)
+    return build(*args, **kwargs)
+
+  monkeypatch.setattr(ridge_fit, 'build', signals)
+  with pytest.raises(Stopped, match='SIGTERM: ended before anything'):
+    reward_model.main(config, workdir)
+  monkeypatch.undo()
+  reward_model.main(config, workdir)
+  assert os.listdir(os.path.join(workdir, 'reward'))

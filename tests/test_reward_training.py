@@ -477,13 +477,6 @@ def test_it_starts_from_the_sft_stage_and_takes_pairs(tmp_path):
 @pytest.mark.parametrize(
   'changes, says',
   [
-    (dict(kind='tree'), "kind is 'tree'; known are ridge, gemma"),
-    (dict(loss='hinge'), "loss is 'hinge'; known are bradley_terry, margin"),
-    (dict(pool='max'), "pool is 'max'; known are last, mean"),
-    (dict(dropout=1.0), r'\.dropout must be 0 or more and less than 1'),
-    (dict(merge_dropout=1.0), 'merge_dropout must be 0 or more and less'),
-    (dict(steps=0), 'steps must be 1 or more, got 0'),
-    (dict(members=0), 'members must be 1 or more, got 0'),
     (
       dict(data=dict(name=f'{toy.folder()}/train.jsonl')),
       'needs "{split}" in the name',

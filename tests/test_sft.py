@@ -163,9 +163,3 @@ def test_answers_are_what_is_learnt(config, workdir, tmp_path):
   log_p = log_probs(policy, init, prompts, completion, mask, chunk=3)
   expected = -np.asarray(log_p)[mask].mean()
   assert rows[0]['loss'] == pytest.approx(float(expected), rel=1e-5)
-
-
-def test_an_unknown_target_is_named(config, workdir):
-  config.sft.target = 'texts'
-  with pytest.raises(UserError, match="'texts'; known are text, completion"):
-    toy.run('sft', config, workdir)

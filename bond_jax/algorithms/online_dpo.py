@@ -57,7 +57,7 @@ def on_pairs(
   A ValueError unless kl_weight > 0: at 0, DPO has no gradient and IPO no
   finite target.
   """
-  if kl_weight <= 0:
+  if not kl_weight > 0:
     raise ValueError(f'kl_weight must be > 0, got {kl_weight}')
 
   def select(reward, win):

@@ -47,7 +47,7 @@ def policy_gradient(*, num_policy: int, kl_weight: float) -> Algorithm:
   has none, of the other prompts' completions. A ValueError unless
   kl_weight >= 0.
   """
-  if kl_weight < 0:
+  if not kl_weight >= 0:
     raise ValueError(f'kl_weight must be >= 0, got {kl_weight}')
   own = tuple(range(num_policy))
 
