@@ -45,7 +45,8 @@ def keep_compilations(backend: str) -> None:
 
 def versions() -> dict[str, str]:
   """Of the packages that the numbers depend on."""
-  names = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy')
+  names = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy',
+           'scipy', 'scikit-learn', 'sentencepiece')  # fmt: skip
   return {name: importlib.metadata.version(name) for name in names}
 
 
