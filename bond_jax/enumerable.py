@@ -130,7 +130,9 @@ def check(config: ml_collections.ConfigDict, mesh) -> None:
       ' the adapters here; set it to 0.'
     )
   parts = sharding.reshaped(mesh, **config.sampling_mesh).shape['data']
-  sampling.check(make_policy(config), config.length, (), config.slots, parts)
+  sampling.check(
+    make_policy(config), config.length, Stop((EOS,)), config.slots, parts
+  )
 
 
 def make_policy(config: ml_collections.ConfigDict) -> Policy:
