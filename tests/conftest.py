@@ -1,5 +1,7 @@
 """Eight virtual devices, strict broadcasting, and the tiny models of tests."""
 
+import os
+
 import jax
 
 jax.config.update('jax_num_cpu_devices', 8)
@@ -7,6 +9,16 @@ jax.config.update('jax_numpy_rank_promotion', 'raise')
 jax.config.update('jax_threefry_partitionable', True)
 # The suite's time goes into compiling tiny programs: a third less so.
 jax.config.update('jax_disable_most_optimizations', True)
+# One cache of programs for all workers, commands and runs of the suite.
+_ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+jax.config.update(
+  'jax_compilation_cache_dir',
+  os.environ.get('JAX_COMPILATION_CACHE_DIR')
+  or os.path.join(_ROOT, '.pytest_cache', 'jax'),
+)
+jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)
+# With a limit jax locks the files: no worker reads what another one writes.
+jax.config.update('jax_compilation_cache_max_size', 2**32)
 
 import functools  # noqa: E402
 

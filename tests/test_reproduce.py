@@ -43,8 +43,7 @@ def get_config():
 @pytest.fixture(scope='module')
 def workdir(tmp_path_factory):
   folder = str(tmp_path_factory.mktemp('figure'))
-  with toy.compile_once():
-    reproduce.reproduce(get_config(), folder)
+  reproduce.reproduce(get_config(), folder)
   return folder
 
 

@@ -31,8 +31,7 @@ def ask(monkeypatch, capsys):
 
     monkeypatch.setattr('builtins.input', read)
     default = dict(prompt=None, n=1, best=False, checkpoint='last', seed=0)
-    with toy.compile_once():
-      sample.talk(config, workdir, **{**default, **asked})
+    sample.talk(config, workdir, **{**default, **asked})
     return capsys.readouterr().out
 
   return ask

@@ -21,7 +21,6 @@ import time
 
 from absl import flags
 import jax
-from jax.experimental.compilation_cache import compilation_cache
 import ml_collections
 import numpy as np
 import orbax.checkpoint as ocp
@@ -176,26 +175,11 @@ def _burn(fuse: str) -> None:
   os.kill(os.getpid(), signal.SIGKILL)
 
 
-@contextlib.contextmanager
-def compile_once():
-  """Programs come from, and go to, a cache that the subprocesses share."""
-  jax.config.update('jax_compilation_cache_dir', cache())
-  jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)
-  compilation_cache.reset_cache()
-  try:
-    yield
-  finally:
-    jax.config.update('jax_compilation_cache_dir', None)
-    jax.config.update('jax_persistent_cache_min_compile_time_secs', 1.0)
-    compilation_cache.reset_cache()
-
-
 def run(stage: str, config, workdir: str) -> None:
   """Runs a stage in this process."""
   if not flags.FLAGS.is_parsed():
     flags.FLAGS.mark_as_parsed()
-  with compile_once():
-    importlib.import_module(f'bond_jax.{stage}').main(config, workdir)
+  importlib.import_module(f'bond_jax.{stage}').main(config, workdir)
 
 
 def environment() -> dict[str, str]:
@@ -204,7 +188,8 @@ def environment() -> dict[str, str]:
   return {
     **os.environ,
     'JAX_DISABLE_MOST_OPTIMIZATIONS': str(quick),
-    'JAX_COMPILATION_CACHE_DIR': cache(),
+    'JAX_COMPILATION_CACHE_DIR': jax.config.jax_compilation_cache_dir,
+    'JAX_COMPILATION_CACHE_MAX_SIZE': str(2**32),
     'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
   }
 
@@ -228,10 +213,6 @@ def folder() -> str:
   atexit.register(shutil.rmtree, path, ignore_errors=True)
   write_data(path)
   return path
-
-
-def cache() -> str:
-  return os.path.join(folder(), 'programs')
 
 
 @functools.cache
