@@ -208,10 +208,10 @@ resume() {
     return
   fi
   # Where one worker has ended, the others wait for it in vain.
-  ! some running || ! some 'finished\|preempted\|lost\|new\|none' \
+  ! some running || ! some 'finished|preempted|lost|new|none' \
     || each stop_one
   # lost: the VM was started anew, and the bucket is no longer mounted.
-  if [ -n "$dry_run" ] || some 'new\|lost'; then setup; fi
+  if [ -n "$dry_run" ] || some 'new|lost'; then setup; fi
   start_all
 }
 

@@ -235,7 +235,9 @@ all_reached() {
   done
 }
 
-# Whether a worker has this status, "finished" for every "finished N".
-some() { # PATTERN
-  printf '%s\n' "${statuses[@]}" | grep -q "^$1"
+# Whether a worker has one of these statuses, "finished" for every "finished N".
+# No pipe: under pipefail a reader that leaves early turns yes into no.
+some() { # STATUS|STATUS..
+  local IFS=$'\n'
+  [[ $IFS${statuses[*]} =~ $IFS($1) ]]
 }

@@ -39,12 +39,14 @@ alive() {
 }
 
 status() {
+  local on=''
+  ! alive || on=1 # asked first: a run writes its status before it ends
   if [ -e .run/status ] && [ "$(cat .run/status)" = 143 ] \
     && [ ! -e .run/stopped ]; then
     echo preempted
   elif [ -e .run/status ]; then
     echo "finished $(cat .run/status)"
-  elif alive; then
+  elif [ -n "$on" ]; then
     echo running
   elif [ -e .run/id ]; then
     echo lost
@@ -57,8 +59,7 @@ status() {
 
 # Writes a file whole or not at all.
 put() {
-  cat >"$1.tmp"
-  mv "$1.tmp" "$1"
+  cat >"$1.tmp" && mv "$1.tmp" "$1"
 }
 
 install_gcsfuse() {
@@ -105,10 +106,7 @@ start() {
   [ ! -e .run/log ] || mv .run/log .run/log.before
   # setsid: no hang-up reaches it when the connection ends.
   setsid launch/worker.sh hold "$@" </dev/null >.run/log 2>&1 9>&- &
-  for _ in {1..100}; do
-    [ ! -e .run/id ] || break
-    sleep 0.05
-  done
+  while [ ! -e .run/id ] && kill -0 $! 2>/dev/null; do sleep 0.05; done
   [ -e .run/id ] || fail "the run did not come up: $(tail -n 1 .run/log)"
   echo started
 }
@@ -118,19 +116,20 @@ start() {
 # status down; bash runs a trap when the command before it is over.
 hold() {
   local word status=0 ended='' command=()
-  echo "$$ $(started $$)" | put .run/id
-  trap 'ended=143' TERM INT HUP
+  trap 'ended=143' TERM INT HUP # before the id is there: by it the signal comes
+  echo "$$ $(started $$)" | put .run/id || [ -e .run/id ]
   for word in "$@" --; do
     if [ "$word" != -- ]; then
       command+=("$word")
       continue
     fi
-    launch/tpu_vm.sh "${command[@]}" || status=$?
+    [ -n "$ended" ] || launch/tpu_vm.sh "${command[@]}" || status=$?
     # A program that caught the signal and went on to its end is not followed.
     [ "$status" -ne 0 ] || status=${ended:-0}
     [ "$status" -eq 0 ] || break
     command=()
   done
+  trap '' TERM INT HUP # nor is the status lost to a signal at the end
   echo "$status" | put .run/status
 }
 
@@ -144,14 +143,14 @@ stop() {
   fi
   read -r pid _ <.run/id
   touch .run/stopped
-  kill -TERM -- "-$pid"
+  kill -TERM -- "-$pid" 2>/dev/null || true # it may have ended just now
   for ((i = 0; i < STOP_SECONDS * 10; i++)); do
     [ "$(status)" = running ] || break
     sleep 0.1
   done
   if [ "$(status)" = running ]; then
-    kill -KILL -- "-$pid"
     echo 137 | put .run/status
+    kill -KILL -- "-$pid" 2>/dev/null || true
   fi
   echo stopped
 }

@@ -5,7 +5,7 @@ them for real what is sent to a worker; only Python, gcsfuse and findmnt are
 replaced.
 """
 
-import glob
+import contextlib
 import os
 import shutil
 import signal
@@ -14,6 +14,7 @@ import time
 
 import toy
 
+PATIENCE = 60  # seconds after which something hangs, on a busy machine too
 STAND_INS = os.path.join(toy.ROOT, 'tests', 'stand_ins')
 # A trainer: goes on from its checkpoint, and ends when $CLOUD/go says how.
 PROGRAM = """
@@ -50,6 +51,7 @@ class Cloud:
     (self.repo / 'requirements.txt').write_text('jax==1.2.3\n')
     module = "if __name__ == '__main__': ..."
     (self.repo / 'bond_jax' / 'train.py').write_text(module)
+    self.started = []
     self.flags, self.nodes = KINDS[kind]
     self.git('init', '--quiet')
     self.commit()
@@ -68,7 +70,7 @@ class Cloud:
     where = ['--name=demo', '--zone=us-west4-a', '--type=v5litepod-16']
     cut = args.index('--') if '--' in args else len(args)
     flags = [*where, '--every=0', *self.flags, *args[:cut]]
-    return subprocess.Popen(
+    process = subprocess.Popen(
       [self.repo / 'launch' / 'tpu.sh', verb, *flags, *args[cut:]],
       env={
         'PATH': path,
@@ -83,12 +85,21 @@ class Cloud:
       stderr=subprocess.PIPE,
       text=True,
     )
+    self.started.append(process)
+    return process
+
+  def close(self):
+    """Ends what a failed test has left: `keep` would go on for ever."""
+    for process in self.started:
+      process.kill()
+    self.kill(self.runs())
+    for process in self.started:
+      process.communicate()
 
   def tpu(self, verb, *args, code=0, **env):
     """Runs a verb to its end, which must have this status; stdout, stderr."""
-    out, err = (process := self.start(verb, *args, **env)).communicate(
-      timeout=20
-    )
+    process = self.start(verb, *args, **env)
+    out, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == code, f'{process.returncode} {out} {err}'
     if code in (1, 2, 3, 6) and (verb, code) != ('status', 6):
       assert err.splitlines()[-1].startswith('error: '), err
@@ -106,22 +117,33 @@ class Cloud:
   def homes(self):
     return [self.path / 'nodes' / n / k for n in self.nodes for k in '01']
 
-  def runs(self):
+  def runs(self, node='*', worker='*'):
     """The ids of the runs' process groups, of workers that have one."""
-    paths = glob.glob(str(self.path / 'nodes/*/*/bond_jax/.run/id'))
-    return {p: int(open(p).read().split()[0]) for p in paths}
+    found = {}
+    for path in self.path.glob(f'nodes/{node}/{worker}/bond_jax/.run/id'):
+      with contextlib.suppress(FileNotFoundError):  # it is being replaced
+        found[str(path)] = int(path.read_text().split()[0])
+    return found
 
   def preempt(self):
-    """Takes the first node away, and with it every process there."""
-    self.kill(self.path / 'nodes' / self.nodes[0])
-    for home in self.homes()[:2]:
-      shutil.rmtree(home)
-    (self.path / 'nodes' / self.nodes[0] / 'state').write_text('PREEMPTED\n')
+    """Takes the first node away, and with it every process there.
 
-  def kill(self, folder, number=signal.SIGKILL):
-    for path, pid in self.runs().items():
-      if path.startswith(str(folder)) and os.path.exists(f'/proc/{pid}'):
-        os.killpg(pid, number)
+    `keep` may look at any moment: it must not see these runs ended on a node
+    that is READY, nor may we kill those of the node that it then makes.
+    """
+    node = self.nodes[0]
+    runs, state = self.runs(node), self.path / 'nodes' / node / 'state'
+    state.with_suffix('.new').write_text('PREEMPTED\n')
+    state.with_suffix('.new').rename(state)
+    self.kill(runs)
+
+  def kill(self, runs, number=signal.SIGKILL):
+    """Sends a signal to such of `runs` as have not ended."""
+    for pid in runs.values():
+      with contextlib.suppress(ProcessLookupError, FileNotFoundError):
+        # Its number may be another process's by now.
+        if os.readlink(f'/proc/{pid}/cwd').startswith(str(self.path)):
+          os.killpg(pid, number)
 
   def end(self, status=0):
     (self.path / 'going').write_text(f'{status}\n')
@@ -131,7 +153,8 @@ class Cloud:
     """Waits until `status` prints these; gives its exit status."""
 
     def look():
-      out, _ = (process := self.start('status')).communicate(timeout=20)
+      process = self.start('status')
+      out, _ = process.communicate(timeout=PATIENCE)
       told = [line.split(': ')[1] for line in out.splitlines()]
       return told == [*statuses], process.returncode, told
 
@@ -140,14 +163,14 @@ class Cloud:
 
 def until(look, process=None):
   """Waits for something true, as long as this process runs; returns it."""
-  deadline = time.monotonic() + 20
+  deadline = time.monotonic() + PATIENCE
   while time.monotonic() < deadline:
     found = look()
     if found[0] if isinstance(found, tuple) else found:
       return found
     assert process is None or process.poll() is None, process.communicate()
     time.sleep(0.05)
-  raise AssertionError(f'waited 20 s in vain: {found}')
+  raise AssertionError(f'waited {PATIENCE} s in vain: {found}')
 
 
 def alive(group):

@@ -171,7 +171,7 @@ def tpu(place: Place, command: str):
       stdin=subprocess.DEVNULL, capture_output=True, timeout=TIMEOUT,
     )  # fmt: skip
   finally:
-    cloud.kill(cloud.path)
+    cloud.close()
   assert done.returncode == 0, f'{done.stdout}\n{done.stderr}'
   place.done[command] = done.stdout
   created = [line for line in cloud.log() if ' create ' in line]

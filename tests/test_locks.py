@@ -65,13 +65,11 @@ def test_kill_9_leaves_what_the_next_takes_over_at_once(workdir, capsys):
   first.kill()
   first.communicate()
   assert os.path.exists(lock(workdir))
-  begin = time.monotonic()
   with locks.held(workdir, 'sft'):
     assert locks._read(lock(workdir))['pid'] == os.getpid()
-  assert time.monotonic() - begin < locks.PATIENCE / 2
   said = capsys.readouterr().out
   assert f'took over the lock of process {first.pid} on ' in said
-  assert 'its process is gone' in said
+  assert 'its process is gone' in said and 'waiting' not in said
   assert not os.path.exists(lock(workdir))
 
 
@@ -115,7 +113,7 @@ def test_another_host_that_gives_no_sign_of_life(workdir, capsys, monkeypatch):
 
 def test_another_host_that_lives(workdir, monkeypatch):
   """On a file system that locks within each machine alone."""
-  monkeypatch.setattr(locks, 'PATIENCE', 5.0)
+  monkeypatch.setattr(locks, 'PATIENCE', 60.0)
   monkeypatch.setattr(locks, '_flock', lambda fd: True)
   script = HOLD.replace('with', 'locks._describe = other\nwith').replace(
     '\nlocks.BEAT',
@@ -127,7 +125,7 @@ def test_another_host_that_lives(workdir, monkeypatch):
     locks.held(workdir, 'sft').__enter__()
   # One that does not see the first takes the file; the first sees that.
   elsewhere(workdir, host='third')
-  _, err = process.communicate(timeout=20)
+  _, err = process.communicate(timeout=60)
   assert process.returncode == 2
   assert 'this run lost its workdir' in err and 'on third' in err
 
@@ -155,7 +153,7 @@ def test_a_lock_that_somebody_removed_is_made_again(workdir, monkeypatch):
   monkeypatch.setattr(locks, 'BEAT', 0.05)
   with locks.held(workdir, 'sft'):
     os.remove(lock(workdir))
-    until = time.monotonic() + 10
+    until = time.monotonic() + 60
     while not os.path.exists(lock(workdir)) and time.monotonic() < until:
       time.sleep(0.02)
     with pytest.raises(UserError, match='in use by'):

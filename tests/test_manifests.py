@@ -4,7 +4,6 @@ import math
 import os
 import re
 import subprocess
-import time
 
 import pytest
 import toy
@@ -97,24 +96,24 @@ def test_the_commands_exist(name, tmp_path):
       assert values['--workdir'].startswith('runs/')
 
 
-def test_a_pod_that_is_evicted_hands_the_signal_on(tmp_path):
+@pytest.mark.parametrize('stage', ['movie_reviews', 'reward_model'])
+def test_a_pod_that_is_evicted_hands_the_signal_on(tmp_path, stage):
   """And says by its status that it is to start again."""
   (tmp_path / 'launch').mkdir()
   path = tmp_path / 'launch' / 'tpu_vm.sh'
   path.write_text(
-    '#!/bin/bash\necho "$1"\n[ "$1" = reward_model ] || exit 0\n'
-    "trap 'sleep 0.5; exit 143' TERM\nfor i in {1..100}; do sleep 0.1; done\n"
+    f'#!/bin/bash\n[ "$1" = {stage} ] || exit 0\n'
+    "trap 'sleep 0.5; exit 143' TERM\necho ready\n"
+    'for i in {1..100}; do sleep 0.1; done\n'
   )
   path.chmod(0o755)
   pod_ = subprocess.Popen(
     ['bash', '-euc', scripts()['gke']], cwd=tmp_path, text=True,
     stdout=subprocess.PIPE, env={'PATH': '/usr/bin:/bin'},
   )  # fmt: skip
-  while pod_.stdout.readline() != 'reward_model\n':
-    pass
-  time.sleep(0.3)  # its trap is set
+  assert pod_.stdout.readline() == 'ready\n'
   pod_.terminate()
-  assert pod_.wait(20) == 143
+  assert pod_.wait(60) == 143
   assert pod_.stdout.read() == ''  # no other stage
   (rule,) = job()['podFailurePolicy']['rules']
   assert rule['onExitCodes']['values'] == [143]
@@ -122,9 +121,17 @@ def test_a_pod_that_is_evicted_hands_the_signal_on(tmp_path):
   assert pod()['terminationGracePeriodSeconds'] > stopping.BOUND
 
 
+def test_a_pod_ends_with_the_status_of_its_stage(tmp_path):
+  (tmp_path / 'launch').mkdir()
+  path = tmp_path / 'launch' / 'tpu_vm.sh'
+  path.write_text('#!/bin/bash\n[ "$1" != sft ] || exit 3\n')
+  path.chmod(0o755)
+  done = subprocess.run(['bash', '-euc', scripts()['gke']], cwd=tmp_path)
+  assert done.returncode == 3
+
+
 def test_what_the_manifest_leaves_open():
   """envsubst fills these, as the file's head says, and nothing else."""
   head, _, body = read('gke', 'jobset.yaml').partition('apiVersion')
-  lines = [x for x in body.splitlines() if 'launch/tpu_vm.sh' not in x]
-  assert set(re.findall(r'\$\w+', '\n'.join(lines))) == {'$IMAGE', '$BUCKET'}
+  assert set(re.findall(r'\$[A-Z]\w*', body)) == {'$IMAGE', '$BUCKET'}
   assert "envsubst '$IMAGE $BUCKET' < launch/gke/jobset.yaml" in head

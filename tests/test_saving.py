@@ -6,7 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
+import threading
 
 import jax
 import numpy as np
@@ -168,15 +168,20 @@ def test_a_disk_that_is_full_for_a_while(on_tmpfs):
 
 @pytest.fixture
 def slow_store(monkeypatch):
-  """A store that takes longer for a checkpoint than a step waits for one."""
-  write = integrity.write
+  """A store that takes longer for a checkpoint than a step waits for one.
+
+  It goes on when this event is set, or after its `most` seconds.
+  """
+  write, go_on = integrity.write, threading.Event()
+  go_on.most = 1.5
 
   def slow(folder):
-    time.sleep(1.5)
+    go_on.wait(go_on.most)
     write(folder)
 
   monkeypatch.setattr(integrity, 'write', slow)
   monkeypatch.setattr(saving, 'PATIENCE', 0.1)
+  return go_on
 
 
 def save(saver, step, mesh, **kwargs):  # noqa: F811
@@ -186,12 +191,14 @@ def save(saver, step, mesh, **kwargs):  # noqa: F811
 def test_a_slow_store_holds_a_step_between_for_a_while_only(
   tmp_path, mesh, slow_store, capsys  # noqa: F811
 ):  # fmt: skip
+  slow_store.most = 30
   with saving.Saver(str(tmp_path), 'train', 'stop', {}) as saver:
     save(saver, 1, mesh)
     save(saver, 2, mesh)
     said = capsys.readouterr().err
     assert 'step 1 is still being written' in said
     assert 'so step 2 is not saved' in said
+    slow_store.set()
 
 
 def test_what_must_be_saved_is_waited_for(tmp_path, mesh, slow_store):  # noqa: F811

@@ -4,9 +4,17 @@ import os
 import re
 import signal
 import subprocess
-import time
 
-from clouds import alive, Cloud, COMMAND, KINDS, PROGRAM, until
+from clouds import (
+  alive,
+  Cloud,
+  COMMAND,
+  KINDS,
+  PATIENCE,
+  PROGRAM,
+  STAND_INS,
+  until,
+)
 import pytest
 import toy
 
@@ -26,7 +34,7 @@ CREATED = {
 def cloud(tmp_path, request):
   made = Cloud(tmp_path, getattr(request, 'param', 'vm'))
   yield made
-  made.kill(made.path)
+  made.close()
 
 
 kinds = pytest.mark.parametrize('cloud', KINDS, indirect=True)
@@ -82,7 +90,7 @@ def test_kept_through_a_preemption(cloud):
   cloud.preempt()
   until(lambda: sum(' create ' in line for line in cloud.log()) == 2, keep)
   cloud.end()
-  out, err = keep.communicate(timeout=20)
+  out, err = keep.communicate(timeout=PATIENCE)
   assert keep.returncode == 0, err
   assert out.splitlines()[-1].endswith('finished 0')
   for home in cloud.homes():
@@ -104,10 +112,10 @@ def test_kept_through_a_signal(cloud):
   step = cloud.path / 'buckets/bkt/demo/train/checkpoints/step'
   until(lambda: step.exists() and len(cloud.runs()) == 2, keep)
   before = cloud.runs()
-  cloud.kill(cloud.path, signal.SIGTERM)
+  cloud.kill(cloud.runs(), signal.SIGTERM)
   until(lambda: not set(before.values()) & set(cloud.runs().values()), keep)
   cloud.end()
-  _, err = keep.communicate(timeout=20)
+  _, err = keep.communicate(timeout=PATIENCE)
   assert keep.returncode == 0, err
   assert len([x for x in cloud.log() if ' create ' in x]) == 1
   for home in cloud.homes():
@@ -117,11 +125,36 @@ def test_kept_through_a_signal(cloud):
 def test_what_was_stopped_by_a_signal_goes_on(cloud):
   cloud.up()
   cloud.tpu('run', *COMMAND)
-  cloud.kill(cloud.path, signal.SIGTERM)
+  cloud.kill(cloud.runs(), signal.SIGTERM)
   assert cloud.wait('preempted', 'preempted') == 7
   cloud.tpu('resume', *COMMAND)
   cloud.tpu('stop')
   assert cloud.wait('finished 143', 'finished 143') == 5
+
+
+MOVE = '/bin/mv "$@" || exit'
+
+
+@pytest.mark.parametrize(
+  'file, mv, status, code',
+  [
+    ('id', [MOVE, 'kill -TERM 0'], 'preempted', 7),
+    ('status', ['kill -TERM 0', MOVE], 'finished 0', 0),
+  ],
+)
+def test_a_signal_around_the_commands(cloud, file, mv, status, code):
+  """As soon as it has an id to go to, and while the status is written."""
+  cloud.up()
+  cloud.end()
+  tools = cloud.home / 'bin'
+  tools.mkdir()
+  other = f'[ "$2" = .run/{file} ] || exec /bin/mv "$@"'
+  (tools / 'mv').write_text('\n'.join(['#!/bin/bash', other, *mv]))
+  (tools / 'mv').chmod(0o755)
+  cloud.tpu('run', *COMMAND, PATH=f'{tools}:{STAND_INS}:/usr/bin:/bin')
+  assert cloud.wait(status, status) == code
+  ran = [(home / 'arguments').exists() for home in cloud.homes()]
+  assert ran == [file == 'status'] * 2
 
 
 def test_resume_starts_what_is_missing(cloud):
@@ -135,7 +168,7 @@ def test_resume_starts_what_is_missing(cloud):
   assert cloud.runs() == before
   assert cloud.wait('running', 'running') == 4
   # A VM that was started anew: the run is gone and has left no status.
-  cloud.kill(cloud.homes()[1])
+  cloud.kill(cloud.runs(worker=1))
   assert cloud.wait('running', 'lost') == 4
   cloud.tpu('resume', *COMMAND)
   assert cloud.wait('running', 'running') == 4
@@ -174,10 +207,12 @@ def test_arguments_arrive_as_they_were(cloud):
 def test_commands_follow_each_other_until_one_fails(cloud):
   cloud.up()
   (cloud.path / 'program').write_text(
-    'echo "$*"; [ "$2" != --fail ] || exit 3; [ "$2" != --wait ] || {\n'
-    'trap "" TERM; until [ -e "$CLOUD/go" ]; do sleep 0.05; done; }\n'
+    '[ "$2" != --wait ] || trap \'touch "$HOME/told"\' TERM\n'
+    'echo "$*"; [ "$2" != --fail ] || exit 3\n'
+    'until [ "$2" != --wait ] || [ -e "$CLOUD/go" ]; do sleep 0.05; done\n'
   )
-  log = cloud.homes()[1] / 'bond_jax/.run/log'
+  home = cloud.homes()[1]
+  log = home / 'bond_jax/.run/log'
   chain = ['--', 'train', '--x=a b', '--', 'train', '--fail', '--', 'train']
   cloud.tpu('run', *chain)
   assert cloud.wait('finished 3', 'finished 3') == 5
@@ -188,13 +223,13 @@ def test_commands_follow_each_other_until_one_fails(cloud):
   assert log.read_text() == said.replace(' --fail', '') + 'bond_jax.train\n'
   # Stopped, and the command that caught the signal goes on to its end.
   cloud.tpu('run', '--', 'train', '--wait', '--', 'train')
-  until(lambda: log.exists() and 'wait' in log.read_text())
+  until(lambda: 'wait' in log.read_text())
   stop = cloud.start('stop')
-  time.sleep(0.5)
+  until((home / 'told').exists, stop)
   cloud.end()
-  stop.communicate(timeout=20)
+  stop.communicate(timeout=PATIENCE)
   assert cloud.wait('finished 143', 'finished 143') == 5
-  assert log.read_text() == 'bond_jax.train --wait\n'
+  assert log.read_text().count('bond_jax.train') == 1
 
 
 def test_stop_ends_the_group_on_every_worker(cloud):
@@ -207,10 +242,13 @@ def test_stop_ends_the_group_on_every_worker(cloud):
   # One that catches the signal, as jax does where several hosts run together.
   (cloud.path / 'program').write_text('trap : TERM\n' + PROGRAM)
   cloud.tpu('run', *COMMAND)
+  for home in cloud.homes():  # else the signal may come before the trap
+    until(lambda: 'from step' in (home / 'bond_jax/.run/log').read_text())  # noqa: B023
   pids = [*pids, *cloud.runs().values()]
   cloud.tpu('stop', STOP_SECONDS='1')
   assert cloud.wait('finished 137', 'finished 137') == 5
-  assert [alive(pid) for pid in pids] == [[]] * 4
+  assert len(pids) == 4
+  until(lambda: not any(map(alive, pids)))  # dying takes a moment
 
 
 def test_logs_follow_over_a_broken_connection(cloud):
@@ -226,7 +264,7 @@ def test_logs_follow_over_a_broken_connection(cloud):
   logs = cloud.start('logs', '--worker=1')
   until(lambda: any('log 13' in line for line in cloud.log()), logs)
   cloud.end()
-  out, err = logs.communicate(timeout=20)
+  out, err = logs.communicate(timeout=PATIENCE)
   assert logs.returncode == 0, err
   assert out.splitlines() == [*lines, 'from step 0', 'last']
   assert 'the connection broke' in err

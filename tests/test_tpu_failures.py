@@ -4,7 +4,7 @@ import os
 import shutil
 import subprocess
 
-from clouds import Cloud, COMMAND, STAND_INS
+from clouds import Cloud, COMMAND, PATIENCE, STAND_INS
 import pytest
 
 
@@ -12,7 +12,7 @@ import pytest
 def cloud(tmp_path, request):
   made = Cloud(tmp_path, getattr(request, 'param', 'vm'))
   yield made
-  made.kill(made.path)
+  made.close()
 
 
 def fail(cloud, what, message):
@@ -81,7 +81,7 @@ def test_quota_is_tried_again_and_not_for_ever(cloud):
   always.chmod(0o755)
   (cloud.path / 'quota').write_text(QUOTA)
   slept.unlink()
-  _, err = cloud.start('keep', *COMMAND, **env).communicate(timeout=20)
+  _, err = cloud.start('keep', *COMMAND, **env).communicate(timeout=PATIENCE)
   assert err.splitlines()[-1] == 'error: no TPU after 8 tries.'
   assert slept.read_text().split() == ['2', '4', '8', '16', '32', '64', '128']
 
