@@ -40,8 +40,10 @@ def best_of_n_curve(
   The levels' own probabilities are estimated from the same S samples, which
   biases both numbers by O(1 / S) (an atom the sample missed, N powers of a
   noisy p). The jackknife takes that order out: S * all - (S - 1) * the mean
-  over leave-one-out samples. What is left is O(1 / S^2): at S = 64 below
-  0.001 in win rate and 0.01 nats up to N = 32.
+  over leave-one-out samples. What is left grows with N. At S = 64, without
+  ties and with two or three levels, it is below 0.001 in win rate and 0.004
+  nats up to N = 16; at N = 32 it reaches 0.0036 and 0.018 nats, where 2 % of
+  the completions have all the reward.
 
   Args:
     reference_rewards: f64[X, S], S >= 2; 64 or more is advised.

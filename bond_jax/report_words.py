@@ -22,6 +22,7 @@ _REASONS = {
   'length_controlled_win_rate_interval': 'length_controlled_reason',
   'tokens_per_second': 'throughput_reason',
 }
+_ENOUGH = 64  # prompts; with fewer the intervals cover less than they say
 
 
 def why_missing(key: str, summary: Mapping[str, Any]) -> str:
@@ -74,11 +75,17 @@ def _frontier(summary: Mapping[str, Any], other: str) -> str:
   if summary.get('frontier_efficiency') is None:
     why = why_missing('frontier_efficiency', summary)
     return f'No comparison with the KL of Best-of-N, because {why}.'
-  return (
+  said = (
     f'Best-of-{summary["effective_n"]:.1f} of {other} wins as often for'
     f' {summary["frontier_kl"]:.2f} nats, so the frontier efficiency is'
     f' {summary["frontier_efficiency"]:.2f} (1 is as good as Best-of-N).'
   )
+  if (prompts := summary.get('prompts', _ENOUGH)) < _ENOUGH:
+    said += (
+      f' With {prompts} prompts the intervals of both are too narrow: set'
+      f' evaluate.prompts to {_ENOUGH} or more.'
+    )
+  return said
 
 
 def _best_of(summary: Mapping[str, Any], other: str) -> str:

@@ -5,6 +5,7 @@ import math
 
 import numpy as np
 import pytest
+from scipy.special import gammaln
 
 from bond_jax import curves
 
@@ -115,6 +116,55 @@ def test_correction_takes_the_bias_out():
   # Best-of-2's win rate is cubic in p: the jackknife leaves its 1 / S^2.
   assert np.all(raw < exact - 1e-3)
   assert np.all(abs(corrected - exact) < 0.15 * abs(raw - exact))
+
+
+def every_sample(levels, size):
+  """The counts of the levels in every sample of a size."""
+  if levels == 1:
+    return np.array([[size]])
+  return np.array([
+    [k, *rest]
+    for k in range(size + 1)
+    for rest in every_sample(levels - 1, size - k)
+  ])  # fmt: skip
+
+
+@pytest.fixture(scope='module')
+def curves_of_64():
+  """levels -> (counts, log multinomials, curves of every sample of 64)."""
+  ns = np.array([2.0, 4, 8, 16, 32])
+  found = {}
+  for levels in (2, 3):
+    counts = every_sample(levels, 64)
+    samples = np.array([np.repeat(np.arange(levels), k) for k in counts])
+    ways = gammaln(65) - gammaln(counts + 1).sum(1)
+    curve = curves.best_of_n_curve(samples, ns)
+    found[levels] = counts, ways, curve.per_prompt
+  return ns, found
+
+
+@pytest.mark.parametrize(
+  'p',
+  [
+    (0.5, 0.5), (0.9, 0.1), (0.97, 0.03), (0.9825, 0.0175), (0.999, 0.001),
+    (0.01, 0.99), (0.5, 0.45, 0.05), (0.98, 0.01, 0.01), (0.01, 0.93, 0.06),
+  ],
+)  # fmt: skip
+def test_what_is_left_of_the_bias_at_64(curves_of_64, p):
+  """The expectation over all samples, less the curve of the law itself."""
+  ns, found = curves_of_64
+  counts, ways, per_sample = found[len(p)]
+  weight = np.exp(ways + counts @ np.log(p))
+  assert weight.sum() == pytest.approx(1)
+  high = np.cumsum(p)
+  mass = high ** ns[:, None] - (high - p) ** ns[:, None]
+  exact = mass @ (high - np.array(p) / 2), (mass * np.log(mass / p)).sum(1)
+  rate, kl = abs(np.einsum('x,kxg->kg', weight, per_sample) - exact)
+  promised = ns <= 16
+  assert np.all(rate[promised] < 1e-3) and np.all(kl[promised] < 4e-3)
+  assert rate[~promised] < 4e-3 and kl[~promised] < 0.02
+  if p == (0.9825, 0.0175):  # more is not promised
+    assert rate[~promised] > 3e-3 and kl[~promised] > 0.015
 
 
 def test_one_is_the_reference_itself():

@@ -189,6 +189,9 @@ def test_the_sentence_tells_the_outcome():
     ' against true Best-of-N of the reference wins 68.0% against N = 2, 52.0%'
     ' against N = 4, 36.0% against N = 8, 21.0% against N = 16.'
   )
+  assert sentence(summary | {'prompts': 64}) == sentence(summary)
+  few = sentence(summary | {'prompts': 16})
+  assert 'With 16 prompts' in few and 'evaluate.prompts to 64' in few
   other = sentence(summary | {'against': 'runs/a'})
   assert other.startswith('Compared with the run runs/a, not with the ref')
   assert 'beats the run runs/a in' in other
