@@ -4,6 +4,7 @@ Tables are [X, A]: three prompts unless said otherwise.
 """
 
 import itertools
+import math
 
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +13,7 @@ import pytest
 from tables import distance, law, preference, ROCK_PAPER_SCISSORS, tied_reward
 
 from bond_jax import bandit, ops
+from configs import ultrafeedback_wind
 
 REWARDS = {
   'distinct': [[0.1, 2.0, -1.0, 0.5, 3.0]],
@@ -312,6 +314,29 @@ def test_rock_paper_scissors_diverges_above_its_step_size(factor):
   exact = (1 + step_size**2 / 12) / (1 + kl_weight * step_size) ** 2
   np.testing.assert_allclose(growth, exact, rtol=1e-4)
   assert np.sign(round(exact - 1, 9)) == np.sign(factor - 1)
+
+
+def test_three_iterations_of_the_paper_s_comparison_come_near_equilibrium():
+  """configs/ultrafeedback_wind.py, with exact steps on arms without ties."""
+  args = ultrafeedback_wind.ALGORITHMS['wind'][2]
+  b, e = args['kl_weight'], args['step_size']
+  arms = np.arange(1000)
+  reference = np.full((1, 1000), -math.log(1000))
+  win = (1 + np.sign(arms[:, None] - arms))[None] / 2
+  kl = lambda p, q: (np.exp(p) * (p - q)).sum()
+  target = bandit.wind_equilibrium(reference, win, b)
+  a = 1 - math.exp(-1 / b)
+  rate = (np.exp(target) * (arms + 0.5)).sum() / 1000
+  assert rate == pytest.approx(1 / a - b, abs=1e-3)
+  assert kl(target, reference) == pytest.approx(
+    1 / (2 * b) + math.log(a * b), abs=1e-2
+  )
+  policy, other = reference, reference
+  for _ in range(ultrafeedback_wind.ITERATIONS):
+    policy = bandit.wind_step(policy, reference, win, b, e)
+    other = bandit.wind_step(other, reference, win, 0.0, e)
+  assert kl(target, policy) < 0.1 * kl(target, reference)
+  assert kl(target, other) > kl(target, policy) + 0.5  # SPPO goes elsewhere
 
 
 def test_wind_without_kl_weight_is_sppo():

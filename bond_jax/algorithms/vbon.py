@@ -10,6 +10,11 @@ and F from k reference completions of which s are no better than y:
 (s + 1) / (k + 1), the smoothing of the authors' code. As in `bond`, what is
 ascended is n - 1 times the above.
 
+That is the reward `l1` of the authors' code (github.com/rycolab/vbon). Its
+default in the sentiment task is another one, `exact`:
+log(((F + q)^n - F^n) / q) / n with q = ref(y). Of long completions q is next to
+nothing, and `exact` is then (n - 1) / n times `l1`, plus log(n) / n.
+
 Choices of ours: the authors keep some hundreds of rewards per prompt, drawn
 once, where we draw k in every step; and their code counts the completions
 that are strictly worse, which makes no difference without ties. With ours a
