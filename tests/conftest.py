@@ -17,8 +17,6 @@ jax.config.update(
   or os.path.join(_ROOT, '.pytest_cache', 'jax'),
 )
 jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)
-# With a limit jax locks the files: no worker reads what another one writes.
-jax.config.update('jax_compilation_cache_max_size', 2**32)
 
 import functools  # noqa: E402
 

@@ -189,7 +189,6 @@ def environment() -> dict[str, str]:
     **os.environ,
     'JAX_DISABLE_MOST_OPTIMIZATIONS': str(quick),
     'JAX_COMPILATION_CACHE_DIR': jax.config.jax_compilation_cache_dir,
-    'JAX_COMPILATION_CACHE_MAX_SIZE': str(2**32),
     'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
   }
 
