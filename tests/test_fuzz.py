@@ -23,6 +23,7 @@ SLOW = {'sweep_whole', 'orbax_metadata', 'orbax_manifest', 'safetensors',
 @pytest.fixture(scope='module')
 def watch(tmp_path_factory):
   """One for all: a hook stays for the life of the process."""
+  fuzzing.LIMIT = 60  # of seconds; this machine may be busy
   return fuzzing.Watch(str(tmp_path_factory.getbasetemp()))
 
 
