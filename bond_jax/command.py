@@ -28,7 +28,7 @@ def load(reference: str) -> Callable[..., Any]:
   if not module or not name:
     raise UserError(
       f'{reference!r} names no function; write it as "module:function", for'
-      ' instance "bond_jax.rewards:ridge".'
+      ' instance "bond_jax.rewards.ridge:ridge".'
     )
   try:
     loaded = importlib.import_module(module)

@@ -31,7 +31,8 @@ class Context(NamedTuple):
 # f(prompts[B], completions[B][K], context) -> [B, K], on text, on the host; or
 # a dict of these, name -> [B, K]: the reward is their sum.
 RewardFn = Callable[[Sequence[str], Sequence[Sequence[str]], Context], Any]
-# The same, of pairs: [B, K, K], P(i beats j), with 1/2 on the diagonal.
+# The same, of pairs: [B, K, K], P(i beats j), with 1/2 on the diagonal. A dict
+# of these is their mean.
 PreferenceFn = RewardFn
 
 
