@@ -174,9 +174,9 @@ def slow(seconds=60.0, error=None):
 
 def test_a_call_beyond_its_time_is_given_up_and_the_reward_made_anew():
   factories.clear()
-  reward = made('slow', timeout=0.2)
+  reward = made('slow', timeout=1.0)
   alone = ['p'], COMPLETIONS[:1], toy.context(COMPLETIONS[:1])
-  says = r'test_make:slow took more than reward.timeout = 0.2 s for 2 .*0: .p'
+  says = r'test_make:slow took more than reward.timeout = 1 s for 2 .*0: .p'
   with pytest.raises(UserError, match=says):
     scoring.call(reward, *BATCH)
   assert len(factories) == 1  # no reward is made that nobody asks
@@ -197,12 +197,12 @@ def test_a_time_out_of_the_reward_s_own_is_its_own():
 
 
 def test_a_section_s_rules_are_those_that_count():
-  section = demo.reward('test_make:slow') | {'timeout': 0.1}
+  section = demo.reward('test_make:slow') | {'timeout': 1.0}
   gold = dict(function='test_make:ident', args={})  # has none
   config = ml_collections.ConfigDict(
     dict(reference='', reward=section, gold=gold)
   )
-  with pytest.raises(UserError, match='reward.timeout = 0.1 s'):
+  with pytest.raises(UserError, match='reward.timeout = 1 s'):
     build.make_ask(config, 'reward', '')(*BATCH)
   config.reward.update(function='test_make:ident', length_penalty=0.5)
   for name, share in (('reward', 0.5), ('gold', 1)):
