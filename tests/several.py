@@ -68,7 +68,7 @@ def launch(count: int, *args: str, devices: int = 1, **env: str) -> Ended:
     stdout=subprocess.PIPE,
     stderr=subprocess.STDOUT,
     text=True,
-    timeout=300,
+    timeout=900,
     check=False,
   )
   said = [

@@ -47,7 +47,7 @@ def test_an_algorithm_is_added_by_the_files_of_the_page(tmp_path):
   env.pop('PYTHONPATH', None)
   run = lambda *args: subprocess.run(
     [sys.executable, '-m', *args], cwd=tmp_path, env=env, text=True,
-    capture_output=True, timeout=300,
+    capture_output=True, timeout=900,
   )  # fmt: skip
   proof = run('pytest', 'tests/test_soft_best_of_n.py')
   assert proof.returncode == 0, proof.stdout

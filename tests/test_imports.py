@@ -157,7 +157,7 @@ def test_a_command_is_imported_by_nothing_that_it_imports(name):
 def run(code):
   result = subprocess.run(
       [sys.executable, '-c', code],
-      cwd=ROOT, capture_output=True, text=True, timeout=120, check=False,
+      cwd=ROOT, capture_output=True, text=True, timeout=900, check=False,
   )  # fmt: skip
   assert result.returncode == 0, result.stderr
 

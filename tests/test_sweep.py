@@ -102,11 +102,11 @@ def test_no_runs_are_one_line(runs, name, says):
 
 def test_the_command_needs_no_workdir(runs):
   done = toy.command('evaluate', f'--sweep={runs}/a', f'--out={runs}/one')
-  out, err = done.communicate(timeout=120)
+  out, err = done.communicate(timeout=900)
   assert done.returncode == 0, err
   assert f'sweep: done, see {runs}/one/sweep.png' in out
   done = toy.command('evaluate')
-  out, err = done.communicate(timeout=120)
+  out, err = done.communicate(timeout=900)
   assert done.returncode == 2 and err.count('\n') == 1
   assert '--workdir is not set' in err
 
