@@ -21,7 +21,7 @@ import functools
 import os
 from typing import Any
 
-from absl import app, flags, logging
+from absl import app, logging
 import jax
 import numpy as np
 
@@ -34,12 +34,13 @@ from bond_jax import (
   measures,
   metrics,
   origin,
+  paths,
   sharding,
   stops,
 )
 
-_RUN = flags.DEFINE_string('run', 'runs/demo', 'Finished, of configs/demo.py.')
-_OUT = flags.DEFINE_string('out', None, 'Of the results.', required=True)
+_RUN = paths.flag('run', 'runs/demo', 'Finished, of configs/demo.py.')
+_OUT = paths.flag('out', None, 'Of the results.', required=True)
 
 NS = (1, 2, 4, 8)
 REFERENCE, CHOSEN_FROM, DENSITY = 64, 128, 512  # draws of each prompt

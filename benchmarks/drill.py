@@ -31,10 +31,10 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from bond_jax import checkpoint, command, integrity, metrics
+from bond_jax import checkpoint, command, integrity, metrics, paths
 from bond_jax.errors import UserError
 
-_OUT = flags.DEFINE_string('out', None, 'Of the runs.', required=True)
+_OUT = paths.flag('out', None, 'Of the runs.', required=True)
 _KILLS = flags.DEFINE_integer('kills', 200, 'Of all runs together.')
 _DAMAGES = flags.DEFINE_integer('damages', 300, 'Of a checkpoint.')
 _SEED = flags.DEFINE_integer('seed', 0, 'Of the moments and the places.')

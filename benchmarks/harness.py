@@ -18,7 +18,7 @@ from typing import Any
 
 from absl import flags
 
-from bond_jax import command, metrics
+from bond_jax import command, metrics, paths
 from bond_jax.errors import UserError
 
 # Shots, as the first Open LLM Leaderboard had them; other tasks say their own.
@@ -187,9 +187,7 @@ def main(
 
 
 def _run() -> None:
-  workdir = flags.DEFINE_string(
-    'workdir', None, 'A finished run.', required=True
-  )
+  workdir = paths.flag('workdir', None, 'A finished run.', required=True)
   tasks = flags.DEFINE_list('tasks', list(SHOTS), 'Of the harness.')
   checkpoint = command.checkpoint_flag()
   dtype = flags.DEFINE_enum(
@@ -199,10 +197,10 @@ def _run() -> None:
   batch = flags.DEFINE_string('batch', '8', 'Texts at a time, or "auto".')
   device = flags.DEFINE_string('device', 'cpu', 'Of torch: cpu, cuda:0, mps.')
   limit = flags.DEFINE_integer('limit', 0, 'Only so many of a task; 0 = all.')
-  include = flags.DEFINE_string('include', '', 'A folder of tasks of your own.')
+  include = paths.flag('include', '', 'A folder of tasks of your own.')
   command.execute(
     lambda: main(
-      os.path.normpath(workdir.value), tasks.value, checkpoint.value,
+      workdir.value, tasks.value, checkpoint.value,
       dtype.value, chat=chat.value, batch=batch.value, device=device.value,
       limit=limit.value, include=include.value,
     ),

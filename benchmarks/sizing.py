@@ -13,11 +13,11 @@ import os
 import subprocess
 import sys
 
-from absl import app, flags
+from absl import app
 
-from bond_jax import chips, command
+from bond_jax import chips, command, paths
 
-_OUT = flags.DEFINE_string('out', None, 'Of the plans.', required=True)
+_OUT = paths.flag('out', None, 'Of the plans.', required=True)
 
 # Config -> slices, smallest first; 'model=8' overrides sampling_mesh.model.
 WANTED = {

@@ -23,9 +23,9 @@ import matplotlib as mpl
 from matplotlib.figure import Figure
 import numpy as np
 
-from bond_jax import command, figures, metrics
+from bond_jax import command, figures, metrics, paths
 
-_OUT = flags.DEFINE_string('out', None, 'Of the run.', required=True)
+_OUT = paths.flag('out', None, 'Of the run.', required=True)
 _STEPS = flags.DEFINE_integer('steps', 20_000, 'Of the run.')
 
 SETTINGS = {

@@ -25,7 +25,7 @@ import matplotlib as mpl
 from matplotlib.figure import Figure
 import numpy as np
 
-from bond_jax import bandit, bandit_samples, figures, metrics
+from bond_jax import bandit, bandit_samples, figures, metrics, paths
 from bond_jax.command import execute, write_json
 from bond_jax.errors import UserError
 
@@ -289,9 +289,9 @@ def main(out: str, seed: int) -> None:
 
 
 def _run() -> None:
-  out = flags.DEFINE_string('out', None, 'The folder to write.', required=True)
+  out = paths.flag('out', None, 'The folder to write.', required=True)
   seed = flags.DEFINE_integer('seed', 0, 'Of instances and samples.', 0)
-  execute(lambda: main(os.path.normpath(out.value), seed.value), __doc__)
+  execute(lambda: main(out.value, seed.value), __doc__)
 
 
 if __name__ == '__main__':

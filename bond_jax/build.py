@@ -23,6 +23,7 @@ from bond_jax import (
   hosts,
   locks,
   metrics,
+  paths,
   saving,
   scoring,
   sharding,
@@ -102,7 +103,8 @@ def make_algorithm(config: ml_collections.ConfigDict):
 
 def reference_dir(config: ml_collections.ConfigDict, workdir: str) -> str:
   """The run whose sft and reward stages this one starts from."""
-  return os.path.normpath(config.reference.replace('{workdir}', workdir))
+  path = config.reference.replace('{workdir}', workdir)
+  return os.path.normpath(paths.expanded(path))
 
 
 def check_reward(
@@ -210,9 +212,11 @@ def check(config: ml_collections.ConfigDict) -> Mesh:
     raise UserError('model.temperature is 0, the greedy law, which is for'
                     ' bond_jax.sample; training needs more.')  # fmt: skip
   mesh = sharding.make_mesh(**config.mesh)
-  sharding.reshaped(mesh, **config.sampling_mesh)
+  drawn_on = sharding.reshaped(mesh, **config.sampling_mesh)
   parts = settings.micro_batches
   sharding.check_batch('train.batch', settings.batch, mesh, parts)
+  # Each part of the mesh draws whole prompts.
+  sharding.check_batch('train.batch', settings.batch, drawn_on, 1)
   algorithm = make_algorithm(config)
   steps = settings.rollouts * settings.epochs
   if steps > 1 and algorithm.num_policy:
@@ -322,6 +326,7 @@ def stage(
     table: what of the summary is shown at the end.
     **asked: flags beside the config; the summary repeats them.
   """
+  workdir = paths.expanded(workdir)
   path = os.path.normpath(os.path.join(workdir, folder, 'summary.json'))
   if not begin(name, config, path, workdir, asked):
     return

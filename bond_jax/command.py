@@ -13,12 +13,13 @@ from typing import Any
 from absl import app, flags, logging
 import ml_collections
 from ml_collections import config_flags
+from ml_collections.config_flags.config_flags import ConfigFileFlagParser
 
 import bond_jax
-from bond_jax import fields, hosts
-from bond_jax.errors import Stopped, UserError
+from bond_jax import fields, hosts, paths
+from bond_jax.errors import one_line, Stopped, UserError
 
-VERSION = 'version.json'  # of the package that made a run
+VERSION = 'version.json'  # of the package that made a run, and where
 _RESTORE = 'it was cut or changed: restore it, or move it away'
 
 
@@ -39,7 +40,7 @@ def load(reference: str) -> Callable[..., Any]:
     ) from e
   except Exception as e:
     raise UserError(
-      f'{reference!r}: importing it raised {type(e).__name__}: {_line(e)};'
+      f'{reference!r}: importing it raised {type(e).__name__}: {one_line(e)};'
       ' --debug shows where.'
     ) from e
   if not callable(getattr(loaded, name, None)):
@@ -108,6 +109,7 @@ def claim_workdir(workdir: str, config: ml_collections.ConfigDict) -> None:
 
   The settings of its evaluation are then those of `config`.
   """
+  workdir = paths.expanded(workdir)
   path = os.path.join(workdir, 'config.json')
   settings = json.loads(config.to_json_best_effort())
   owned = check_workdir(workdir, config)
@@ -116,7 +118,7 @@ def claim_workdir(workdir: str, config: ml_collections.ConfigDict) -> None:
   try:
     if not owned:
       os.makedirs(workdir, exist_ok=True)
-      made_by = {'bond_jax': bond_jax.__version__}
+      made_by = {'bond_jax': bond_jax.__version__, 'folder': os.getcwd()}
       write_json(os.path.join(workdir, VERSION), made_by)
     write_json(path, settings)
   except OSError as e:
@@ -125,12 +127,16 @@ def claim_workdir(workdir: str, config: ml_collections.ConfigDict) -> None:
     ) from e
 
 
-def check_version(workdir: str) -> None:
-  """A UserError if a newer version of this package made the workdir."""
+def check_version(workdir: str) -> str:
+  """The folder that a run was started in, '' if that is not recorded.
+
+  A UserError if a newer version of this package made it.
+  """
   path = os.path.join(workdir, VERSION)
   if not os.path.exists(path):
-    return
-  theirs, ours = read_json(path).get('bond_jax'), bond_jax.__version__
+    return ''
+  made = {'folder': '', 'bond_jax': None, **read_json(path)}
+  theirs, ours = made['bond_jax'], bond_jax.__version__
   number = lambda version: [int(x) for x in re.findall(r'\d{1,9}', version)]
   if not isinstance(theirs, str):
     raise UserError(
@@ -141,11 +147,14 @@ def check_version(workdir: str) -> None:
     raise UserError(
       f'{workdir} was made by bond_jax {theirs}, and this is {ours}: update it.'
     )
+  return str(made['folder'])
 
 
-def read_config(workdir: str) -> ml_collections.ConfigDict:
+def read_config(
+  workdir: str, name: str = 'config.json'
+) -> ml_collections.ConfigDict:
   """The config that a run was started with; a UserError if there is none."""
-  path = os.path.join(workdir, 'config.json')
+  path = os.path.join(workdir, name)
   remedy = (
     '--workdir is the folder of a run, and of a new one --config says what it'
     ' is'
@@ -154,10 +163,16 @@ def read_config(workdir: str) -> ml_collections.ConfigDict:
   raw = read_json(path, remedy)
   try:
     # What was a tuple is a list in JSON, and must be hashable again.
-    return ml_collections.ConfigDict(_tuples(raw)).lock()
+    config = ml_collections.ConfigDict(_tuples(raw)).lock()
+    fields.check(config.to_dict())
+    return config
+  except UserError as e:
+    raise UserError(
+      f'{path}: {e} It was changed, or another version of bond_jax made it.'
+    ) from e
   except (ValueError, TypeError, LookupError, AttributeError) as e:
     raise UserError(
-      f'{path} is no config ({_line(e)}); restore it, or give --config.'
+      f'{path} is no config ({one_line(e)}); restore it, or give --config.'
     ) from e
 
 
@@ -219,10 +234,11 @@ def run_flags(
   config_file = config_flags.DEFINE_config_file(
     'config',
     None,
-    'A configs/*.py file, with an optional ":argument".',
+    'A configs/*.py file, with an optional ":argument", or a config.json.',
     lock_config=True,
   )
-  path = flags.DEFINE_string(folder, None, 'The folder of what is written.')
+  flags.FLAGS['config'].parser = _Parser('config')
+  path = paths.flag(folder, None, 'The folder of what is written.')
   if folder == 'workdir':
     flags.DEFINE_bool(
       'accept_changes', False, 'Go on although files that a run reads changed.'
@@ -231,14 +247,30 @@ def run_flags(
   def given():
     if not path.value:
       raise UserError(f'--{folder} is not set; it says where to write.')
-    where = os.path.normpath(path.value)
     if flags.FLAGS['config'].present:
-      return _loaded(config_file, partial), where
-    if folder != 'workdir':
+      config, file = _loaded(config_file, partial)
+    elif folder == 'workdir':
+      file = os.path.join(path.value, 'config.json')
+      config = read_config(path.value)
+    else:
       raise UserError('--config is not set; give a configs/*.py file.')
-    return _told(read_config(where), where), where
+    if file.endswith('.json'):
+      _tell(config, file)
+      where = os.path.dirname(file) or '.'
+      paths.go_to(paths.home(where, check_version(where)))
+    return config, path.value
 
   return given
+
+
+class _Parser(ConfigFileFlagParser):
+  """Of --config: it may be the config.json of a run, too."""
+
+  def parse(self, path):
+    path = paths.expanded(path)
+    if not path.endswith('.json'):
+      return super().parse(path)
+    return read_config(os.path.dirname(path) or '.', os.path.basename(path))
 
 
 _left_behind = False  # a library's thread that may never end
@@ -250,18 +282,15 @@ def leave_threads() -> None:
   _left_behind = True
 
 
-def _told(
-  config: ml_collections.ConfigDict, workdir: str
-) -> ml_collections.ConfigDict:
+def _tell(config: ml_collections.ConfigDict, path: str) -> None:
   """Says which code beside ours a run's own config.json lets us call."""
   named = fields.functions(config.to_dict())
   if others := [x for x in named if not x.startswith('bond_jax.')]:
     print(
-      f'{workdir}/config.json names {", ".join(map(repr, others))}: code that'
+      f'{path} names {", ".join(map(repr, others))}: code that'
       ' is run; go on only if you trust that folder.',
       file=sys.stderr,
     )
-  return config
 
 
 def execute(main: Callable[[], None], doc: str) -> None:
@@ -307,33 +336,22 @@ def execute(main: Callable[[], None], doc: str) -> None:
 
 def _loaded(
   given: flags.FlagHolder, partial: bool
-) -> ml_collections.ConfigDict:
-  """The config; a UserError if its file could not be read."""
+) -> tuple[ml_collections.ConfigDict, str]:
+  """The config, and its file; a UserError if that could not be read."""
   path = config_flags.get_config_filename(flags.FLAGS['config'])
   try:
     config = given.value
   except OSError:
     config = None
   if isinstance(config, ml_collections.ConfigDict):
-    unset = [] if partial else _unset(config, '--config')
+    unset = [] if partial else fields.unset(config.to_dict(), '--config')
     if unset:
       raise UserError(
         f'{", ".join(unset)}: not set. They have no default; {path} says what'
         ' they are.'
       )
-    return config
+    return config, paths.expanded(path)
   raise UserError(f'cannot read --config={path}; give a configs/*.py file.')
-
-
-def _unset(config: ml_collections.ConfigDict, above: str) -> list[str]:
-  """The flags of all fields that still hold a placeholder."""
-  found = []
-  for key, value in config.items():
-    if isinstance(value, ml_collections.ConfigDict):
-      found += _unset(value, f'{above}.{key}')
-    elif value is None:
-      found.append(f'{above}.{key}')
-  return found
 
 
 def _parse(args: list[str], doc: str) -> list[str]:
@@ -351,9 +369,10 @@ def _parse(args: list[str], doc: str) -> list[str]:
     OSError,
     SyntaxError,
     TypeError,
+    UserError,
     ValueError,
   ) as e:
-    said = UserError(_unknown_key(args) or _line(e))
+    said = UserError(_unknown_key(args) or one_line(e))
     print(f'error: {said}', file=sys.stderr)
     sys.exit(2)
 
@@ -365,26 +384,11 @@ def _unknown_key(args: list[str]) -> str | None:
   if not path and (given := re.search(r'--?(?:no)?config\.[^=\0]+', text)):
     return f'{given[0]} changes a config file; give that too, with --config.'
   try:
-    config = flags.FLAGS['config'].parser.parse(path[1])
-    iter(config)
+    config = flags.FLAGS['config'].parser.parse(path[1]).to_dict()
   except Exception:  # the config itself is the matter
     return None
   for name in re.findall(r'--?(?:no)?config\.([^=\0]+)', text):
-    node, above = config, 'config'
-    for key in re.sub(r'\[.*?\]', '', name).split('.'):
-      known = list(node) if isinstance(node, ml_collections.ConfigDict) else []
-      if key not in known:
-        return (
-          f'--config.{name}: {above} has no {key!r}; it has'
-          f' {", ".join(known) or "no keys"}.'
-        )
-      node, above = node[key], f'{above}.{key}'
+    bare = re.sub(r'\[.*?\]', '', name)
+    if said := fields.unknown(config, bare.split('.')):
+      return f'--config.{name}: {said}'
   return None
-
-
-def _line(error: Exception) -> str:
-  """The message on one line, of a traceback within it the last line alone."""
-  said, _, trace = str(error).partition('Traceback (most recent call last)')
-  line = said + (trace and trace.strip().splitlines()[-1])
-  # The name under which ml_collections imports the file says nothing.
-  return ' '.join(line.replace("module 'config_config'", '--config').split())

@@ -12,12 +12,12 @@ own, below RUN/evaluate. `--sweep='runs/*'` draws many runs into one figure.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import textwrap
 from typing import Any
 
-from absl import flags
 import jax
 import ml_collections
 import numpy as np
@@ -35,6 +35,7 @@ from bond_jax import (
   measures,
   metrics,
   origin,
+  paths,
   report,
   scoring,
   sharding,
@@ -154,6 +155,13 @@ def load_sides(
 
 def load_other(workdir: str, tokenizer, mesh) -> completions.Model:
   """The last policy of another run; a UserError if it reads other pieces."""
+  workdir = os.path.abspath(workdir)
+  started = command.check_version(workdir)
+  with contextlib.chdir(paths.home(workdir, started)):
+    return _load_other(workdir, tokenizer, mesh)
+
+
+def _load_other(workdir: str, tokenizer, mesh) -> completions.Model:
   config = command.read_config(workdir)
   theirs = origin.load_tokenizer(config, workdir)
   if theirs.sha256 != tokenizer.sha256:
@@ -352,13 +360,13 @@ def check_finished(config, workdir, folder, step, against) -> None:
 
 def run() -> None:
   given, checkpoint = command.run_flags(), command.checkpoint_flag()
-  against = flags.DEFINE_string(
+  against = paths.flag(
     'against', 'reference', 'What is compared with: "reference", or a run.'
   )
-  runs = flags.DEFINE_string(
+  runs = paths.flag(
     'sweep', None, 'Runs, as "runs/*": what is known of all, in one figure.'
   )
-  out = flags.DEFINE_string('out', None, 'Of --sweep; runs/sweep by default.')
+  out = paths.flag('out', None, 'Of --sweep; runs/sweep by default.')
 
   def go():
     if runs.value:

@@ -28,6 +28,7 @@ from bond_jax import (
   hf_export,
   metrics,
   origin,
+  paths,
   sharding,
   weights,
 )
@@ -82,7 +83,8 @@ def export(
   if settings.rank:
     adapters = trained
   if form == 'adapter':
-    base = config.get('weights') or build.reference_dir(config, workdir)
+    base = paths.expanded(config.get('weights') or '')
+    base = base or build.reference_dir(config, workdir)
     hf_adapter.export_adapter(adapters, sizes, out, base=base)
   else:
     if adapters is not None:
@@ -120,7 +122,7 @@ def tokenizer_path(config: ml_collections.ConfigDict, workdir: str) -> str:
 
 def source_of(config: ml_collections.ConfigDict) -> str | None:
   """The Hugging Face folder that a run started from, if it is one."""
-  path = config.get('weights') or ''
+  path = paths.expanded(config.get('weights') or '')
   if os.path.isdir(path):
     return path if os.path.exists(os.path.join(path, 'config.json')) else None
   return hf.resolve(path) if '@' in path else None
@@ -148,10 +150,8 @@ def main(workdir: str, out: str, which: str, form: str, dtype: str) -> None:
 
 
 def _run() -> None:
-  workdir = flags.DEFINE_string(
-    'workdir', None, 'A finished run.', required=True
-  )
-  out = flags.DEFINE_string('out', None, 'The folder to make.', required=True)
+  workdir = paths.flag('workdir', None, 'A finished run.', required=True)
+  out = paths.flag('out', None, 'The folder to make.', required=True)
   which = command.checkpoint_flag()
   form = flags.DEFINE_enum('format', 'hf', FORMATS, 'What others are to read.')
   dtype = flags.DEFINE_enum(
@@ -159,8 +159,9 @@ def _run() -> None:
   )
 
   def export_it():
-    folder = os.path.normpath(workdir.value)
-    main(folder, out.value, which.value, form.value, dtype.value)
+    started = command.check_version(workdir.value)
+    paths.go_to(paths.home(workdir.value, started))
+    main(workdir.value, out.value, which.value, form.value, dtype.value)
 
   command.execute(export_it, __doc__)
 

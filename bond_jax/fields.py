@@ -305,6 +305,28 @@ def _of_kind(value: Mapping[str, Any], rule: Kinds, name: str):
   return {**kind, **table}, f'{name} (kind {value["kind"]!r}, as in {example})'
 
 
+def unset(config: Mapping[str, Any], above: str) -> list[str]:
+  """The names of all settings that are None still."""
+  found = []
+  for key, value in config.items():
+    if isinstance(value, Mapping):
+      found += unset(value, f'{above}.{key}')
+    elif value is None:
+      found.append(f'{above}.{key}')
+  return found
+
+
+def unknown(config: Mapping[str, Any], name: Sequence[str]) -> str:
+  """What is said of a name that a config does not have; '' if it has it."""
+  above = 'config'
+  for key in name:
+    known = config if isinstance(config, Mapping) else {}
+    if key not in known:
+      return f'{above} has no {key!r}; {nearest(key, known)}'
+    config, above = config[key], f'{above}.{key}'
+  return ''
+
+
 def nearest(name: Any, known: Iterable[str]) -> str:
   """What a name that is not known was meant to be, or what is known."""
   known = sorted(known)

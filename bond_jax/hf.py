@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from safetensors import safe_open, SafetensorError
 
-from bond_jax import hf_config, hf_names
+from bond_jax import hf_config, hf_names, paths
 from bond_jax.errors import UserError
 from bond_jax.models import gemma
 from bond_jax.stacks import assemble, shapes
@@ -87,6 +87,7 @@ def resolve(path: str) -> str:
   A repository is written owner/name@revision, the revision being the 40 digits
   of a commit: a branch would be another model tomorrow.
   """
+  path = paths.expanded(path)
   if os.path.isdir(path):
     return path
   match = _REPOSITORY.fullmatch(path)

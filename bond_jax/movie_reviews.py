@@ -23,6 +23,7 @@ from absl import app, flags, logging
 import numpy as np
 import tensorflow_datasets as tfds
 
+from bond_jax import paths
 from bond_jax.errors import UserError
 
 SDIST = 'vaderSentiment-3.3.2.tar.gz'
@@ -245,5 +246,5 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == '__main__':
-  flags.DEFINE_string('data_dir', 'data', 'Where the data is kept.')
+  paths.flag('data_dir', 'data', 'Where the data is kept.')
   app.run(main)

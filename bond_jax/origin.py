@@ -56,6 +56,11 @@ def make_sizes(
       f'model.sizes: heads ({sizes.heads}) must be a multiple of kv_heads'
       f' ({sizes.kv_heads}).'
     )
+  if 'local' in sizes.pattern and not sizes.window:
+    raise UserError(
+      'model.sizes: a local layer sees window positions, which are none of'
+      f' {model.name}; set window too.'
+    )
   if used_vocab > sizes.vocab_size:
     raise UserError(
       f'tokenizer.vocab_size ({used_vocab}) is larger than the'

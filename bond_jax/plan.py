@@ -26,11 +26,13 @@ from bond_jax import (
   chips,
   command,
   environment,
+  fields,
   hlo,
   metrics,
   origin,
   programs,
   sharding,
+  text_task,
 )
 from bond_jax import step as step_lib
 from bond_jax.errors import UserError
@@ -142,6 +144,8 @@ def check(config: ml_collections.ConfigDict, mesh: Mesh) -> None:
       f'a plan is made for models in {origin.__name__} that are trained on'
       f' text; this config has task {config.task}, model {config.model.name}.'
     )
+  needed = (*build.NEEDED, *text_task.NEEDED)
+  fields.check(config.to_dict(), needed, unset=True)
   settings = config.train
   sampling_mesh = sharding.reshaped(mesh, **config.sampling_mesh)
   sharding.check_batch(

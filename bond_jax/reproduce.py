@@ -29,12 +29,15 @@ from bond_jax import (
   enumerable,
   environment,
   exact,
+  fields,
   figures,
+  hosts,
   metrics,
   quantiles,
   sharding,
   train,
 )
+from bond_jax.errors import UserError
 
 LABELS = {
   'step': 'step',
@@ -160,7 +163,37 @@ def beside_best_of_n(ax, beside: Series, x: str, y: str, ns, look) -> None:
                 fontsize=7, ha='right', va='bottom')  # fmt: skip
 
 
+_NAMES = fields.several(fields.one_of(*LABELS))
+_PANEL = fields.Rule(
+  f'a pair of names of {", ".join(LABELS)}',
+  lambda x: _NAMES.allows(x) and len(x) == 2,
+)
+# Of a config of several runs, but for the runs themselves.
+RULES = dict(
+  runs={'*': fields.TABLE}, labels={'*': fields.TEXT},
+  figure=dict(
+    title=fields.TEXT, panels=fields.several(_PANEL, 1), log=_NAMES,
+    best_of=fields.several(fields.COUNT), reach=fields.several(fields.SHARE),
+    note=fields.TEXT,
+  ),
+)  # fmt: skip
+
+
+def check(config: ml_collections.ConfigDict) -> None:
+  """Refuses what would end the last of the runs, before the first."""
+  fields.check(config.to_dict(), rules=RULES)
+  if config.runs.keys() != config.labels.keys():
+    raise UserError(
+      f'config.labels has {", ".join(config.labels)}, and config.runs'
+      f' {", ".join(config.runs)}; give each run a label.'
+    )
+  for run in config.runs.values():
+    build.check(run)
+
+
 def reproduce(config: ml_collections.ConfigDict, workdir: str) -> None:
+  hosts.start()
+  check(config)
   os.makedirs(workdir, exist_ok=True)
   runs, beside = run_all(config, workdir), {}
   if runs:

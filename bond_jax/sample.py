@@ -123,7 +123,7 @@ def talk(
 ) -> None:
   """What the flags ask for."""
   environment.configure_jax()
-  fields.check(config.to_dict(), text_task.NEEDED)
+  fields.check(config.to_dict(), (*build.NEEDED, *text_task.NEEDED))
   turns = config.prompt.kind == 'turn'
   if prompt is None and not turns:
     raise UserError(

@@ -15,7 +15,7 @@ import math
 import re
 from typing import Any, NamedTuple, TypeVar
 
-from bond_jax import conversations, readers
+from bond_jax import conversations, paths, readers
 from bond_jax.errors import BadRow, UserError
 
 Row = conversations.Row
@@ -228,8 +228,10 @@ def source(
   fields, skip = fields or {}, bad_rows == 'skip'
   asked = (splits or {}).get(split, split)
   split, window = _window(asked)
+  hub = 'hf:' if name.startswith('hf:') else ''
+  name = hub + paths.expanded(name.removeprefix(hub))
   filled = name.replace('{split}', split)
-  if name.startswith('hf:'):
+  if hub:
     table = readers.hugging_face(filled, split)
   elif name.endswith(readers.JSON):
     check = None if skip else functools.partial(conversations.prepare, fields)
@@ -240,7 +242,7 @@ def source(
   elif name.endswith('.parquet'):
     table = readers.parquet(readers.paths(filled))
   else:
-    table = readers.builder(name, split, data_dir)
+    table = readers.builder(name, split, paths.expanded(data_dir))
   rows = Rows(table, fields, window(table.size), skip)
   if not rows:
     raise UserError(f'{filled} is empty: it has no rows of split {asked!r}.')

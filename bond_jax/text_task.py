@@ -45,16 +45,17 @@ def check(config: ml_collections.ConfigDict, mesh) -> None:
   A wrong setting of a late stage must not cost the early ones.
   """
   fields.check(config.to_dict(), NEEDED)
-  batches = {
-    'train.probe_prompts': config.train.probe_prompts,
-    'evaluate.prompts': config.evaluate.prompts,
-  }
-  if 'sft' in config:
-    batches['sft.batch'] = config.sft.batch
-  for name, batch in batches.items():
+  drawn_on = sharding.reshaped(mesh, **config.sampling_mesh)
+  for name, batch in (
+    ('train.probe_prompts', config.train.probe_prompts),
+    ('evaluate.prompts', config.evaluate.prompts),
+  ):
     sharding.check_batch(name, batch, mesh, 1)
+    sharding.check_batch(name, batch, drawn_on, 1)
+  if 'sft' in config:
+    sharding.check_batch('sft.batch', config.sft.batch, mesh, 1)
   policy = origin.make_policy(config.model, config.tokenizer.vocab_size)
-  parts = sharding.reshaped(mesh, **config.sampling_mesh).shape['data']
+  parts = drawn_on.shape['data']
   stop = stops.make((), [b''], config.stop)  # the ids come with a vocabulary
   sampling.check(policy, config.length, stop, config.slots, parts)
   for name in ('reward', 'gold'):

@@ -18,7 +18,7 @@ import os
 
 import sentencepiece
 
-from bond_jax import hosts
+from bond_jax import hosts, paths
 from bond_jax.errors import BadRow, UserError
 
 # What begins and ends a turn, up to Gemma 3 and from Gemma 4 on.
@@ -177,6 +177,7 @@ def parse(content: bytes, name: str, remedy: str = _RELEASE) -> Tokenizer:
 
 def find(path: str) -> str:
   """The file of a vocabulary: `path`, or the one in it if it is a folder."""
+  path = paths.expanded(path)
   return os.path.join(path, FILE) if os.path.isdir(path) else path
 
 
@@ -189,7 +190,7 @@ def load(path: str, sha256: str = '', remedy: str = _RELEASE) -> Tokenizer:
     sha256: unless empty, that of the right file.
     remedy: what to do where the file is missing or broken.
   """
-  folder, path = path, find(path)
+  folder, path = paths.expanded(path), find(path)
   theirs = path
   if not path.endswith('.json'):
     theirs = os.path.join(os.path.dirname(path), 'tokenizer.json')

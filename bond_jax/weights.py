@@ -24,6 +24,7 @@ import jax
 import orbax.checkpoint as ocp
 import tensorstore as ts
 
+from bond_jax import paths
 from bond_jax.errors import UserError
 from bond_jax.models import gemma
 from bond_jax.sharding import path_name
@@ -295,6 +296,7 @@ def _cast(dtype, sharding):
 
 def _find(path: str) -> str:
   """The folder, address or repository that `path` means."""
+  path = paths.expanded(path)
   if os.path.isdir(path):
     return os.path.abspath(path)
   if path.startswith('gs://') or re.fullmatch(r'[\w-][\w.-]*/[^/]+', path):

@@ -120,7 +120,7 @@ def command_line(folder: Path) -> Target:
     b' train=dict(steps=4, batch=8), alphas=(1.0, 2.0), scan=False))\n'
     b'  c.get_ref("weights")\n  return c\n',
   )
-  _write(folder / 'w' / 'config.json', b'{"seed": 0, "train": {"steps": 4}}')
+  _write(folder / 'w' / 'config.json', b'{"seed": 0}')
   given = command.run_flags()
   known = set(flags.FLAGS)
   seeds = [
@@ -129,6 +129,7 @@ def command_line(folder: Path) -> Target:
     f'--config={path}\n--workdir\n{folder}/w\n--noconfig.scan\n'
     '--config.train.steps=8\n--config.weights=x',
     f'--workdir={folder}/w',
+    f'--workdir={folder}/x\n--config={folder}/w/config.json\n--config.seed=3',
   ]
 
   def read(content):

@@ -37,6 +37,11 @@ def test_the_toy_passes(config):
   'path, value, says',
   [
     ('mesh.data', 3, 'mesh data=3 x model=1 needs 3 devices'),
+    (
+      'sampling_mesh.data',
+      4,
+      'sampling_mesh data=4 x model=1 has to use the 8',
+    ),
     ('sampling_mesh.model', 3, 'sampling_mesh data=2 x model=3 .* 8 devices'),
     ('mesh.data', 0, 'data=0 x model=1: both must be 1 or more, data=-1 apart'),
     ('mesh.model', 0, 'data=8 x model=0: both must be 1 or more'),
@@ -291,3 +296,26 @@ def test_compilations_are_kept_where_they_take_long(backend, asked, kept):
     assert found == (kept and os.path.expanduser(kept))
   finally:
     jax.config.update('jax_compilation_cache_dir', before)
+
+
+@pytest.mark.parametrize(
+  'path', ['train.batch', 'train.probe_prompts', 'evaluate.prompts']
+)
+def test_what_is_drawn_divides_into_the_parts_that_draw(config, path):
+  """Of the sampling mesh there may be more than of the mesh."""
+  config.mesh = dict(data=2, model=4)
+  config.sampling_mesh = dict(data=8, model=1)
+  config.train.batch = config.train.probe_prompts = config.evaluate.prompts = 16
+  build.check(config)
+  change(config, path, 4)
+  with pytest.raises(UserError, match=rf'{path} \(4\) must be .* of 8'):
+    build.check(config)
+
+
+def test_a_local_layer_sees_something(config):
+  change(config, 'model.name', 'gemma_2b')
+  change(config, 'model.sizes.pattern', ('local',))
+  with pytest.raises(UserError, match='a local layer sees window positions'):
+    build.check(config)
+  change(config, 'model.sizes.window', 4)
+  build.check(config)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -51,7 +52,7 @@ def call(tmp_path_factory):
     return subprocess.run(
       [sys.executable, 'script.py', *args],
       cwd=folder,
-      env={**os.environ, 'PYTHONPATH': toy.ROOT},
+      env={**os.environ, 'PYTHONPATH': toy.ROOT, 'HOME': str(folder)},
       capture_output=True,
       text=True,
     )
@@ -64,16 +65,24 @@ def test_a_command_that_works(call):
   assert (done.returncode, done.stdout, done.stderr) == (0, 'a/b 5\n', '')
 
 
+def test_a_tilde_is_the_home_folder(call):
+  done = call('--config=~/config.py', '--workdir=~/a')
+  assert (done.returncode, done.stderr) == (0, '')
+  assert re.fullmatch(r'/.*/command\d*/a 7\n', done.stdout)
+  done = call('--workdir=~nobody_here/a')
+  assert done.returncode == 2 and 'no home folder ~nobody_here;' in done.stderr
+
+
 @pytest.mark.parametrize(
   'args, says',
   [
     (
       ['--config.train.bach=3'],
-      "--config.train.bach: config.train has no 'bach'; it has batch, steps.",
+      "--config.train.bach: config.train has no 'bach'; did you mean 'batch'?",
     ),
     (
       ['--config.train.steps=5', '--config.tain.steps=3'],
-      "--config.tain.steps: config has no 'tain'; it has seed, train.",
+      "--config.tain.steps: config has no 'tain'; did you mean 'train'?",
     ),
     (['--config.seed.x=3'], "config.seed has no 'x'"),
     (['--config.train.steps=abc'], 'config.train.steps=abc: invalid literal'),
@@ -96,13 +105,20 @@ def test_a_mistake_is_one_line_and_status_2(call, args, says):
   assert says in done.stderr
 
 
+def run_of(folder, **changes) -> str:
+  """A folder with the config.json of a run; `changes` by dotted names."""
+  config = toy.get_config('nowhere')
+  config.update_from_flattened_dict({'train.steps': 5, **changes})
+  command.claim_workdir(str(folder), config)
+  return str(folder)
+
+
 def test_without_a_config_it_is_that_of_the_run(call, tmp_path):
   """Tuples are tuples again; and what is wrong with the folder is one line."""
-  workdir = str(tmp_path)
-  config = dict(seed=0, train=dict(steps=5, rates=[1, [2, 3]]))
-  (tmp_path / 'config.json').write_text(json.dumps(config))
+  workdir = run_of(tmp_path)
   read = command.read_config(workdir)
-  assert read.train.rates == (1, (2, 3)) and read.is_locked
+  assert read.reward_model.alphas == (0.3, 1.0) and read.is_locked
+  config = json.loads((tmp_path / 'config.json').read_text())
   assert json.loads(read.to_json_best_effort()) == config
   done = call(f'--workdir={workdir}', config=False)
   assert (done.returncode, done.stdout) == (0, f'{workdir} 5\n')
@@ -117,6 +133,78 @@ def test_without_a_config_it_is_that_of_the_run(call, tmp_path):
       command.read_config(workdir)
 
 
+def test_the_config_of_a_run_is_that_of_another(call, tmp_path):
+  """--config takes it, flags change it, and what is wrong in it is one line."""
+  path = os.path.join(run_of(tmp_path / 'run'), 'config.json')
+  done = call(f'--config={path}', '--workdir=b', '--config.train.steps=7')
+  assert done.stdout.endswith(' 7\n') and done.returncode == 0
+  assert f"{path} names 'toy:reward': code that is run" in done.stderr
+  for args, says in (
+    ((f'--config={path}', '--config.train.stpes=7'), "mean 'steps'?"),
+    ((f'--config={tmp_path}/config.json',), 'cannot read'),
+  ):
+    done = call(*args, '--workdir=b')
+    assert done.returncode == 2 and done.stderr.count('\n') == 1
+    assert says in done.stderr
+  for change, says in (
+    (lambda c: c['train'].update(steps=0), 'train.steps is 0, expected'),
+    (lambda c: c['train'].update(stepz=5), "has 'stepz', which nothing reads"),
+    (lambda c: c['train'].pop('batch'), "config.train has no 'batch'"),
+  ):
+    config = toy.get_config('nowhere').to_dict()
+    change(config)
+    with open(path, 'w') as f:
+      json.dump(config, f)
+    with pytest.raises(UserError, match=says) as e:
+      command.read_config(str(tmp_path / 'run'))
+    assert path in str(e.value) and '\n' not in str(e.value)
+
+
+WHERE = """
+import glob, os
+from bond_jax import command, paths
+
+def main(config, workdir):
+  print(os.getcwd(), workdir, other.value, glob.glob(config.data.name))
+
+other = paths.flag('other', None, 'Another run.')
+command.run(main, 'Says where it is.')
+"""
+
+
+def test_a_run_s_paths_are_relative_to_where_it_was_started(
+  tmp_path, monkeypatch
+):
+  """From any folder; flags mean what they did in the one they were typed in."""
+  there, here = tmp_path / 'there', tmp_path / 'here'
+  for folder in (there, here):
+    folder.mkdir()
+    (folder / 'rows.jsonl').touch()
+  monkeypatch.chdir(there)
+  run_of('run', **{'data.name': 'rows.jsonl'})
+  (tmp_path / 'where.py').write_text(WHERE)
+
+  def call(*args):
+    done = subprocess.run(
+      [sys.executable, '../where.py', *args], capture_output=True, text=True,
+      cwd=here, env={**os.environ, 'PYTHONPATH': toy.ROOT},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done
+
+  done = call('--workdir=../there/run', '--other=x')
+  assert done.stdout == f"{there} run ../here/x ['rows.jsonl']\n"
+  assert f'was started in {str(there)!r}; its relative paths' in done.stderr
+  done = call('--config=../there/run/config.json', '--workdir=mine')
+  assert done.stdout == f"{there} ../here/mine None ['rows.jsonl']\n"
+  # A folder that is not here, as after a copy to another machine.
+  version = there / 'run' / 'version.json'
+  version.write_text(version.read_text().replace('/there', '/gone'))
+  done = call('--workdir=../there/run')
+  assert done.stdout == f"{here} ../there/run None ['rows.jsonl']\n"
+  assert f'are taken from {here}, since that folder is not' in done.stderr
+
+
 @pytest.mark.parametrize('theirs, fine', [
   ('0.0.9', True), (bond_jax.__version__, True), ('0.10.0', False),
   ('1.0', False),
@@ -125,7 +213,8 @@ def test_a_run_of_a_newer_version(tmp_path, theirs, fine):
   config = ml_collections.ConfigDict(dict(seed=0))
   command.claim_workdir(str(tmp_path), config)
   path = tmp_path / 'version.json'
-  assert json.loads(path.read_text()) == {'bond_jax': bond_jax.__version__}
+  made = {'bond_jax': bond_jax.__version__, 'folder': os.getcwd()}
+  assert json.loads(path.read_text()) == made
   path.write_text(json.dumps({'bond_jax': theirs}))
   for act in (
     lambda: command.check_workdir(str(tmp_path), config),
@@ -183,6 +272,13 @@ def test_load_names_what_is_wrong(tmp_path, monkeypatch):
   ):
     with pytest.raises(UserError, match=says):
       command.load(reference)
+
+
+def test_the_function_that_is_advised_is_there():
+  with pytest.raises(UserError, match='for instance') as e:
+    command.load('toy')
+  advised = re.search(r'for instance "(.*?)"', str(e.value))[1]
+  assert callable(command.load(advised))
 
 
 def test_a_workdir_belongs_to_the_config_that_claimed_it(tmp_path):

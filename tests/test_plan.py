@@ -32,9 +32,11 @@ def small(lora_rank=0, algorithm='jbond'):
     'gemma2_2b', vocab_size=256, learning_rate=1e-3, lora_rank=lora_rank
   )
   sizes = dataclasses.asdict(TINY['gemma2']) | dict(
-    vocab_size=256, used_vocab=None, features=128, layers=3, heads=4,
+    vocab_size=256, features=128, layers=3, heads=4,
     feed_forward=256, head_size=32, window=64,
   )  # fmt: skip
+  for name in ('used_vocab', 'lora_scale'):  # which follow from other settings
+    del sizes[name]
   with config.unlocked():
     config.model.sizes = sizes
     config.prompt.length, config.length = 8, 8

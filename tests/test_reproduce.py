@@ -10,6 +10,7 @@ import pytest
 import toy
 
 from bond_jax import reproduce
+from bond_jax.errors import UserError
 
 
 def get_config():
@@ -119,3 +120,30 @@ def test_the_floor_of_two_meets_the_log_quantile_thrice():
   crossings = p[:-1][np.sign(gap[:-1]) != np.sign(gap[1:])]
   assert crossings[:2] == pytest.approx([0.1127, 0.5], abs=0.006)
   assert gap[-1] == 0
+
+
+@pytest.mark.parametrize(
+  'change, says',
+  [
+    (lambda c: c.figure.update(panels=(('step', 'nothing'),)), 'figure.panels'),
+    (lambda c: c.figure.update(panels=()), 'figure.panels is .* not empty'),
+    (lambda c: c.figure.update(reach=(1.5,)), 'figure.reach'),
+    (lambda c: c.figure.update(best_of=(0,)), 'figure.best_of'),
+    (lambda c: c.figure.update(pannels=1), "'pannels', .* 'panels'"),
+    (lambda c: c.labels.update(other='x'), 'give each run a label'),
+    (lambda c: [*c.runs.values()][-1].train.update(stepz=1), "mean 'steps'"),
+    (
+      lambda c: [*c.runs.values()][-1].train.update(steps=0),
+      'train.steps is 0',
+    ),
+  ],
+)
+def test_what_would_end_the_last_run_is_said_before_the_first(
+  tmp_path, change, says
+):
+  config = get_config()
+  with config.unlocked():
+    change(config)
+  with pytest.raises(UserError, match=says):
+    reproduce.reproduce(config, str(tmp_path / 'figure'))
+  assert not os.path.exists(tmp_path / 'figure')

@@ -90,7 +90,9 @@ def test_a_stop_string_ends_a_completion(config, ask):
 def test_a_config_of_before_is_one_line(config, ask):
   with config.unlocked():
     del config.stop
-  with pytest.raises(UserError, match="config has no 'stop'.* a list of texts"):
+  with pytest.raises(
+    UserError, match="config has no 'stop', which must be a list"
+  ):
     ask(config, toy.finished(), prompt='the film')
 
 

@@ -24,6 +24,7 @@ import toy
 from bond_jax import command, hf, hosts, movie_reviews, scoring, tokenizer
 from bond_jax.errors import UserError
 from bond_jax.rewards import http, ridge, serve
+from configs import demo
 
 PACKAGE = pathlib.Path(toy.ROOT, 'bond_jax')
 ASKED = fuzz_targets.ASKED
@@ -103,18 +104,19 @@ def test_a_reward_model_with_sizes_that_are_claimed(tmp_path):
 
 
 def test_a_run_folder_says_which_code_it_names(tmp_path, capsys):
-  config = dict(task='bond_jax.text_task', reward=dict(function='mine:f'))
-  config['gold'] = dict(function='bond_jax.rewards.text:vader')
-  config['reward']['parts'] = dict(a=dict(function='subprocess:call'))
+  config = dict(task='bond_jax.text_task', reward=demo.reward('mine:f'))
+  config['gold'] = dict(function='bond_jax.rewards.text:vader', args={})
+  part = dict(function='subprocess:call', args={}, weight=1)
+  config['reward']['parts'] = dict(a=part)
   (tmp_path / 'config.json').write_text(json.dumps(config))
   read = command.read_config(str(tmp_path))
-  assert command._told(read, 'RUN') is read
+  command._tell(read, 'RUN/config.json')
   said = capsys.readouterr().err
   assert said.count('\n') == 1
   assert "RUN/config.json names 'mine:f', 'subprocess:call': code" in said
-  config['reward'] = config['gold']
+  del config['reward']
   (tmp_path / 'config.json').write_text(json.dumps(config))
-  command._told(command.read_config(str(tmp_path)), 'RUN')
+  command._tell(command.read_config(str(tmp_path)), 'RUN')
   assert capsys.readouterr().err == ''
 
 

@@ -11,7 +11,7 @@ from concurrent import futures
 import inspect
 from typing import Any, NamedTuple
 
-from bond_jax import command, scoring
+from bond_jax import command, paths, scoring
 from bond_jax.errors import UserError
 from bond_jax.rewards import answers
 from bond_jax.types import PreferenceFn, RewardFn
@@ -111,7 +111,7 @@ def _made_of(part: Part) -> RewardFn | PreferenceFn:
   """Calls a factory; a UserError unless it returns what can be called."""
   name = f'reward {part.function}'
   try:
-    made = command.load(part.function)(**part.args)
+    made = command.load(part.function)(**_paths(part.args))
   except UserError:
     raise
   except (Exception, SystemExit) as e:
@@ -136,6 +136,14 @@ def _made_of(part: Part) -> RewardFn | PreferenceFn:
   name = scoring.name_of(made)
   named.__name__ = name if ':' in name else part.function
   return named
+
+
+def _paths(args: Mapping[str, Any]) -> dict[str, Any]:
+  """The arguments, those that begin with ~/ as the paths that they mean."""
+  return {
+    k: paths.expanded(v) if isinstance(v, str) and v.startswith('~/') else v
+    for k, v in args.items()
+  }
 
 
 def _signature(function: Callable[..., Any]) -> inspect.Signature:

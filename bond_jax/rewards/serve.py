@@ -155,7 +155,9 @@ def _run() -> None:
   )
   args = flags.DEFINE_string('args', '{}', 'Its arguments, a JSON object.')
   host = flags.DEFINE_string('host', '127.0.0.1', 'The address to listen at.')
-  port = flags.DEFINE_integer('port', 8000, 'The port; 0 = any that is free.')
+  port = flags.DEFINE_integer(
+    'port', 8000, 'The port; 0 = any that is free.', 0, 65_535
+  )
 
   def main():
     reward = make(function.value, args.value)
