@@ -6,6 +6,7 @@ Named by `config.task`; `build.Task` says what a task is.
 from __future__ import annotations
 
 from collections.abc import Callable
+import itertools
 from typing import Any, NamedTuple
 
 import jax
@@ -32,7 +33,6 @@ from bond_jax.errors import UserError
 from bond_jax.log_probs import log_probs
 from bond_jax.models import lora
 from bond_jax.sampling import sample
-from bond_jax.types import Prompts
 
 NEEDED = ('data', 'weights', 'tokenizer', 'prompt', 'stop', 'reward', 'gold',
           'evaluate', 'train.probe_prompts',
@@ -72,13 +72,18 @@ def make(config: ml_collections.ConfigDict, workdir: str, mesh) -> build.Task:
   stop = stops.of(tokenizer, config.stop)
   encode = origin.make_encoder(config, tokenizer)
   # A bad row shows before weights are loaded, also one that is used later.
-  rows = build.rows(config, 'train')
+  rows, held_out = (build.rows(config, s) for s in ('train', 'validation'))
   whole = origin.make_encoder(config, tokenizer, longer='drop')
   facts = look_at(rows, whole, config.prompt)
-  held_out, prompts = held_out_prompts(
-    config, encode, 'validation', config.train.probe_prompts
+  prompts = data.fixed_prompts(
+    held_out,
+    encode,
+    length=config.prompt.length,
+    count=config.train.probe_prompts,
   )
-  held_out_prompts(config, encode, 'test', config.evaluate.prompts)
+  for part in sources.parts(build.rows(config, 'test')):
+    made = sources.each(part.rows, encode)
+    list(itertools.islice(made, config.evaluate.prompts))
   policy = origin.make_policy(config.model, config.tokenizer.vocab_size)
   frozen = origin.load_frozen(config, policy, workdir, mesh)
   ask, ask_gold = (
@@ -121,15 +126,6 @@ def make(config: ml_collections.ConfigDict, workdir: str, mesh) -> build.Task:
     make_probe=make_probe,
     facts=facts,
   )
-
-
-def held_out_prompts(
-  config: ml_collections.ConfigDict, encode: data.Encode, split: str, count: int
-) -> tuple[data.Source, Prompts]:
-  """The rows of a split, and the fixed prompts that are made of them."""
-  rows = build.rows(config, split)
-  length = config.prompt.length
-  return rows, data.fixed_prompts(rows, encode, length=length, count=count)
 
 
 def look_at(rows: data.Source, make: data.Make, prompt) -> dict[str, int]:

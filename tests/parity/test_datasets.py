@@ -81,3 +81,38 @@ def test_what_is_wrong_is_one_line(folder, tmp_path):
   for name in ('owner/name', 'owner/name:subset'):
     name = f'{name}@{40 * "a"}'  # the hub, which is not asked here
     says(read(name), f'cannot read hf:{name}: ')
+
+
+def test_one_split_by_two_names_is_one(folder):
+  read = lambda name, split: sources.source(
+    name, split, '', fields=dict(text='prompt'), splits=SPLITS
+  )
+  whole, part = f'hf:{folder}', f'hf:{folder}/train_prefs'
+  rows = {
+    'train': read(whole, 'train'),
+    'validation': read(whole, 'validation'),
+    'test': read(part, 'test_prefs'),
+  }
+  sources.check_apart(rows, ('train', 'validation'))
+  for pair in ('train', 'test'), ('validation', 'test'):
+    says(
+      lambda pair=pair: sources.check_apart(rows, pair),
+      f'the splits {" and ".join(pair)} have',
+      f'of {folder}/train_prefs: ',
+    )
+
+
+def test_turns_as_a_table_of_lists_and_nulls(tmp_path):
+  """As `Sequence` of a dict is saved; columns that a row lacks are null."""
+  text = datasets.Value('string')
+  features = datasets.Features(
+    text=text, messages=datasets.Sequence({'role': text, 'content': text})
+  )
+  talk = {'role': ['user'], 'content': ['hi']}
+  empty = {'role': [], 'content': []}
+  given = {'text': [None, 'one'], 'messages': [talk, empty]}
+  found = datasets.Dataset.from_dict(given, features=features)
+  found.save_to_disk(str(tmp_path / 'x'))
+  rows = sources.source(f'hf:{tmp_path}/x', 'train', '')
+  messages = [{'role': 'user', 'content': 'hi'}]
+  assert list(rows) == [{'messages': messages}, {'text': 'one'}]
