@@ -35,7 +35,11 @@ def array(rows, end='\n', **how):
     ('x.json', BOM + b'\r\n' + array(ROWS, '\r\n', indent=1), (3, 6, 10)),
     ('x.jsonl', b' ' + array(ROWS), (1, 1, 1)),
     ('x.jsonl.gz', gzip.compress(lines(ROWS), mtime=0), (1, 2, 3)),
-    ('x.json.gz', gzip.compress(BOM + array(ROWS, indent=1), mtime=0), (2, 5, 9)),
+    (
+      'x.json.gz',
+      gzip.compress(BOM + array(ROWS, indent=1), mtime=0),
+      (2, 5, 9),
+    ),
   ],
 )  # fmt: skip
 def test_rows_and_their_lines(tmp_path, name, content, numbers):
