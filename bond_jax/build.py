@@ -239,6 +239,7 @@ def check_stage(
   name: str, config: ml_collections.ConfigDict, workdir: str
 ) -> None:
   """Refuses a stage that this run does not have."""
+  fields.check(config.to_dict(), needed=NEEDED)
   if name not in config:
     raise UserError(
       f'this config has no {name} section: what {config.task} trains on needs'

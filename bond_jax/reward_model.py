@@ -36,7 +36,7 @@ from bond_jax import (
 def main(config: ml_collections.ConfigDict, workdir: str) -> None:
   hosts.start()
   build.check_stage('reward_model', config, workdir)
-  fields.check(config.to_dict(), (*build.NEEDED, *text_task.NEEDED))
+  fields.check(config.to_dict(), text_task.NEEDED)
   check_splits(config)
   work, table = reward_training.train, reward_report.headlines
   if config.reward_model.kind == 'ridge':

@@ -223,6 +223,13 @@ def test_a_stage_that_a_config_lacks_is_one_line(tmp_path, stage):
   assert not os.path.exists(workdir)
 
 
+@pytest.mark.parametrize('stage', toy.STAGES)
+def test_a_config_of_several_runs_is_none_of_a_stage(tmp_path, stage):
+  with pytest.raises(UserError, match="config has 'figure', which nothing"):
+    toy.run(stage, figures.get_config('bond_2'), str(tmp_path / 'run'))
+  assert not os.path.exists(tmp_path / 'run')
+
+
 def test_every_algorithm_has_its_settings_for_the_language():
   """As many as there are files, and none that its file does not know."""
   folder = os.path.join(toy.ROOT, 'bond_jax', 'algorithms')
