@@ -445,7 +445,7 @@ def test_it_starts_from_the_sft_stage_and_takes_pairs(tmp_path):
     del config.reward_model.tokenizer, config.reward_model.model
     config.reward_model.data = dict(name=str(tmp_path / '{split}.jsonl'))
   workdir = str(tmp_path / 'run')
-  with pytest.raises(UserError, match='run the sft stage first'):
+  with pytest.raises(UserError, match='tokenizer.model.*sft stage'):
     toy.run('reward_model', config, workdir)
   toy.run('sft', config, workdir)
   toy.run('reward_model', config, workdir)
