@@ -25,10 +25,10 @@ COPIED = (
   'requirements-hf.txt',
 )  # fmt: skip
 # The copy has no compiler and no browser of its own.
-os.environ.setdefault('BROWSER', os.path.join(ROOT, '.browser'))
-os.environ.setdefault(
-  'TPU_LIBRARY_PATH', os.path.join(ROOT, '.libtpu', 'libtpu', 'libtpu.so')
-)
+OURS = {
+  'BROWSER': os.path.join(ROOT, '.browser'),
+  'TPU_LIBRARY_PATH': os.path.join(ROOT, '.libtpu', 'libtpu', 'libtpu.so'),
+}
 Mutation = collections.namedtuple('Mutation', 'path old new tests')
 
 
@@ -51,6 +51,7 @@ def read(word: str) -> list[Mutation]:
 
 def run(folder: str, tests: list[str]) -> subprocess.CompletedProcess:
   env = {
+    **OURS,
     **os.environ,
     'PYTHONPATH': folder,
     'PYTHONDONTWRITEBYTECODE': '1',

@@ -11,6 +11,8 @@ import fuzz_targets
 import fuzzing
 import hypothesis
 from hypothesis import strategies as st
+import jax
+from jax.experimental.compilation_cache import compilation_cache
 import pytest
 import toy
 
@@ -18,6 +20,16 @@ from bond_jax.errors import UserError
 
 SLOW = {'sweep_whole', 'orbax_metadata', 'orbax_manifest', 'safetensors',
         'hf_index', 'adapter', 'completions_jsonl', 'parquet'}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _no_cache_of_programs():
+  """A reader that is given strange input writes nothing, programs neither."""
+  for used in False, True:
+    jax.config.update('jax_enable_compilation_cache', used)
+    compilation_cache.reset_cache()
+    if not used:
+      yield
 
 
 @pytest.fixture(scope='module')

@@ -145,8 +145,8 @@ def test_other_code_is_named(tmp_path):
 
 
 def test_a_workdir_that_is_not_shared(tmp_path):
-  line = ridge(workdir=f'{tmp_path}/$JAX_PROCESS_ID')
-  said = the_line(several.launch(2, *in_bash(line)))
+  mine = {'workdir': f'{tmp_path}/$JAX_PROCESS_ID', 'config.mesh.data': '-1'}
+  said = the_line(several.launch(2, *in_bash(ridge(**mine))))
   assert said.startswith(f'{tmp_path}/')
   assert 'is not shared: host 1 did not see there what host 0 wrote' in said
 

@@ -106,7 +106,7 @@ def test_a_space_is_there_whatever_the_vocabulary_does_at_the_start(tokenizer):
 @pytest.mark.parametrize(
   'texts, words',
   [
-    (['\n', ''], 'an empty string'),
+    (['\n', ''], 'not empty'),
     (['a\ufffd'], 'U+FFFD'),
     (['a' * 200, 'é' * 28], '256 bytes in 2 strings, at most 255'),
   ],
