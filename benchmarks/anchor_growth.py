@@ -36,6 +36,7 @@ from bond_jax import (
   figures,
   metrics,
   objectives,
+  paths,
   sharding,
   train,
 )
@@ -157,7 +158,7 @@ def draw(curves, path: str) -> None:
 
 def main():
   parser = argparse.ArgumentParser(description=__doc__)
-  parser.add_argument('--out', required=True)
+  parser.add_argument('--out', type=paths.expanded, required=True)
   parser.add_argument(
     '--inner', type=int, default=200, help='exact steps before each move'
   )

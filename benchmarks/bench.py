@@ -144,7 +144,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
   )
   parser.add_argument('--only', default=','.join(SECTIONS))
   parser.add_argument('--rounds', type=int, default=5)
-  parser.add_argument('--out', default='runs/bench')
+  parser.add_argument('--out', type=os.path.expanduser, default='runs/bench')
   parser.add_argument('--model', default='gemma3_1b', help='of large')
   parser.add_argument('--batch', type=int, default=256, help='of large')
   parser.add_argument('--length', type=int, default=256, help='of large')

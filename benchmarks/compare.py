@@ -120,7 +120,7 @@ def table(rows: dict[str, list[dict]], keys) -> str:
 
 def main():
   parser = argparse.ArgumentParser(description=__doc__)
-  parser.add_argument('--out', required=True)
+  parser.add_argument('--out', type=os.path.expanduser, required=True)
   parser.add_argument('--seeds', type=int, default=3)
   parser.add_argument('--only', nargs='*', default=list(ALGORITHMS))
   args = parser.parse_args()

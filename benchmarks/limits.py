@@ -21,7 +21,7 @@ import numpy as np
 import optax
 
 from benchmarks import exact_gradients
-from bond_jax import build, command, environment, figures, metrics, train
+from bond_jax import build, command, environment, figures, metrics, paths, train
 from configs import enumerable as config_file
 
 RATES = (0.7, 0.8, 0.9)
@@ -114,7 +114,7 @@ def draw(curves: dict[str, Points], path: str) -> None:
 
 def main():
   parser = argparse.ArgumentParser(description=__doc__)
-  parser.add_argument('--out', required=True)
+  parser.add_argument('--out', type=paths.expanded, required=True)
   out = parser.parse_args().out
   environment.configure_jax()
   os.makedirs(out, exist_ok=True)

@@ -27,6 +27,7 @@ from bond_jax import (
   evaluate,
   figures,
   metrics,
+  paths,
   reward_model,
   sft,
   train,
@@ -89,7 +90,7 @@ def draw(found: dict[str, tuple[list[dict], dict]], path: str) -> None:
 
 def main():
   parser = argparse.ArgumentParser(description=__doc__)
-  parser.add_argument('--out', required=True)
+  parser.add_argument('--out', type=paths.expanded, required=True)
   parser.add_argument('--only', nargs='*', default=list(RUNS), choices=RUNS)
   args = parser.parse_args()
   found = {label: run(args.out, label) for label in args.only}

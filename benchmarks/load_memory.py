@@ -27,7 +27,7 @@ import jax
 import ml_dtypes
 import numpy as np
 
-from bond_jax import command, metrics, sharding, stacks, weights
+from bond_jax import command, metrics, paths, sharding, stacks, weights
 from bond_jax.models import gemma
 
 FORMATS = ('flat', 'flat, whole', 'stacked, whole', 'huggingface')
@@ -110,7 +110,7 @@ def alone(function, *args):
 
 def main():
   parser = argparse.ArgumentParser(description=__doc__)
-  parser.add_argument('--out', required=True)
+  parser.add_argument('--out', type=paths.expanded, required=True)
   parser.add_argument('--model', default='gemma3_1b', choices=gemma.CONFIGS)
   parser.add_argument('--layers', type=int, help='fewer, for a quick look')
   parser.add_argument('--vocab_size', type=int, help='smaller, the same')

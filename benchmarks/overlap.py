@@ -28,6 +28,7 @@ from bond_jax import (
   command,
   environment,
   metrics,
+  paths,
   scoring,
   sharding,
   train,
@@ -94,7 +95,7 @@ def in_turn(f, *args) -> futures.Future:
 
 def main():
   parser = argparse.ArgumentParser(description=__doc__)
-  parser.add_argument('--out', required=True)
+  parser.add_argument('--out', type=paths.expanded, required=True)
   out = parser.parse_args().out
   environment.configure_jax()
   setup, mesh = make_setup(), sharding.make_mesh(data=1, model=1)

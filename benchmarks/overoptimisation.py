@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 import numpy as np
 
 from benchmarks import compare
-from bond_jax import command, curves, figures, measures, metrics
+from bond_jax import command, curves, figures, measures, metrics, paths
 from configs import demo_learned_reward, overoptimisation
 
 LABELS = {
@@ -194,7 +194,7 @@ def table(curves: dict[str, list[dict]]) -> str:
 
 def main():
   parser = argparse.ArgumentParser(description=__doc__)
-  parser.add_argument('--out', required=True)
+  parser.add_argument('--out', type=paths.expanded, required=True)
   out = parser.parse_args().out
   with futures.ThreadPoolExecutor(compare.CORES.qsize()) as pool:
     start(out, pool)
