@@ -2,6 +2,7 @@
 
 import ast
 import base64
+import inspect
 import json
 import pathlib
 import re
@@ -22,6 +23,7 @@ NAMES = [
 PATHS = re.compile(
   r'(?:^|[\s\'"=(])(/(?:root|home|mnt|tmp|usr|opt|Users)/\S*|[A-Z]:\\\S*)'
 )
+OURS = re.compile(r'(bond_jax|configs)\b')
 SIZE = 700_000  # bytes of a notebook
 
 
@@ -134,6 +136,32 @@ def test_its_cells_are_python(name):
   for cell in cells(name):
     ast.parse(python(cell))
     assert not re.search(r'^\s*[!%]', python(cell), re.M)
+
+
+def imported(module, name):
+  """What `from module import name` gives."""
+  found = {}
+  exec(f'from {module} import {name} as value', found)
+  return found['value']
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_the_names_of_ours_that_it_uses_exist(name):
+  """A cell is executed by `make notebooks` alone, which takes minutes."""
+  trees = [ast.parse(python(cell)) for cell in cells(name)]
+  nodes = [node for tree in trees for node in ast.walk(tree)]
+  modules = {}
+  for node in nodes:
+    if isinstance(node, ast.ImportFrom) and OURS.match(node.module):
+      for found in node.names:
+        value = imported(node.module, found.name)
+        if inspect.ismodule(value):
+          modules[found.asname or found.name] = value
+  for node in nodes:
+    if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+      module = modules.get(node.value.id)
+      assert module is None or hasattr(module, node.attr), ast.unparse(node)
+  assert modules
 
 
 def test_its_files_are_formatted(tmp_path):
