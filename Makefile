@@ -105,7 +105,7 @@ test-long: venv  ## whole runs that the core suite leaves out (minutes)
 	@$(PYTHON) -m pytest -n 2 --dist loadfile -m long
 
 test-meshes: venv  ## every mesh, with all numbers of micro-batches (minutes)
-	@$(PYTHON) -m pytest -n 2 -m slow tests/test_meshes.py
+	@$(PYTHON) -m pytest -n 2 -m slow tests/training/test_meshes.py
 
 HF_TESTS := $(addprefix tests/parity/test_,transformers.py rewards_hf.py \
   datasets.py lm_eval.py)
@@ -143,9 +143,9 @@ audit: .venv-audit/.done  ## known vulnerabilities of all that is pinned, by PyP
 # WIND's first figure is of exact tables; the others train.
 FIGURES := bond_2 bond_b1 bond_4 bond_5 bond_6 bond_7 bond_8 wind_2
 figures: venv  ## the papers' figures at laptop scale, into runs/figures
-	@$(PYTHON) -m bond_jax.bandit --out=runs/figures/wind_1
+	@$(PYTHON) -m benchmarks.papers.wind_1 --out=runs/figures/wind_1
 	@for figure in $(FIGURES); do \
-	  $(PYTHON) -m bond_jax.reproduce --config=configs/figures.py:$$figure \
+	  $(PYTHON) -m benchmarks.papers.reproduce --config=configs/figures.py:$$figure \
 	    --workdir=runs/figures/$$figure; \
 	done
 

@@ -26,20 +26,12 @@ from matplotlib.figure import Figure
 import numpy as np
 import optax
 
-from benchmarks import exact_gradients
-from bond_jax import (
-  build,
-  command,
-  enumerable,
-  environment,
-  exact,
-  figures,
-  metrics,
-  objectives,
-  paths,
-  sharding,
-  train,
-)
+from benchmarks import exact_gradients, objectives
+from bond_jax.devices import sharding
+from bond_jax.evaluation.report import figures
+from bond_jax.measures import exact
+from bond_jax.runs import environment, files, metrics, paths, stages
+from bond_jax.training import checks, distil, enumerable
 from configs import enumerable as config_file
 
 RATE, MOVES = 0.1, 24
@@ -122,7 +114,9 @@ def table_growth(backward_weight: float) -> np.ndarray:
 def sampled(config, workdir: str) -> np.ndarray:
   """[moves, log m of the policy] at each probe of an ordinary run."""
   config.train.steps, config.train.save_every = 500, 20
-  build.stage('train', train.train, config, workdir, folder='train')
+  stages.stage(
+    'train', distil.train, config, workdir, folder='train', check=checks.check
+  )
   rows = metrics.read_rows(os.path.join(workdir, 'train', 'metrics.jsonl'))
   found = [(r['step'], r['effective_n']) for r in rows if 'effective_n' in r]
   steps, ns = np.array(found).T
@@ -186,7 +180,7 @@ def main():
   curves[label] = steps * np.log1p(rate), log_m
   draw(curves, os.path.join(out, 'figure.png'))
   series = {k: np.stack(v).tolist() for k, v in curves.items()}
-  command.write_json(
+  files.write_json(
     os.path.join(out, 'summary.json'), {'slopes': rows, 'curves': series}
   )
   table = [(k, *row.values()) for k, row in rows.items()]

@@ -25,19 +25,21 @@ from absl import app, logging
 import jax
 import numpy as np
 
-from bond_jax import (
-  build,
-  command,
-  completions,
-  data,
+from bond_jax.data import examples, sources
+from bond_jax.devices import sharding
+from bond_jax.evaluation import completions
+from bond_jax.measures import aggregate
+from bond_jax.models import stops
+from bond_jax.rewards import make
+from bond_jax.runs import (
+  configs,
   environment,
-  measures,
+  files,
   metrics,
-  origin,
   paths,
-  sharding,
-  stops,
 )
+from bond_jax.training import text_task
+from bond_jax.weights import load
 
 _RUN = paths.flag('run', 'runs/demo', 'Finished, of configs/demo.py.')
 _OUT = paths.flag('out', None, 'Of the results.', required=True)
@@ -51,22 +53,22 @@ SHOWN = ('win_rate', 'effective_n', 'effective_n_interval', 'kl',
 
 def draw_rewards(run: str) -> np.ndarray:
   """The rewards of draws of the reference f64[X, draws]."""
-  config = command.read_config(run)
+  config = configs.read_config(run)
   mesh = sharding.make_mesh(**config.mesh)
-  tokenizer = origin.load_tokenizer(config, run)
-  policy = origin.make_policy(config.model, config.tokenizer.vocab_size)
-  frozen = origin.load_frozen(config, policy, run, mesh)
+  tokenizer = load.load_tokenizer(config, run)
+  policy = load.make_policy(config.model, config.tokenizer.vocab_size)
+  frozen = load.load_frozen(config, policy, run, mesh)
   reference = completions.Model(policy, *frozen)
-  rows = build.rows(config, 'test')
-  encode = origin.make_encoder(config, tokenizer)
-  prompts = data.fixed_prompts(
+  rows = sources.rows(config, 'test')
+  encode = load.make_encoder(config, tokenizer)
+  prompts = examples.fixed_prompts(
     rows, encode, length=config.prompt.length, count=config.evaluate.prompts
   )
-  reward = build.make_reward(config, config.reward, run)
+  reward = make.make_reward(config, config.reward, run)
   stop = stops.of(tokenizer, config.stop)
   draw = completions.make_draw(config, stop, mesh)
-  key, num = build.key(config.seed, 'calibration'), 16
-  read = functools.partial(build.texts, config, tokenizer, rows)
+  key, num = configs.key(config.seed, 'calibration'), 16
+  read = functools.partial(text_task.texts, config, tokenizer, rows)
   found, total = [], REFERENCE + CHOSEN_FROM + DENSITY
   with metrics.Writer(_OUT.value, 'calibrate', total) as writer:
     for first in range(0, total, num):
@@ -81,7 +83,7 @@ def rounded(rewards: np.ndarray, ties: float) -> np.ndarray:
   low, high = 0.0, float(np.ptp(rewards))
   for _ in range(40):
     step = (low + high) / 2
-    rate = measures.comparisons.tie_rate(np.round(rewards / step))
+    rate = aggregate.comparisons.tie_rate(np.round(rewards / step))
     low, high = (step, high) if rate < ties else (low, step)
   return np.round(rewards / step)
 
@@ -117,7 +119,7 @@ def summary(n: int, rewards: np.ndarray) -> dict[str, Any]:
           for v, r in zip(chosen[x], ratio[x], strict=True)]  # fmt: skip
   rows += [row('reference', x, float(v), 0.0)
            for x in range(len(rewards)) for v in reference[x]]  # fmt: skip
-  told = measures.summarise(rows)
+  told = aggregate.summarise(rows)
   told['comparisons'] = chosen.size * REFERENCE
   return told
 
@@ -141,7 +143,7 @@ def main(_) -> None:
       if told['frontier_reason']:
         print(f'{name}, N = {n}: no number, because {told["frontier_reason"]}')
   out = os.path.join(_OUT.value, 'summary.json')
-  command.write_json(out, {**results, 'versions': environment.versions(),
+  files.write_json(out, {**results, 'versions': environment.versions(),
                            'device': jax.devices()[0].device_kind})  # fmt: skip
   metrics.table(table, f'calibration: done, see {out}')
 

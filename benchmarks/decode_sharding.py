@@ -21,10 +21,10 @@ jax.config.update('jax_num_cpu_devices', 8)
 
 import numpy as np  # noqa: E402
 
-from bond_jax import sharding  # noqa: E402
-from bond_jax.models import gemma  # noqa: E402
-from bond_jax.sampling import sample  # noqa: E402
-from bond_jax.stops import Stop  # noqa: E402
+from bond_jax.devices import sharding  # noqa: E402
+from bond_jax.models.gemma import model as gemma  # noqa: E402
+from bond_jax.models.sampling import sample  # noqa: E402
+from bond_jax.models.stops import Stop  # noqa: E402
 from bond_jax.types import Prompts  # noqa: E402
 
 CONFIG = gemma.CONFIGS['gemma3_tiny']

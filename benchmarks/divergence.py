@@ -14,9 +14,9 @@ import functools
 import jax
 import numpy as np
 
-from bond_jax.models import gemma
-from bond_jax.sampling import sample
-from bond_jax.stops import Stop
+from bond_jax.models.gemma import model as gemma
+from bond_jax.models.sampling import sample
+from bond_jax.models.stops import Stop
 from bond_jax.types import Prompts
 
 CONFIG = gemma.CONFIGS['gemma3_tiny']

@@ -31,8 +31,8 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from bond_jax import checkpoint, command, integrity, metrics, paths
 from bond_jax.errors import UserError
+from bond_jax.runs import checkpoint, checksums, files, metrics, paths
 
 _OUT = paths.flag('out', None, 'Of the runs.', required=True)
 _KILLS = flags.DEFINE_integer('kills', 200, 'Of all runs together.')
@@ -165,7 +165,7 @@ def drill_family(name: str, kills: int, rng: random.Random) -> dict:
   root = os.path.join(_OUT.value, name.replace(', ', '_').replace(' ', '_'))
   path = os.path.join(root, 'summary.json')
   if os.path.exists(path):
-    return command.read_json(path)
+    return files.read_json(path)
   shutil.rmtree(root, ignore_errors=True)
   quiet = os.path.join(root, 'undisturbed')
   begun = time.monotonic()
@@ -197,7 +197,7 @@ def drill_family(name: str, kills: int, rng: random.Random) -> dict:
     told['same'] += finished(workdir) and equal(params_of(workdir), wanted)
     if told['same'] == told['runs']:
       shutil.rmtree(workdir)  # else it is there to be looked at
-  command.write_json(path, told)
+  files.write_json(path, told)
   return told
 
 
@@ -276,7 +276,7 @@ def outcome(folder: str, newest: int, whole) -> str:
   """'seen', 'harmless' or 'used': what becomes of a damaged checkpoint."""
   try:
     with contextlib.redirect_stdout(io.StringIO()):
-      integrity.set_aside(folder)  # what a stage that goes on begins with
+      checksums.set_aside(folder)  # what a stage that goes on begins with
   except UserError:
     return 'seen'
   with checkpoint.manager(folder) as checkpoints:
@@ -332,7 +332,7 @@ def main(_) -> None:
     if told['used']:
       bad.append(f'checkpoint: {how}, {told["used"]} used')
   path = os.path.join(_OUT.value, 'summary.json')
-  command.write_json(path, summary | {'bad': bad})
+  files.write_json(path, summary | {'bad': bad})
   metrics.table(table, f'drill: done, see {path}')
   if bad:
     raise SystemExit(f'not as it should be: {"; ".join(bad)}')

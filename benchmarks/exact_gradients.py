@@ -5,7 +5,11 @@ import functools
 import jax
 import optax
 
-from bond_jax import anchors, enumerable, exact, objectives, sharding
+from benchmarks import objectives
+from bond_jax.algorithms.parts import anchors
+from bond_jax.devices import sharding
+from bond_jax.measures import exact
+from bond_jax.training import enumerable
 
 
 def descend(config, **args):

@@ -18,8 +18,8 @@ from typing import Any
 
 from absl import flags
 
-from bond_jax import command, metrics, paths
 from bond_jax.errors import UserError
+from bond_jax.runs import command, configs, files, metrics, paths
 
 # Shots, as the first Open LLM Leaderboard had them; other tasks say their own.
 SHOTS = {'gsm8k': 5, 'hellaswag': 10, 'mmlu': 5}
@@ -40,7 +40,7 @@ def export(workdir: str, side: str, checkpoint: str, dtype: str) -> str:
 def check_template(model: str) -> None:
   """A UserError if a folder knows no turns, which --chat asks for."""
   path = os.path.join(model, 'tokenizer_config.json')
-  described = command.read_json(path) if os.path.exists(path) else {}
+  described = files.read_json(path) if os.path.exists(path) else {}
   apart = os.path.join(model, 'chat_template.jinja')
   if not (described.get('chat_template') or os.path.exists(apart)):
     raise UserError(
@@ -77,7 +77,7 @@ def judge(model: str, task: str, out: str, **settings) -> dict[str, Any]:
   if not (found := _results(out)):
     call('lm_eval', *arguments(model, task, out, **settings))
     found = _results(out)
-  return command.read_json(found[-1])
+  return files.read_json(found[-1])
 
 
 def _results(out: str) -> list[str]:
@@ -145,14 +145,14 @@ def main(
   asked = dict(checkpoint=checkpoint, dtype=dtype, **settings)
   path = os.path.join(folder, 'summary.json')
   if os.path.exists(path):
-    before = command.read_json(path)['asked']
-    if rows := command.differences(before, asked):
+    before = files.read_json(path)['asked']
+    if rows := configs.differences(before, asked):
       raise UserError(
         f'{folder} holds results of other settings ({"; ".join(rows)}); move it'
         ' away to ask with these.'
       )
   os.makedirs(folder, exist_ok=True)
-  command.write_json(path, {'asked': asked})
+  files.write_json(path, {'asked': asked})
   models = {
     'reference': export(workdir, 'reference', 'reference', dtype),
     'policy': export(workdir, 'policy', checkpoint, dtype),
@@ -182,7 +182,7 @@ def main(
     'transformers': last.get('transformers_version'),
     'seconds': round(time.perf_counter() - start, 3),
   }
-  command.write_json(path, summary)
+  files.write_json(path, summary)
   metrics.table(rows, f'lm_eval: done, see {path}')
 
 

@@ -16,8 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bond_jax import log_probs
-from bond_jax.models import gemma
+from bond_jax.models import log_probs
+from bond_jax.models.gemma import model as gemma
 from bond_jax.types import Policy, Prompts
 
 ROWS, LENGTH, VOCAB = 8, 512, 262_144

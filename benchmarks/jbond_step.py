@@ -8,11 +8,13 @@ import jax
 import numpy as np
 
 from benchmarks import workloads
-from bond_jax import build, scoring, sharding, train
-from bond_jax import optimizer as optimizer_lib
-from bond_jax import step as step_lib
 from bond_jax.algorithms import jbond
-from bond_jax.stops import Stop
+from bond_jax.devices import sharding
+from bond_jax.models.stops import Stop
+from bond_jax.rewards import calling
+from bond_jax.training import distil, tasks
+from bond_jax.training import optimizer as optimizer_lib
+from bond_jax.training import step as step_lib
 from bond_jax.types import Frozen, Prompts
 from configs import demo
 
@@ -46,10 +48,10 @@ def prompts_of(rows: np.ndarray) -> Prompts:
   )
 
 
-def reward(prompts, drawn) -> scoring.Scored:
+def reward(prompts, drawn) -> calling.Scored:
   """Counts tokens of even number."""
   value = ((drawn.completion % 2 == 0) & drawn.mask).sum(-1)
-  return scoring.Scored(value.astype(np.float32), prompts.weight, {})
+  return calling.Scored(value.astype(np.float32), prompts.weight, {})
 
 
 def open_step(setup: step_lib.Setup, params, workload: workloads.Workload):
@@ -57,15 +59,15 @@ def open_step(setup: step_lib.Setup, params, workload: workloads.Workload):
   mesh = sharding.make_mesh(data=1, model=1)
   prompts = prompts_of(workloads.tokens(workload, setup.policy.vocab_size))
   frozen = Frozen(params, {})
-  held = [train.init_state(setup, frozen, mesh)]
-  programs = train.make_programs(setup, mesh, held[0])
-  task = build.Task(None, None, (), itertools.repeat(prompts), reward, None)
-  submit = scoring.worker()
+  held = [distil.init_state(setup, frozen, mesh)]
+  programs = distil.make_programs(setup, mesh, held[0])
+  task = tasks.Task(None, None, (), itertools.repeat(prompts), reward, None)
+  submit = calling.worker()
   key = jax.random.key(1)
   quiet = lambda name: contextlib.nullcontext()
 
   def whole(seed):
-    steps = train.run_iteration(
+    steps = distil.run_iteration(
         programs, setup, task, held[0], frozen, lambda: frozen,
         jax.random.fold_in(key, seed), key, mesh, quiet, submit,
     )  # fmt: skip

@@ -17,7 +17,10 @@ import numpy as np
 import optax
 
 from benchmarks import exact_gradients
-from bond_jax import bandit, enumerable, environment, metrics, sharding
+from bond_jax.devices import sharding
+from bond_jax.measures import tables
+from bond_jax.runs import environment, metrics
+from bond_jax.training import enumerable
 from configs import enumerable as config_file
 
 ESTIMATES = {
@@ -49,7 +52,7 @@ def main(_) -> None:
   head += [f'{k} {what}' for k in ESTIMATES for what in ('bias', 'deviation')]
   table = [tuple(head)]
   for n in (1.1, 2, 4, 8, 16):
-    law = bandit.best_of_n(known.log_reference, known.reward, n)
+    law = tables.best_of_n(known.log_reference, known.reward, n)
     table.append((f'Best-of-{n}', *told(law, known.log_reference)))
   policies = exact_gradients.laws(
     config, backward_weight=0.5, rate=0.02, moves=160, first=20, inner=5,

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 
 from benchmarks import jbond_step, workloads
 from benchmarks.workers import serve
-from bond_jax import stacks
-from bond_jax.models import gemma
+from bond_jax.models.gemma import model as gemma
+from bond_jax.weights import stacks
 
 PROMPTS_AT_ONCE = 16  # of a micro-batch, two rows each
 CHUNK = 1024  # tokens whose logits exist at one time

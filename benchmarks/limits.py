@@ -21,7 +21,9 @@ import numpy as np
 import optax
 
 from benchmarks import exact_gradients
-from bond_jax import build, command, environment, figures, metrics, paths, train
+from bond_jax.evaluation.report import figures
+from bond_jax.runs import environment, files, metrics, paths, stages
+from bond_jax.training import checks, distil
 from configs import enumerable as config_file
 
 RATES = (0.7, 0.8, 0.9)
@@ -59,7 +61,9 @@ def points(rows) -> Points:
 
 
 def sampled(config, workdir: str) -> Points:
-  build.stage('train', train.train, config, workdir, folder='train')
+  stages.stage(
+    'train', distil.train, config, workdir, folder='train', check=checks.check
+  )
   path = os.path.join(workdir, 'train', 'metrics.jsonl')
   return points(metrics.read_rows(path))
 
@@ -133,7 +137,7 @@ def main():
     for label, found in curves.items()
   ]
   draw(curves, os.path.join(out, 'figure.png'))
-  command.write_json(
+  files.write_json(
     os.path.join(out, 'summary.json'),
     {'win_rates': RATES, 'efficiency': table, 'curves': curves},
   )

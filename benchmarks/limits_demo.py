@@ -20,18 +20,12 @@ from matplotlib.figure import Figure
 import numpy as np
 
 from benchmarks import compare
-from bond_jax import (
-  build,
-  command,
-  curves,
-  evaluate,
-  figures,
-  metrics,
-  paths,
-  reward_model,
-  sft,
-  train,
-)
+from bond_jax.evaluation import evaluate
+from bond_jax.evaluation.report import figures
+from bond_jax.measures import curves
+from bond_jax.reward_models import stage
+from bond_jax.runs import files, metrics, paths, stages
+from bond_jax.training import checks, distil, sft
 from configs import demo
 
 WIDER = dict(features=256, heads=8, kv_heads=4, feed_forward=1280)
@@ -52,21 +46,23 @@ def run(out: str, label: str) -> tuple[list[dict], dict]:
   if 'model.sizes' in changes:
     config.model.sizes = changes['model.sizes']
   workdir = os.path.join(out, start)
-  build.stage('sft', sft.train, config, workdir, folder='sft')
-  reward_model.main(config, workdir)
+  stages.stage(
+    'sft', sft.train, config, workdir, folder='sft', check=checks.check
+  )
+  stage.main(config, workdir)
   config = demo.get_config()
   config.reference = workdir
   config.update_from_flattened_dict(changes)
   workdir = os.path.join(out, label.replace(' ', '_').replace('/', 'over'))
-  train.main(config, workdir)
-  build.stage(
+  distil.main(config, workdir)
+  stages.stage(
       'evaluate', evaluate.evaluate, config, workdir, folder='.',
-      table=evaluate.headlines, checkpoint='last',
+      check=checks.check, table=evaluate.headlines, checkpoint='last',
   )  # fmt: skip
   rows = metrics.read_rows(os.path.join(workdir, 'train', 'metrics.jsonl'))
   return (
     [row for row in rows if 'kl/reference' in row],
-    command.read_json(os.path.join(workdir, 'summary.json')),
+    files.read_json(os.path.join(workdir, 'summary.json')),
   )
 
 
@@ -101,7 +97,7 @@ def main():
     way = compare.kl_on_the_way(rows).values()
     table.append((label, *way, *(summary[key] for key in END)))
   draw(found, os.path.join(args.out, 'figure.png'))
-  command.write_json(os.path.join(args.out, 'summary.json'), table)
+  files.write_json(os.path.join(args.out, 'summary.json'), table)
   metrics.table(
     [('', *(f'kl at {w}' for w in rates), *END), *table], f'in {args.out}'
   )

@@ -27,8 +27,10 @@ import jax
 import ml_dtypes
 import numpy as np
 
-from bond_jax import command, metrics, paths, sharding, stacks, weights
-from bond_jax.models import gemma
+from bond_jax.devices import sharding
+from bond_jax.models.gemma import model as gemma
+from bond_jax.runs import files, metrics, paths
+from bond_jax.weights import official, stacks
 
 FORMATS = ('flat', 'flat, whole', 'stacked, whole', 'huggingface')
 
@@ -49,11 +51,11 @@ def random_params(config: gemma.Config):
 def write(config: gemma.Config, form: str, path: str) -> None:
   params = random_params(config)
   if form == 'flat':
-    weights.save_official(params, config, path)
+    official.save_official(params, config, path)
   elif form == 'huggingface':
-    from bond_jax import hf_export
+    from bond_jax.weights.huggingface import writer
 
-    hf_export.export(params, config, path, dtype='bfloat16')
+    writer.export(params, config, path, dtype='bfloat16')
   else:
     import orbax.checkpoint as ocp
 
@@ -84,7 +86,7 @@ def measure(config: gemma.Config, path: str, dtype: str) -> dict[str, float]:
   with open('/proc/self/clear_refs', 'w') as f:
     f.write('5')  # sets VmHWM back
   start = time.perf_counter()
-  params = weights.load(path, config, like)
+  params = official.load(path, config, like)
   jax.block_until_ready(params)
   seconds = time.perf_counter() - start
   peak = resident('VmHWM')
@@ -131,7 +133,7 @@ def main():
       rows.append((f'{form}, as {dtype}', *sizes, row['ratio'], row['seconds']))
       print(json.dumps({'format': form, 'dtype': dtype, **row}), flush=True)
     shutil.rmtree(path)
-  command.write_json(
+  files.write_json(
     os.path.join(args.out, 'summary.json'),
     {'model': args.model, 'config': dataclasses.asdict(config), 'rows': found},
   )

@@ -23,21 +23,15 @@ import time
 import jax
 import numpy as np
 
-from bond_jax import (
-  build,
-  command,
-  environment,
-  metrics,
-  paths,
-  scoring,
-  sharding,
-  train,
-)
-from bond_jax import optimizer as optimizer_lib
-from bond_jax import step as step_lib
 from bond_jax.algorithms import wind
-from bond_jax.models import gemma
-from bond_jax.stops import Stop
+from bond_jax.devices import sharding
+from bond_jax.models.gemma import model as gemma
+from bond_jax.models.stops import Stop
+from bond_jax.rewards import calling
+from bond_jax.runs import environment, files, metrics, paths
+from bond_jax.training import distil, tasks
+from bond_jax.training import optimizer as optimizer_lib
+from bond_jax.training import step as step_lib
 from bond_jax.types import Frozen, Prompts
 from configs import demo
 
@@ -80,14 +74,14 @@ def batches():
   return itertools.repeat(Prompts(tokens.astype(np.int32), mask, ids, weight))
 
 
-def reward(prompts, drawn) -> scoring.Scored:
+def reward(prompts, drawn) -> calling.Scored:
   """Counts tokens of even number."""
   value = ((drawn.completion % 2 == 0) & drawn.mask).sum(-1)
-  return scoring.Scored(value.astype(np.float32), prompts.weight, {})
+  return calling.Scored(value.astype(np.float32), prompts.weight, {})
 
 
 def in_turn(f, *args) -> futures.Future:
-  """Makes the call at once: what `scoring.worker` is compared with."""
+  """Makes the call at once: what `calling.worker` is compared with."""
   future = futures.Future()
   future.set_result(f(*args))
   return future
@@ -101,15 +95,15 @@ def main():
   setup, mesh = make_setup(), sharding.make_mesh(data=1, model=1)
   params = jax.jit(setup.policy.init)(jax.random.key(0))
   frozen, key = Frozen(params, {}), jax.random.key(1)
-  state = train.init_state(setup, frozen, mesh)
-  programs = train.make_programs(setup, mesh, state)
+  state = distil.init_state(setup, frozen, mesh)
+  programs = distil.make_programs(setup, mesh, state)
 
   def iterate(reward, submit):
     """One iteration from the start: its metrics and its seconds."""
-    task = build.Task(None, None, (), batches(), reward, None)
-    state = train.init_state(setup, frozen, mesh)
+    task = tasks.Task(None, None, (), batches(), reward, None)
+    state = distil.init_state(setup, frozen, mesh)
     start = time.perf_counter()
-    steps = train.run_iteration(
+    steps = distil.run_iteration(
         programs, setup, task, state, frozen, lambda: frozen, key, key, mesh,
         lambda name: contextlib.nullcontext(), submit,
     )  # fmt: skip
@@ -130,7 +124,7 @@ def main():
 
   pairs = []
   for i in range(ROUNDS):
-    ways = [in_turn, scoring.worker()]
+    ways = [in_turn, calling.worker()]
     found = {}
     for way in ways if i % 2 else ways[::-1]:
       found[way is in_turn] = iterate(slow, way)
@@ -142,7 +136,7 @@ def main():
   ratio = statistics.median(b / a for a, b in pairs)
   os.makedirs(out, exist_ok=True)
   summary = dict(rollout_seconds=pause, pairs=pairs, ratio=ratio)
-  command.write_json(os.path.join(out, 'summary.json'), summary)
+  files.write_json(os.path.join(out, 'summary.json'), summary)
   serial, overlapped = (statistics.median(x) for x in zip(*pairs, strict=True))
   metrics.table(
     [

@@ -22,7 +22,9 @@ from matplotlib.figure import Figure
 import numpy as np
 
 from benchmarks import compare
-from bond_jax import command, curves, figures, measures, metrics, paths
+from bond_jax.evaluation.report import figures
+from bond_jax.measures import aggregate, curves
+from bond_jax.runs import configs, files, metrics, paths
 from configs import demo_learned_reward, overoptimisation
 
 LABELS = {
@@ -45,7 +47,7 @@ KEYS = {
 def start(out: str, pool: futures.Executor) -> None:
   """The two stages before training, side by side: neither needs the other."""
   config = demo_learned_reward.get_config()
-  command.claim_workdir(os.path.join(out, 'start'), config)
+  configs.claim_workdir(os.path.join(out, 'start'), config)
   stages = ('sft', 'reward_model')
   run_one = lambda name: compare.stage(
     name, os.path.join(out, 'start'), 'demo_learned_reward.py'
@@ -75,7 +77,7 @@ def references(out: str) -> tuple[np.ndarray, np.ndarray]:
   sides = []
   for name in overoptimisation.RUNS:
     with open(os.path.join(out, name, 'completions.jsonl')) as f:
-      sides.append(measures.grid(map(json.loads, f), 'reference'))
+      sides.append(aggregate.grid(map(json.loads, f), 'reference'))
   if any(side['id'] != sides[0]['id'] for side in sides):
     raise ValueError('the runs were evaluated on different openings')
   join = lambda key: np.concatenate([side[key] for side in sides], 1)
@@ -203,11 +205,11 @@ def main():
   curves['Best-of-N'] = best_of_n(*references(out))
   ends = {}
   for name, label in LABELS.items():
-    summary = command.read_json(os.path.join(out, name, 'summary.json'))
+    summary = files.read_json(os.path.join(out, name, 'summary.json'))
     keys = ('win_rate', 'gold_win_rate', 'kl', 'distinct_2', 'length')
     ends[label] = {k: v for k, v in summary.items() if k.startswith(keys)}
   draw(curves, os.path.join(out, 'figure.png'))
-  command.write_json(
+  files.write_json(
     os.path.join(out, 'summary.json'), {'curves': curves, 'ends': ends}
   )
   print(table(curves))

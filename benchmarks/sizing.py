@@ -15,7 +15,8 @@ import sys
 
 from absl import app
 
-from bond_jax import chips, command, paths
+from bond_jax.runs import files, paths
+from bond_jax.sizing import chips
 
 _OUT = paths.flag('out', None, 'Of the plans.', required=True)
 
@@ -67,7 +68,7 @@ def make(out: str, name: str, topology: str, *overrides: str) -> dict | None:
     )  # fmt: skip
     if done.returncode:
       return None
-  return command.read_json(path)
+  return files.read_json(path)
 
 
 def row(name: str, found: dict) -> list[str]:

@@ -23,7 +23,8 @@ import matplotlib as mpl
 from matplotlib.figure import Figure
 import numpy as np
 
-from bond_jax import command, figures, metrics, paths
+from bond_jax.evaluation.report import figures
+from bond_jax.runs import files, metrics, paths
 
 _OUT = paths.flag('out', None, 'Of the run.', required=True)
 _STEPS = flags.DEFINE_integer('steps', 20_000, 'Of the run.')
@@ -132,7 +133,7 @@ def main(_) -> None:
       grew.append(name)
   draw(series, os.path.join(_OUT.value, 'soak.png'))
   path = os.path.join(_OUT.value, 'summary.json')
-  command.write_json(path, {'steps': len(rows), 'grew': grew, **result})
+  files.write_json(path, {'steps': len(rows), 'grew': grew, **result})
   metrics.table(table, f'soak: {len(rows):,} steps, see {path}')
   if grew:
     raise SystemExit(f'grew beyond its limit: {", ".join(grew)}')

@@ -17,8 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import workloads
-from bond_jax import hf_config, hf_export, stacks
-from bond_jax.models import gemma
+from bond_jax.models.gemma import model as gemma
+from bond_jax.weights import stacks
+from bond_jax.weights.huggingface import config_json, writer
 
 CONFIG = gemma.CONFIGS['gemma3_tiny']
 
@@ -37,13 +38,13 @@ def write(folder: str) -> None:
   np.savez(os.path.join(folder, 'weights.npz'), **arrays)
   path = os.path.join(folder, 'huggingface')
   if not os.path.exists(path):
-    hf_export.export(tree, CONFIG, path, dtype='float32')
+    writer.export(tree, CONFIG, path, dtype='float32')
 
 
 def write_config(folder: str, model: str) -> None:
   path = os.path.join(folder, model)
   os.makedirs(path, exist_ok=True)
-  described = hf_config.to_json(gemma.CONFIGS[model], 'bfloat16')
+  described = config_json.to_json(gemma.CONFIGS[model], 'bfloat16')
   with open(os.path.join(path, 'config.json'), 'w') as f:
     json.dump(described, f)
 

@@ -90,7 +90,7 @@ def get_config(argument: str = 'algorithm=jbond') -> ml_collections.ConfigDict:
   config.reference = '{workdir}'
   # A save that fails: 'stop', or 'go_on' and try again at the next.
   config.save_failure = 'stop'
-  config.task = 'bond_jax.text_task'  # the module that says what is trained on
+  config.task = 'text'  # the module that says what is trained on
   # Devices along each axis; data=-1 takes all.
   config.mesh = dict(data=-1, model=1)
   config.sampling_mesh = dict(data=-1, model=1)  # the same devices

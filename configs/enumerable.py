@@ -54,7 +54,7 @@ def get_config(argument: str = 'algorithm=jbond') -> ml_collections.ConfigDict:
   config.mesh = dict(data=1, model=1)
   config.sampling_mesh = dict(data=1, model=1)
   config.save_failure = 'stop'  # or 'go_on', when a save fails
-  config.task = 'bond_jax.enumerable'
+  config.task = 'enumerable'
   config.reference = '{workdir}'
   config.enumerable = dict(
     seed=0,  # of the reference's parameters and of the rewards

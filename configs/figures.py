@@ -1,6 +1,6 @@
 r"""The papers' figures at laptop scale, on the language that can be enumerated.
 
-    python -m bond_jax.reproduce --config=configs/figures.py:bond_2 \
+    python -m benchmarks.papers.reproduce --config=configs/figures.py:bond_2 \
       --workdir=runs/figures/bond_2
 
 Hardware: two CPU cores, one to eight minutes a figure; `make figures` draws

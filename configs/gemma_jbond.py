@@ -36,7 +36,7 @@ def get_config(
   """The settings of the train and evaluate stages.
 
   Args:
-    name: of the model, see models/gemma_configs.py.
+    name: of the model, see models/configs.py.
     vocab_size: pieces of its tokenizer.
     learning_rate: of Adam.
     lora_rank: 0 trains all parameters.
@@ -47,7 +47,7 @@ def get_config(
   config.seed = 0
   config.reference = '{workdir}'
   config.save_failure = 'stop'  # or 'go_on', when a save fails
-  config.task = 'bond_jax.text_task'
+  config.task = 'text'
   config.weights = unset()
   config.mesh = dict(data=-1, model=1)
   config.sampling_mesh = dict(data=-1, model=sampling_model)

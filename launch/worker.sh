@@ -16,7 +16,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 GCSFUSE=3.1.0
-# bond_jax/stopping.py ends a run by itself in 300.
+# bond_jax/runs/stopping.py ends a run by itself in 300.
 STOP_SECONDS=${STOP_SECONDS:-330}
 
 fail() {

@@ -23,7 +23,7 @@ import functools  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
-from bond_jax.models import gemma  # noqa: E402
+from bond_jax.models.gemma import model as gemma  # noqa: E402
 
 # Every branch of the model, at sizes that compile in a second.
 TINY = {

@@ -8,7 +8,9 @@ from conftest import random_params, TINY
 import jax
 import numpy as np
 
-from bond_jax import hf, hf_config, hf_export, sharding, stacks
+from bond_jax.devices import sharding
+from bond_jax.weights import stacks
+from bond_jax.weights.huggingface import config_json, reader, writer
 
 CONFIGS = {
   **TINY,
@@ -37,12 +39,12 @@ def params_of(name):
 
 def config_of(folder):
   """The model that a folder's config.json describes."""
-  return hf_config.from_json(hf.read_config(str(folder)), str(folder))
+  return config_json.from_json(reader.read_config(str(folder)), str(folder))
 
 
 def exported(name, path, dtype='float32', **kwargs):
   config, params = params_of(name)
-  hf_export.export(params, config, str(path), dtype=dtype, **kwargs)
+  writer.export(params, config, str(path), dtype=dtype, **kwargs)
   return config, params
 
 

@@ -63,7 +63,8 @@ def main() -> int:
 
 
 def import_targets():
-  sys.path[:0] = [str(HERE), str(HERE.parent)]
+  rooms = ('data', 'measures', 'weights')  # tests that help
+  sys.path[:0] = [str(HERE), str(HERE.parent), *(str(HERE / x) for x in rooms)]
   import fuzz_targets
 
   return fuzz_targets

@@ -25,30 +25,27 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 from safetensors.numpy import save
-import test_measures
+import test_aggregate
 import test_tokenizer
 import test_weights
 import toy
 
-from bond_jax import (
-  build,
-  command,
-  data,
-  evaluate,
-  hf,
-  hf_adapter,
-  hf_config,
-  metrics,
+from bond_jax.data import (
+  examples,
   movie_reviews,
   preferences,
-  scoring,
-  sharding,
   sources,
-  sweep,
   tokenizer,
-  weights,
 )
-from bond_jax.rewards import http, judge, ridge, serve
+from bond_jax.devices import sharding
+from bond_jax.evaluation import evaluate, sweep
+from bond_jax.rewards import calling, http, judge, ridge, serve
+from bond_jax.runs import command, configs, metrics
+from bond_jax.training import checks
+from bond_jax.weights import official
+from bond_jax.weights.huggingface import adapter as hf_adapter
+from bond_jax.weights.huggingface import config_json as hf_config
+from bond_jax.weights.huggingface import reader
 
 Path = pathlib.Path
 MESSAGES = [{'role': 'user', 'content': 'Is it good?'}]
@@ -95,7 +92,7 @@ def config_json(folder: Path) -> Target:
 
   def read(content):
     _write(folder / 'run' / 'config.json', content)
-    build.check(command.read_config(str(folder / 'run')))
+    checks.check(configs.read_config(str(folder / 'run')))
 
   return Target('config.json', 'json', [seed], read, 0.5)
 
@@ -104,8 +101,8 @@ def version_json(folder: Path) -> Target:
   seed = b'{"bond_jax": "0.1.0"}'
 
   def read(content):
-    _write(folder / command.VERSION, content)
-    command.check_version(str(folder))
+    _write(folder / configs.VERSION, content)
+    configs.check_version(str(folder))
 
   return Target('version.json', 'json', [seed], read, 0.5)
 
@@ -167,9 +164,9 @@ def _use(rows) -> None:
     row = rows[i]
     preferences.texts(row)
     if 'text' in row:
-      data.encoder('text', words, length=9, system=True)(row)
+      examples.encoder('text', words, length=9, system=True)(row)
     if 'text' in row or 'messages' in row:
-      data.encoder('turn', words, length=9, system=True)(row)
+      examples.encoder('turn', words, length=9, system=True)(row)
   preferences.read(
       rows, 'train', words, turns='messages' in rows[0], system=True, length=40,
       min_gap=0.1, partners=1, seed=0,
@@ -239,7 +236,7 @@ def settings_of_data(folder: Path) -> Target:
     raw = json.loads(config.to_json_best_effort())
     raw['data'] = raw['data'] | given if isinstance(given, dict) else given
     _write(folder / 'run' / 'config.json', json.dumps(raw).encode())
-    build.check(command.read_config(str(folder / 'run')))
+    checks.check(configs.read_config(str(folder / 'run')))
 
   seeds = [json.dumps(seed).encode() for seed in seeds]
   return Target('data settings', 'json', seeds, read, 0.5)
@@ -309,7 +306,7 @@ def ridge_model(folder: Path) -> Target:
 
   def read(content):
     path = _write(folder / 'model.npz', content)
-    scoring.call(
+    calling.call(
       ridge.ridge(path), ['a'], [['b', 'c']], toy.context([['b', 'c']])
     )
 
@@ -323,7 +320,7 @@ def _like(name: str):
 
 def safetensors(folder: Path) -> Target:
   config, _ = folders.exported('gemma3', folder / 'model')
-  path = folder / 'model' / hf.SINGLE
+  path = folder / 'model' / reader.SINGLE
   seed = path.read_bytes()
   size = int.from_bytes(seed[:8], 'little')
   header, body = seed[8 : 8 + size], seed[8 + size :]
@@ -331,7 +328,7 @@ def safetensors(folder: Path) -> Target:
   def read(content):
     header = len(content).to_bytes(8, 'little') + content
     path.write_bytes(header + body)
-    hf.load(str(folder / 'model'), config, _like('gemma3'))
+    reader.load(str(folder / 'model'), config, _like('gemma3'))
 
   return Target('safetensors header', 'json', [header], read, 0.5)
 
@@ -343,7 +340,7 @@ def safetensors_bytes(folder: Path) -> Target:
   seeds.append(small.replace(b'[2,3]', b'[1000000000,1000000000]'))
 
   def read(content):
-    hf.headers(_write(folder / 'x.safetensors', content))
+    reader.headers(_write(folder / 'x.safetensors', content))
 
   return Target('safetensors bytes', 'bytes', seeds, read)
 
@@ -371,11 +368,11 @@ def hf_json(folder: Path) -> Target:
 def hf_index(folder: Path) -> Target:
   path = folder / 'model'
   config, _ = folders.exported('gemma3', path, shard_bytes=6000)
-  seed = (path / hf.INDEX).read_bytes()
+  seed = (path / reader.INDEX).read_bytes()
 
   def read(content):
-    (path / hf.INDEX).write_bytes(content)
-    hf.load(str(path), config, _like('gemma3'))
+    (path / reader.INDEX).write_bytes(content)
+    reader.load(str(path), config, _like('gemma3'))
 
   return Target('HF index', 'json', [seed], read, 0.5)
 
@@ -403,7 +400,7 @@ def _official(folder: Path):
   tree = test_weights.official(config, params, 'flat')
   test_weights.write(tree, path)
   like = _like('gemma1_multi_query')
-  return path, lambda: weights.load(str(path), config, like)
+  return path, lambda: official.load(str(path), config, like)
 
 
 def orbax_metadata(folder: Path) -> Target:
@@ -476,7 +473,7 @@ def reply_body(folder: Path) -> Target:
   def read(content):
     head = b'HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n' % len(content)
     server.answer = head + content
-    scoring.call(reward, *ASKED)
+    calling.call(reward, *ASKED)
 
   seeds = [json.dumps(x).encode() for x in REPLIES]
   return Target('HTTP reply, JSON', 'json', seeds, read)
@@ -498,7 +495,7 @@ def reply_raw(folder: Path) -> Target:
 
   def read(content):
     server.answer = content
-    scoring.call(reward, *ASKED)
+    calling.call(reward, *ASKED)
 
   seeds = [*(head + b'\r\n' + body for head in heads), chunked]
   return Target('HTTP reply, bytes', 'bytes', seeds, read)
@@ -514,7 +511,7 @@ def judge_reply(folder: Path) -> Target:
     except (ValueError, RecursionError):
       return  # what a judge's function returns is no JSON of ours
     asked = judge.all_at_once(lambda pairs: said)
-    scoring.call(asked, *ASKED)
+    calling.call(asked, *ASKED)
 
   return Target('judge replies', 'json', seeds, read)
 
@@ -529,7 +526,7 @@ def reward_values(folder: Path) -> Target:
       said = json.loads(content)
     except (ValueError, RecursionError):
       return
-    scoring.call(lambda *asked: said, *ASKED)
+    calling.call(lambda *asked: said, *ASKED)
 
   return Target('reward values', 'json', seeds, read)
 
@@ -630,7 +627,7 @@ def completions_jsonl(folder: Path) -> Target:
     path = _write(folder / 'completions.jsonl', content)
     evaluate.summarise(str(folder), metrics.read_rows(path))
 
-  seed = _lines(test_measures.best_of_n_records(2, prompts=3, size=2))
+  seed = _lines(test_aggregate.best_of_n_records(2, prompts=3, size=2))
   return Target('completions.jsonl', 'lines', [seed], read, 0.2)
 
 

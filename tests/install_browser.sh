@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Puts the headless Chromium of an npm package into the folder $1, for
-# tests/test_report_browser.py: the package is unpacked, none of its code runs.
+# tests/evaluation/test_report_browser.py: the package is unpacked, none of its code runs.
 # Needs npm and Linux on x86-64, no root. Takes seconds, 300 MB of disk.
 set -euo pipefail
 package=@sparticuz/chromium@153.0.0

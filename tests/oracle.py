@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bond_jax import ops
+from bond_jax.algorithms.parts import ops
 from bond_jax.types import Decoder, Policy, Scores
 
 # -- laws ---------------------------------------------------------------------

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 
-from bond_jax import ops
+from bond_jax.algorithms.parts import ops
 from bond_jax.types import Scores
 
 

@@ -2,7 +2,8 @@
 
 import numpy as np
 
-from bond_jax import curves, measures, report
+from bond_jax.evaluation.report import page
+from bond_jax.measures import aggregate, curves
 
 # Each would set `window.taken`, or fetch, if it got out of the text.
 ATTACKS = (
@@ -115,14 +116,14 @@ MORE = {
 def write(folder, **changes) -> str:
   """Writes the page of this run, its summary changed; returns the path."""
   rows = records()
-  return report.write_report(
+  return page.write_report(
     str(folder),
     settings=SETTINGS,
     train=train_rows(),
     sft=SFT,
-    summary=measures.summarise(rows) | MORE | changes,
-    curve=curves.best_of_n_curve(measures.grid(rows, 'reference')['reward']),
-    samples=report.side_by_side(rows),
+    summary=aggregate.summarise(rows) | MORE | changes,
+    curve=curves.best_of_n_curve(aggregate.grid(rows, 'reference')['reward']),
+    samples=page.side_by_side(rows),
   )
 
 

@@ -9,7 +9,6 @@ is 'data,model'.
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import os
 import re
 import subprocess
@@ -20,8 +19,9 @@ from typing import NamedTuple
 import ml_collections
 import toy
 
-from bond_jax import command, hosts
-from bond_jax.models import gemma
+from bond_jax.devices import hosts
+from bond_jax.models.gemma import model as gemma
+from bond_jax.runs import command
 
 LAUNCHER = os.path.join(toy.ROOT, 'launch', 'local_hosts.sh')
 # Less to compile, which every process does for itself.
@@ -92,7 +92,7 @@ def main() -> None:
   def work():
     for stage in stages:
       name, _, workdir = stage.partition('=')
-      importlib.import_module(f'bond_jax.{name}').main(config, workdir)
+      toy.main_of(name)(config, workdir)
 
   command.execute(work, __doc__)
 

@@ -7,7 +7,7 @@ and 1.
 
 import numpy as np
 
-from bond_jax import bandit
+from bond_jax.measures import tables
 
 ROCK_PAPER_SCISSORS = np.array([[[0.5, 0, 1], [1, 0.5, 0], [0, 1, 0.5]]])
 
@@ -15,7 +15,7 @@ ROCK_PAPER_SCISSORS = np.array([[[0.5, 0, 1], [1, 0.5, 0], [0, 1, 0.5]]])
 def law(seed, prompts=3, arms=5, sd=1.0):
   """A table of log-probabilities."""
   rng = np.random.default_rng(seed)
-  return bandit.normalise(sd * rng.standard_normal((prompts, arms)))
+  return tables.normalise(sd * rng.standard_normal((prompts, arms)))
 
 
 def tied_reward(seed, prompts=3, arms=5):
@@ -28,9 +28,9 @@ def preference(kind, seed, prompts=3, arms=6):
   """win [X, A, A] of one kind."""
   rng = np.random.default_rng(seed)
   if kind == 'distinct':
-    return bandit.win_matrix(rng.standard_normal((prompts, arms)))
+    return tables.win_matrix(rng.standard_normal((prompts, arms)))
   if kind == 'tied':
-    return bandit.win_matrix(tied_reward(seed, prompts, arms))
+    return tables.win_matrix(tied_reward(seed, prompts, arms))
   edge = np.triu(rng.standard_normal((prompts, arms, arms)), 1)
   edge = np.sign(edge) if kind == 'cyclic' else np.tanh(edge)
   return 0.5 + 0.5 * (edge - edge.swapaxes(-1, -2))

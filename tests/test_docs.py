@@ -12,8 +12,7 @@ import ml_collections
 import mutate
 import toy
 
-from bond_jax import build, scoring
-from bond_jax.rewards import serve
+from bond_jax.rewards import calling, make, serve
 from configs import demo
 
 PAGE = os.path.join(toy.ROOT, 'docs', 'adding_an_algorithm.md')
@@ -78,7 +77,7 @@ def test_the_rewards_of_the_page_are_rewards(tmp_path, monkeypatch):
 
   texts = [['a', 'ccc', 'please']]
   asked = ['p'], texts, toy.context(texts, rows=[{'length': 2}])
-  call = lambda reward: scoring.call(reward, *asked)[0].tolist()
+  call = lambda reward: calling.call(reward, *asked)[0].tolist()
   assert call(my_rewards.short(2)) == [[0, -1, -4]]
   assert call(my_rewards.kind_and_complete('please')) == [[0.5, 0.5, 1.5]]
   assert call(my_rewards.nearer()) == [
@@ -88,10 +87,10 @@ def test_the_rewards_of_the_page_are_rewards(tmp_path, monkeypatch):
   for setting in ast.parse(''.join(lines)).body:
     exec(ast.unparse(setting), {'config': config, 'demo': demo})
     if config.reward.parts:
-      made = build.make_reward(config, config.reward, '')
+      made = make.make_reward(config, config.reward, '')
       assert call(made) == [[0.5, 0.5, 1.25]]
     elif config.reward.function:
-      build.check_reward(config.reward)
+      make.check_reward(config.reward)
       modules.add(config.reward.function.partition(':')[0])
     json.loads(config.to_json_best_effort())
   sources = {
@@ -112,7 +111,7 @@ def test_the_http_schema_of_the_page_is_answered():
   assert list(sent) == ['prompts', 'completions', *context._fields]
   for answer, kind in ((rewards, 'rewards'), (wins, 'wins')):
     reward = lambda *asked, a=answer, k=kind: a[k]
-    value, _ = scoring.call(reward, prompts, completions, context)
+    value, _ = calling.call(reward, prompts, completions, context)
     assert value.ndim == 2 + (kind == 'wins') and list(answer) == [kind]
 
 

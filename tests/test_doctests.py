@@ -23,9 +23,11 @@ def modules():
 
 
 def test_there_are_examples():
-  assert {'bond_jax.ops', 'bond_jax.quantiles', 'bond_jax.anchors'} <= set(
-    modules()
-  )
+  assert {
+    'bond_jax.algorithms.parts.ops',
+    'bond_jax.algorithms.parts.quantiles',
+    'bond_jax.algorithms.parts.anchors',
+  } <= set(modules())
 
 
 @pytest.mark.parametrize('name', sorted(modules()))

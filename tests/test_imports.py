@@ -1,4 +1,4 @@
-"""The house rules on imports and sizes, read from the source."""
+"""The house rules: which room may import which, and sizes, from the source."""
 
 import ast
 import pathlib
@@ -14,43 +14,28 @@ FILES = {
   for p in PACKAGE.rglob('*.py')
   if p.name != '__init__.py'
 }
+COMMANDS = [
+  n for n, p in FILES.items() if "__name__ == '__main__'" in p.read_text()
+]
 
-# Arrays in, arrays out: no model, no token, no mesh, no config.
-MATHEMATICS = {
-    'ops', 'step_metrics', 'anchors', 'quantiles', 'bandit', 'bandit_samples',
-    'measures', 'objectives', 'exact', 'curves', 'comparisons',
-    'preference_losses', 'preference_measures',
-}  # fmt: skip
-# Where the two sides meet; all the rest is the machine.
-MEETING = {
-    'step', 'build', 'train', 'sft', 'reward_model', 'evaluate', 'sample',
-    'plan', 'export', 'figures', 'report', 'report_style', 'text_task',
-    'enumerable', 'reproduce', 'bandit_figure', 'origin', 'reward_training',
-    'reward_report', 'costs', 'programs', 'sweep', 'report_words',
-    'report_cautions', 'report_samples', 'faults', 'facts', 'guard', 'notebook',
-}  # fmt: skip
+# A file imports its own room and those before it; all may import the nouns,
+# and the commands in the root may import all.
+NOUNS = {'types', 'errors'}
+ORDER = [
+    'algorithms', 'measures', 'devices', 'models', 'runs', 'data', 'weights',
+    'rewards', 'training', 'reward_models', 'evaluation', 'sizing',
+]  # fmt: skip
 # Must run where only jax, flax, optax and orbax are installed.
-CORE = {'types', 'errors', 'ops', 'anchors', 'log_probs', 'sampling', 'step',
-        'sharding', 'optimizer', 'quantiles', 'micro_batches',
-        'step_metrics', 'stops'}  # fmt: skip
-# The only readers of configs.
-CONFIGURED = {
-    'command', 'build', 'sft', 'reward_model', 'train', 'evaluate', 'sample',
-    'plan', 'export', 'text_task', 'enumerable', 'reproduce', 'origin',
-    'reward_training', 'costs', 'programs', 'facts', 'guard',
-}  # fmt: skip
+CORE = {'training.step', 'training.micro_batches', 'training.step_metrics',
+        'training.optimizer', 'devices.sharding'} | NOUNS  # fmt: skip
 
 
-def is_mathematics(name):
-  return name in MATHEMATICS or name.startswith('algorithms.')
+def room(name):
+  return name.partition('.')[0] if '.' in name else ''
 
 
 def is_core(name):
-  return name in CORE or name.startswith(('algorithms.', 'models.'))
-
-
-def is_machine(name):
-  return not is_mathematics(name) and name not in MEETING | {'types'}
+  return name in CORE or room(name) in ('algorithms', 'models')
 
 
 def imports(path):
@@ -71,9 +56,9 @@ def own(names):
   for name in names:
     first, _, rest = name.partition('.')
     if first == 'bond_jax':
-      found.add(next(
-          (n for n in FILES if rest == n or rest.startswith(n + '.')), rest
-      ))  # fmt: skip
+      known = [n for n in FILES if rest == n or rest.startswith(n + '.')]
+      if known or not (PACKAGE / rest.replace('.', '/')).is_dir():
+        found.add(max(known, key=len, default=rest))
   return found
 
 
@@ -81,75 +66,88 @@ def tops(names):
   return {name.partition('.')[0] for name in names}
 
 
+def upwards(name, others):
+  """Those of the modules `others` that the order does not let `name` import."""
+  if not room(name):
+    return others - NOUNS if name in NOUNS else set()
+  place = ORDER.index(room(name))
+  allowed = {'', *ORDER[: place + 1]}
+  return {
+    other
+    for other in others
+    if room(other) not in allowed or (not room(other) and other not in NOUNS)
+  }
+
+
 def test_the_reader_of_imports_reads(tmp_path):
   path = tmp_path / 'x.py'
   path.write_text(
-    'import a.b\nfrom bond_jax import ops\n'
-    'def f():\n  from bond_jax.models.gemma import make\n'
+    'import a.b\nfrom bond_jax.algorithms.parts import ops\n'
+    'def f():\n  from bond_jax.models.gemma.model import make\n'
   )
   names = imports(path)
   assert tops(names) == {'a', 'bond_jax'}
-  assert own(names) == {'ops', 'models.gemma'}
-  assert {'ops', 'algorithms.jbond', 'models.gemma', 'step'} <= set(FILES)
+  assert own(names) == {'algorithms.parts.ops', 'models.gemma.model'}
+  assert {'algorithms.jbond', 'models.gemma.model', 'types'} <= set(FILES)
 
 
-@pytest.mark.parametrize('name', sorted(filter(is_mathematics, FILES)))
-def test_mathematics_imports_types_and_its_own_side(name):
-  for other in own(imports(FILES[name])):
-    assert other == 'types' or is_mathematics(other), (name, other)
+def test_a_file_imports_its_own_room_and_those_before_it():
+  assert {room(name) for name in FILES} == {'', *ORDER}
+  found = {
+    (name, other)
+    for name, path in FILES.items()
+    for other in upwards(name, own(imports(path)))
+  }
+  assert not found, sorted(found)
 
 
-@pytest.mark.parametrize('name', sorted(filter(is_machine, FILES)))
-def test_the_machine_knows_no_algorithm_and_no_meeting_place(name):
-  for other in own(imports(FILES[name])):
-    assert other == 'types' or is_machine(other), (name, other)
+def test_an_import_against_the_order_is_found():
+  assert upwards('models.lora', {'runs.command'}) == {'runs.command'}
+  assert upwards('models.lora', {'train'}) == {'train'}  # a command
+  assert upwards('types', {'models.lora'}) == {'models.lora'}
+  assert not upwards('training.step', {'models.lora', 'types'})
+  assert not upwards('train', {'training.distil'})
 
 
-def test_the_step_knows_no_algorithm_by_name():
-  for name in MEETING & set(FILES):
-    assert not any(
-      n.startswith('algorithms') for n in own(imports(FILES[name]))
-    ), name
+def test_mathematics_knows_no_configs_and_no_models():
+  for name, path in FILES.items():
+    found = tops(imports(path))
+    assert 'tensorflow' not in found, name
+    assert 'gemma' not in found or name == 'models.library'
+    if room(name) == 'measures':
+      assert 'jax' not in found, name
+    if room(name) in ('algorithms', 'measures', 'devices', 'models'):
+      assert 'ml_collections' not in found, name
+    if is_core(name):
+      assert not found & {'ml_collections', 'grain', 'tensorflow_datasets'}
+      for other in own(imports(path)):  # and by way of no other file
+        assert is_core(other), (name, other)
 
 
-@pytest.mark.parametrize('name', FILES)
-def test_packages_are_imported_where_they_may_be(name):
-  found = tops(imports(FILES[name]))
-  assert 'tensorflow' not in found
-  if name != 'models.library':
-    assert 'gemma' not in found
-  if name not in CONFIGURED:
-    assert 'ml_collections' not in found
-  if is_core(name):
-    assert not found & {'ml_collections', 'grain', 'tensorflow_datasets'}
-    for other in own(imports(FILES[name])):  # and by way of no other file
-      assert is_core(other), (name, other)
+def test_only_the_algorithms_know_an_algorithm():
+  for name, path in FILES.items():
+    for other in own(imports(path)):
+      if room(other) == 'algorithms' and room(name) != 'algorithms':
+        assert other.startswith('algorithms.parts.'), (name, other)
 
 
-@pytest.mark.parametrize('name', FILES)
-def test_files_and_functions_stay_short(name):
-  text = FILES[name].read_text()
-  assert len(text.splitlines()) <= 400
-  for node in ast.walk(ast.parse(text)):
-    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-      length = node.end_lineno - node.lineno + 1
-      assert length <= 80, (node.name, length)
+def test_files_and_functions_stay_short():
+  for path in FILES.values():
+    text = path.read_text()
+    assert len(text.splitlines()) <= 400, path
+    for node in ast.walk(ast.parse(text)):
+      if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+        length = node.end_lineno - node.lineno + 1
+        assert length <= 80, (node.name, length)
 
 
-# Modules that are imported by the name that `config.task` gives.
-TASKS = {'text_task', 'enumerable'}
-
-
-@pytest.mark.parametrize(
-  'name', [n for n, p in FILES.items() if '__main__' in p.read_text()]
-)
+@pytest.mark.parametrize('name', COMMANDS)
 def test_a_command_is_imported_by_nothing_that_it_imports(name):
   """`python -m` would execute it twice, with two classes of one name."""
   found, todo = set(), [name]
   while todo:
-    there = own(imports(FILES[todo.pop()]))
-    there |= TASKS if 'build' in there else set()
-    todo += (there & set(FILES)) - found
+    there = own(imports(FILES[todo.pop()])) & set(FILES)
+    todo += there - found
     found |= there
   assert name not in found, sorted(found)
 
@@ -177,6 +175,6 @@ def test_training_loads_no_tensorflow():
   run("""
 import sys
 import bond_jax.train
-assert 'bond_jax.step' in sys.modules
+assert 'bond_jax.training.step' in sys.modules
 assert 'tensorflow' not in sys.modules
 """)

@@ -12,8 +12,8 @@ import sys
 import pytest
 import toy
 
-from bond_jax import notebook
 from bond_jax.errors import UserError
+from colab import helper
 
 FOLDER = pathlib.Path(toy.ROOT, 'colab')
 NAMES = [
@@ -23,7 +23,7 @@ NAMES = [
 PATHS = re.compile(
   r'(?:^|[\s\'"=(])(/(?:root|home|mnt|tmp|usr|opt|Users)/\S*|[A-Z]:\\\S*)'
 )
-OURS = re.compile(r'(bond_jax|configs)\b')
+OURS = re.compile(r'(bond_jax|configs|benchmarks|colab)\b')
 SIZE = 700_000  # bytes of a notebook
 
 
@@ -207,16 +207,16 @@ def test_run_shows_what_a_command_says(capsys, monkeypatch, tmp_path):
   monkeypatch.setenv('PYTHONPATH', str(tmp_path))
   display = pytest.importorskip('IPython.display')
   monkeypatch.setattr(display, 'clear_output', lambda wait: print('-- cleared'))
-  notebook.run('talks')
+  helper.run('talks')
   last = capsys.readouterr().out.split('-- cleared\n')[-1]
   lines = last.splitlines()
   assert sorted(lines) == ['begins', 'ends', 'train    2/2  in 0:02']
   with pytest.raises(UserError, match='talks ended with 3: ends'):
-    notebook.run('talks', '3')
+    helper.run('talks', '3')
 
 
 def test_tables_hold_text_and_no_markup():
-  html = notebook.html_table([('a', 'b'), ('<b>', '1')])._repr_html_()
+  html = helper.html_table([('a', 'b'), ('<b>', '1')])._repr_html_()
   assert '&lt;b&gt;' in html and '<b>' not in html
   assert html.count('<tr>') == 2 and html.count('<th ') == 2
 
@@ -229,7 +229,7 @@ def test_runs_are_compared_and_their_texts_shown(tmp_path):
         row = dict(id=i, who=who, reward=reward + i, prompt=f'p{i}')
         f.write(json.dumps({**row, 'completion': f' {who} <{i}>'}) + '\n')
   run = str(tmp_path)
-  html = notebook.compare({'one': run}, {'win_rate': 'wins', 'x': 'none'}).text
+  html = helper.compare({'one': run}, {'win_rate': 'wins', 'x': 'none'}).text
   assert re.findall('>([^<>]+)<', html) == [
     'one',
     'wins',
@@ -237,7 +237,7 @@ def test_runs_are_compared_and_their_texts_shown(tmp_path):
     'none',
     'n/a',
   ]
-  html = notebook.side_by_side(run, 2)._repr_html_()
+  html = helper.side_by_side(run, 2)._repr_html_()
   assert re.findall('>([^<>]+)<', html)[5:] == [
     'p0', ' reference &lt;0&gt;', '1.50', ' policy &lt;0&gt;', '2.50',
     'p1', ' reference &lt;1&gt;', '2.50', ' policy &lt;1&gt;', '3.50',

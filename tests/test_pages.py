@@ -1,12 +1,12 @@
 """The pages are complete, their links lead somewhere, their code compiles."""
 
 import ast
-import fnmatch
 import glob
 import importlib
 import inspect
 import json
 import os
+import pathlib
 import re
 import textwrap
 
@@ -17,7 +17,9 @@ import numpy as np
 import pytest
 import toy
 
-from bond_jax import build, ops, scoring, watch
+from bond_jax.algorithms.parts import ops
+from bond_jax.rewards import calling
+from bond_jax.training import setups, watch
 from bond_jax.types import Scores
 from configs import demo, demo_learned_reward, figures, gemma_jbond
 
@@ -168,7 +170,7 @@ def of_the_algorithms():
   draw = lambda *shape: jnp.array(rng.normal(size=shape), jnp.float32)
   found = set()
   for name in demo.ALGORITHMS:
-    made = build.make_algorithm(demo.get_config(f'algorithm={name}'))
+    made = setups.make_algorithm(demo.get_config(f'algorithm={name}'))
     reward = draw(2, made.num_policy + made.num_anchor)
     win = ops.win_matrix(reward)
     index = made.select(reward, win)
@@ -192,7 +194,7 @@ def of_a_reward():
   texts = [['a', 'b']]
   reward = lambda prompts, completions, context: {'NAME': np.ones((1, 2))}
   return set(
-    scoring.score(
+    calling.score(
       reward, ['p'], texts, toy.context(texts), failure='skip'
     ).metrics
   )
@@ -261,14 +263,24 @@ def test_every_page_and_figure_can_be_found():
   assert set(os.listdir(folder)) <= shown
 
 
-def test_the_map_of_the_readme_has_every_module():
+def test_the_map_of_the_readme_has_every_room():
+  """And every file of the root; a room tells of its own files itself."""
   tree = re.search(r'```\n(bond_jax/\n.*?)```', pages()['README.md'], re.S)[1]
-  listed = re.findall(r'[\w*]+\.py', tree)
-  there = os.listdir(os.path.join(toy.ROOT, 'bond_jax'))
-  there = {f for f in there if f.endswith('.py')} - {'__init__.py'}
-  found = [set(fnmatch.filter(there, name)) for name in listed]
-  assert all(found), listed
-  assert set().union(*found) == there
+  ours = tree.partition('configs/')[0]
+  package = pathlib.Path(toy.ROOT, 'bond_jax')
+  files = {p.name for p in package.glob('*.py')} - {'__init__.py'}
+  assert set(re.findall(r'\w+\.py', ours)) == files
+  rooms = [p.parent.name for p in package.glob('*/__init__.py')]
+  assert sorted(re.findall(r'^  (\w+)/', ours, re.M)) == sorted(rooms)
+
+
+def test_a_room_tells_of_every_file_in_it():
+  """Or, of the many, of the room that they are in: rewards are a list."""
+  for path in pathlib.Path(toy.ROOT, 'bond_jax').rglob('*/__init__.py'):
+    said = ast.get_docstring(ast.parse(path.read_text()))
+    assert 'Start at ' in said and len(said.splitlines()) <= 7, path
+    named = set(re.findall(r'\w+\.py', said))
+    assert named <= {p.name for p in path.parent.glob('*.py')}, path
 
 
 def test_the_files_that_are_named_are_there():

@@ -21,9 +21,12 @@ import numpy as np
 import pytest
 import toy
 
-from bond_jax import command, hf, hosts, movie_reviews, scoring, tokenizer
+from bond_jax.data import movie_reviews, tokenizer
+from bond_jax.devices import hosts
 from bond_jax.errors import UserError
-from bond_jax.rewards import http, ridge, serve
+from bond_jax.rewards import calling, http, make, ridge, serve
+from bond_jax.runs import command, configs
+from bond_jax.weights.huggingface import reader
 from configs import demo
 
 PACKAGE = pathlib.Path(toy.ROOT, 'bond_jax')
@@ -66,7 +69,7 @@ def test_no_file_of_ours_runs_what_it_reads():
 
 def test_hosts_unpickle_values_alone():
   """What they tell each other passes; what would call something does not."""
-  scored = scoring.Scored(np.ones((2, 3)), np.ones(2, np.float32), {'a': 1.5})
+  scored = calling.Scored(np.ones((2, 3)), np.ones(2, np.float32), {'a': 1.5})
   sent = [{'a': (1, None, 'x', b'y')}, scored, np.float32(2), np.arange(3)]
   sent.append(np.array(['a', None], object))
   for value in sent:
@@ -82,7 +85,7 @@ def test_hosts_unpickle_values_alone():
       return self.what
 
   for f, args in (
-    (os.mkdir, ('x',)), (eval, ('1',)), (command.load, ('os:mkdir',)),
+    (os.mkdir, ('x',)), (eval, ('1',)), (make.load, ('os:mkdir',)),
     (np.load, ('x',)),
   ):  # fmt: skip
     with pytest.raises(UserError, match='no host of ours sends'):
@@ -104,19 +107,19 @@ def test_a_reward_model_with_sizes_that_are_claimed(tmp_path):
 
 
 def test_a_run_folder_says_which_code_it_names(tmp_path, capsys):
-  config = dict(task='bond_jax.text_task', reward=demo.reward('mine:f'))
+  config = dict(task='text', reward=demo.reward('mine:f'))
   config['gold'] = dict(function='bond_jax.rewards.text:vader', args={})
   part = dict(function='subprocess:call', args={}, weight=1)
   config['reward']['parts'] = dict(a=part)
   (tmp_path / 'config.json').write_text(json.dumps(config))
-  read = command.read_config(str(tmp_path))
+  read = configs.read_config(str(tmp_path))
   command._tell(read, 'RUN/config.json')
   said = capsys.readouterr().err
   assert said.count('\n') == 1
   assert "RUN/config.json names 'mine:f', 'subprocess:call': code" in said
   del config['reward']
   (tmp_path / 'config.json').write_text(json.dumps(config))
-  command._tell(command.read_config(str(tmp_path)), 'RUN')
+  command._tell(configs.read_config(str(tmp_path)), 'RUN')
   assert capsys.readouterr().err == ''
 
 
@@ -150,7 +153,7 @@ def asking(monkeypatch):
     url = f'http://127.0.0.1:{server.server_address[1]}/'
     reward = http.scorer(url, timeout=timeout, retries=0)
     with pytest.raises(UserError) as e:
-      scoring.call(reward, *ASKED)
+      calling.call(reward, *ASKED)
     assert '\n' not in str(e.value)
     return str(e.value)
 
@@ -221,8 +224,8 @@ def test_a_request_without_sense_is_a_line():
 
 def test_a_config_of_brackets_is_one_line(tmp_path):
   (tmp_path / 'config.json').write_text('[' * 10**6)
-  with pytest.raises(UserError, match='not JSON'):
-    hf.read_config(str(tmp_path))
+  with pytest.raises(UserError, match='not a JSON'):
+    reader.read_config(str(tmp_path))
 
 
 def test_a_redirect_is_not_followed(asking):

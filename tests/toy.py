@@ -25,8 +25,8 @@ import ml_collections
 import numpy as np
 import orbax.checkpoint as ocp
 
-from bond_jax import hosts
-from bond_jax.models import gemma
+from bond_jax.devices import hosts
+from bond_jax.models.gemma import model as gemma
 from bond_jax.rewards.ridge import ridge
 from bond_jax.types import Context
 
@@ -175,11 +175,25 @@ def _burn(fuse: str) -> None:
   os.kill(os.getpid(), signal.SIGKILL)
 
 
+# Of a command, where the code of a stage is.
+MODULES = {
+  'sft': 'training.sft',
+  'reward_model': 'reward_models.stage',
+  'train': 'training.distil',
+  'evaluate': 'evaluation.evaluate',
+}
+
+
+def main_of(stage: str):
+  """main(config, workdir) of a stage."""
+  return importlib.import_module(f'bond_jax.{MODULES[stage]}').main
+
+
 def run(stage: str, config, workdir: str) -> None:
   """Runs a stage in this process."""
   if not flags.FLAGS.is_parsed():
     flags.FLAGS.mark_as_parsed()
-  importlib.import_module(f'bond_jax.{stage}').main(config, workdir)
+  main_of(stage)(config, workdir)
 
 
 def environment() -> dict[str, str]:

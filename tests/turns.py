@@ -5,7 +5,7 @@ import os
 
 import sentencepiece
 
-from bond_jax import tokenizer as tokenizer_lib
+from bond_jax.data import tokenizer as tokenizer_lib
 
 TEXTS = [
   'the film was good', ' a  story, and it is 27 minutes\nlong', '',

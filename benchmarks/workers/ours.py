@@ -9,9 +9,9 @@ import numpy as np
 
 from benchmarks import jbond_step, large, tiny, workloads
 from benchmarks.workers import serve
-from bond_jax import sampling
-from bond_jax.models import gemma
-from bond_jax.stops import Stop
+from bond_jax.models import sampling
+from bond_jax.models.gemma import model as gemma
+from bond_jax.models.stops import Stop
 from bond_jax.types import Prompts
 
 HAS_SLOTS = 'slots' in inspect.signature(sampling.sample).parameters

@@ -37,7 +37,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from bond_jax import anchors, ops, quantiles
+from bond_jax.algorithms.parts import anchors, ops, quantiles
 from bond_jax.types import Algorithm, AnchorRule, Array, Scores
 
 

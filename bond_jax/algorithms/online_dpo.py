@@ -22,7 +22,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from bond_jax import anchors, ops
+from bond_jax.algorithms.parts import anchors, ops
 from bond_jax.types import Algorithm, Array, Scores
 
 

@@ -41,7 +41,8 @@ import jax
 import jax.numpy as jnp
 
 from bond_jax.errors import UserError
-from bond_jax.models import gemma, gemma_layers
+from bond_jax.models.gemma import layers as gemma_layers
+from bond_jax.models.gemma import model as gemma
 from bond_jax.types import Array, Params, Policy
 
 
@@ -186,7 +187,7 @@ def _name(path: tuple[str, ...]) -> str:
 
 
 def _axes(config: gemma.Config, path: tuple[str, ...]) -> tuple[str, str]:
-  """See `gemma_layers.AXES`."""
+  """See `layers.AXES`."""
   axes, inputs = gemma_layers.AXES[_name(path)]
   if path[-1] == 'gating_einsum' and config.gating_transposed:
     axes = 'CFD'

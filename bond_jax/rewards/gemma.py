@@ -17,12 +17,15 @@ import jax
 from jax.sharding import AxisType, Mesh
 import numpy as np
 
-from bond_jax import checkpoint, preferences, sharding
-from bond_jax import tokenizer as tokenizer_lib
+from bond_jax.data import preferences
+from bond_jax.data import tokenizer as tokenizer_lib
+from bond_jax.devices import sharding
 from bond_jax.errors import UserError
-from bond_jax.models import gemma, library
+from bond_jax.models import library
 from bond_jax.models import scalar_head as head_lib
+from bond_jax.models.gemma import model as gemma
 from bond_jax.rewards.text import judged
+from bond_jax.runs import checkpoint
 from bond_jax.types import Params, Policy, RewardFn
 
 _SHORTEST = 16  # pieces to which texts are padded at least

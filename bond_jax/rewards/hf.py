@@ -15,11 +15,11 @@ from absl import logging
 import numpy as np
 import scipy.special
 
-from bond_jax import hf
 from bond_jax.errors import UserError
 from bond_jax.rewards import judge
 from bond_jax.rewards.text import judged
 from bond_jax.types import PreferenceFn, RewardFn
+from bond_jax.weights.huggingface import reader
 
 # The order of PairRM: what was asked, then the two answers.
 TEMPLATE = '<|source|>{prompt}<|candidate1|>{a}<|candidate2|>{b}'
@@ -222,7 +222,7 @@ def _packages():
 def _read(path: str, device: str):
   """Their tokenizer and their network; a UserError if they are not whole."""
   torch, transformers = _packages()
-  folder = hf.resolve(path)
+  folder = reader.resolve(path)
   here = dict(local_files_only=True, trust_remote_code=False)
   try:
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **here)

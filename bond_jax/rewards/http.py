@@ -26,8 +26,8 @@ import numpy as np
 import requests
 import urllib3
 
-from bond_jax import scoring
 from bond_jax.errors import UserError
+from bond_jax.rewards import calling
 from bond_jax.rewards.answers import quote
 from bond_jax.types import Context, PreferenceFn, RewardFn
 
@@ -92,7 +92,7 @@ def scorer(
              for n in _VARIABLE.findall(v)]  # fmt: skip
   hidden = sorted({*sent.values(), *secrets} - {''}, key=len, reverse=True)
   server = Server(url, _shown(url), sent, hidden, timeout, retries)
-  submit = scoring.worker(concurrency)
+  submit = calling.worker(concurrency)
 
   def http_reward(prompts, completions, context):
     parts = [slice(i, i + batch) for i in range(0, len(prompts), batch)]

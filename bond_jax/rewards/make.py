@@ -8,13 +8,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from concurrent import futures
+import importlib
 import inspect
 from typing import Any, NamedTuple
 
-from bond_jax import command, paths, scoring
-from bond_jax.errors import UserError
-from bond_jax.rewards import answers
-from bond_jax.types import PreferenceFn, RewardFn
+import ml_collections
+
+from bond_jax.errors import one_line, UserError
+from bond_jax.rewards import answers, calling
+from bond_jax.rewards import make as making
+from bond_jax.runs import (
+  configs,
+  fields,
+  paths,
+)
+from bond_jax.types import (
+  PreferenceFn,
+  RewardFn,
+)
 
 _CALLED = 'prompts', 'completions', 'context'
 
@@ -27,20 +38,6 @@ class Part(NamedTuple):
   weight: float = 1.0
 
 
-def check_arguments(
-  name: str, function: Callable[..., Any], args, remedy: str = ''
-) -> None:
-  """A UserError if a function cannot be called with the args of a config."""
-  signature = _signature(function)
-  try:
-    signature.bind(**args)
-  except TypeError as e:
-    raise UserError(
-      f'{name}: {e}; args in the config are {", ".join(args) or "empty"},'
-      f' allowed are {", ".join(signature.parameters) or "none"}.{remedy}'
-    ) from e
-
-
 def check(part: Part, section: str) -> None:
   """A UserError if a part's function makes no reward; it is not called.
 
@@ -48,8 +45,8 @@ def check(part: Part, section: str) -> None:
     part: of a reward.
     section: of the config, 'reward' or 'gold'.
   """
-  factory, flag = command.load(part.function), f'--config.{section}'
-  if 'completions' in _signature(factory).parameters:
+  factory, flag = load(part.function), f'--config.{section}'
+  if 'completions' in fields.signature_of(factory).parameters:
     raise UserError(
       f'reward {part.function} is a reward itself: it takes completions, and'
       f' {section}.function names what makes one. One of TRL is taken as it is:'
@@ -58,7 +55,7 @@ def check(part: Part, section: str) -> None:
       ' returned by a function without arguments.'
     )
   remedy = f' {flag}.args={{}} takes all away that the config has.'
-  check_arguments(f'reward {part.function}', factory, part.args, remedy)
+  fields.check_arguments(f'reward {part.function}', factory, part.args, remedy)
 
 
 def reward(
@@ -71,7 +68,7 @@ def reward(
   """
 
   def begin():
-    submit = scoring.worker()
+    submit = calling.worker()
     return submit, submit(_made, parts).result()
 
   thread = begin()
@@ -88,7 +85,7 @@ def reward(
       )
     return future.result()
 
-  alone.__name__ = scoring.name_of(thread[1])
+  alone.__name__ = calling.name_of(thread[1])
   return alone
 
 
@@ -98,7 +95,7 @@ def _made(parts: Mapping[str, Part]) -> RewardFn | PreferenceFn:
     return rewards['']
 
   def weighted(*asked):
-    values = {k: scoring.call(f, *asked)[0] for k, f in rewards.items()}
+    values = {k: calling.call(f, *asked)[0] for k, f in rewards.items()}
     weights = {k: part.weight for k, part in parts.items()}
     total, scores = answers.combine(values, weights, weighted.__name__)
     return scores or total
@@ -111,7 +108,7 @@ def _made_of(part: Part) -> RewardFn | PreferenceFn:
   """Calls a factory; a UserError unless it returns what can be called."""
   name = f'reward {part.function}'
   try:
-    made = command.load(part.function)(**_paths(part.args))
+    made = load(part.function)(**_paths(part.args))
   except UserError:
     raise
   except (Exception, SystemExit) as e:
@@ -122,18 +119,19 @@ def _made_of(part: Part) -> RewardFn | PreferenceFn:
   if not callable(made) or inspect.iscoroutinefunction(made):
     got = 'an async function' if callable(made) else f'{made!r:.60}'
     raise UserError(f'{name} returned {got}, {expected}.')
+  signature = fields.signature_of(made)
   try:
-    _signature(made).bind(*_CALLED)
+    signature.bind(*_CALLED)
   except TypeError as e:
     raise UserError(
-      f'{name} returned a function of {_signature(made)}, {expected} ({e}).'
+      f'{name} returned a function of {signature}, {expected} ({e}).'
     ) from e
 
   def named(*asked):
     return made(*asked)
 
   # In errors; "reward", as many call it, or "<lambda>" would tell nobody which.
-  name = scoring.name_of(made)
+  name = calling.name_of(made)
   named.__name__ = name if ':' in name else part.function
   return named
 
@@ -146,9 +144,82 @@ def _paths(args: Mapping[str, Any]) -> dict[str, Any]:
   }
 
 
-def _signature(function: Callable[..., Any]) -> inspect.Signature:
-  """Of what is not written in Python, one that takes everything."""
+def load(reference: str) -> Callable[..., Any]:
+  """Returns the function `module:function`; a UserError if it is not there."""
+  module, _, name = reference.partition(':')
+  if not module or not name:
+    raise UserError(
+      f'{reference!r} names no function; write it as "module:function", for'
+      ' instance "bond_jax.rewards.ridge:ridge".'
+    )
   try:
-    return inspect.signature(function)
-  except ValueError:
-    return inspect.signature(lambda *args, **kwargs: None)
+    loaded = importlib.import_module(module)
+  except ModuleNotFoundError as e:
+    raise UserError(
+      f'{reference!r}: cannot import {e.name!r}; is it installed, and is the'
+      ' folder that holds it on PYTHONPATH?'
+    ) from e
+  except Exception as e:
+    raise UserError(
+      f'{reference!r}: importing it raised {type(e).__name__}: {one_line(e)};'
+      ' --debug shows where.'
+    ) from e
+  if not callable(getattr(loaded, name, None)):
+    raise UserError(f'{reference!r}: {module!r} has no function {name!r}.')
+  return getattr(loaded, name)
+
+
+def check_reward(
+  section: ml_collections.ConfigDict, name: str = 'reward'
+) -> None:
+  """Refuses a reward that cannot be called as the config says."""
+  for part in _parts(section, lambda value: value).values():
+    making.check(part, name)
+  if 'failure' in section and section.failure not in calling.FAILURES:
+    raise UserError(
+      f'{name}.failure is {section.failure!r}; known are'
+      f' {", ".join(calling.FAILURES)}.'
+    )
+
+
+def _parts(section, filled: Callable[[Any], Any]) -> dict[str, making.Part]:
+  """The rewards whose weighted sum a section asks for, by name."""
+  some = dict(section.parts) if section.get('parts') else {'': section}
+  return {
+    name: making.Part(
+      part.function,
+      {k: filled(v) for k, v in part.args.items()},
+      part.weight if name else 1.0,
+    )
+    for name, part in some.items()
+  }
+
+
+def make_reward(
+  config: ml_collections.ConfigDict, section, workdir: str
+) -> RewardFn | PreferenceFn:
+  """The reward of a section: `function` called with `args`, or many `parts`.
+
+  Of parts, each with a function, args and a weight, it is the weighted sum, of
+  judges the weighted mean. In a string argument '{workdir}' stands for this
+  run's folder, '{reference}' for that of the run it starts from.
+  """
+
+  def filled(value):
+    if not isinstance(value, str):
+      return value
+    value = value.replace('{reference}', configs.reference_dir(config, workdir))
+    return value.replace('{workdir}', workdir)
+
+  timeout = section.timeout if 'timeout' in section else 0.0
+  return making.reward(_parts(section, filled), timeout)
+
+
+def make_ask(
+  config: ml_collections.ConfigDict, name: str, workdir: str, **rules: Any
+) -> Callable[..., calling.Scored]:
+  """The section `name`, made and asked as it says; see `calling.asker`."""
+  section = config[name]
+  names = ('missing_eos_penalty', 'length_penalty', 'failure', 'retries')
+  rules = {k: section[k] for k in names if k in section} | rules
+  return calling.asker(make_reward(config, section, workdir), **rules)

@@ -8,10 +8,10 @@ from typing import NamedTuple
 import numpy as np
 import scipy.sparse
 
-from bond_jax import arrays
-from bond_jax import tokenizer as tokenizer_lib
+from bond_jax.data import tokenizer as tokenizer_lib
 from bond_jax.errors import UserError
 from bond_jax.rewards.text import judged
+from bond_jax.runs import files
 from bond_jax.types import RewardFn
 
 
@@ -82,7 +82,7 @@ class Model(NamedTuple):
 def read(path: str) -> Model:
   """Reads the model.npz that it wrote; a UserError if missing or broken."""
   try:
-    content, *fields = arrays.read(
+    content, *fields = files.read(
       path,
       lambda found: (
         found['tokenizer'].tobytes(),

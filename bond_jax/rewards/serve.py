@@ -19,9 +19,10 @@ from typing import Any
 from absl import flags
 import numpy as np
 
-from bond_jax import command, scoring
 from bond_jax.errors import UserError
+from bond_jax.rewards import calling
 from bond_jax.rewards import make as making
+from bond_jax.runs import command, fields
 from bond_jax.types import Context, PreferenceFn, RewardFn
 
 MOST = 64 * 2**20  # bytes of a request
@@ -54,7 +55,7 @@ def serve(reward: RewardFn | PreferenceFn, host: str, port: int) -> Server:
         return self._send(400, {'error': ' '.join(f'{e}'.split())})
       try:
         with turn:
-          value, _ = scoring.call(reward, *asked)
+          value, _ = calling.call(reward, *asked)
       except UserError as e:
         print(f'error: {e}', file=sys.stderr, flush=True)
         return self._send(500, {'error': str(e)})
@@ -143,8 +144,8 @@ def make(function: str, args: str) -> RewardFn | PreferenceFn:
   if not isinstance(given, dict):
     raise UserError(f'--args is no JSON object, got {args!r}.')
   part = making.Part(function, given)
-  making.check_arguments(
-    f'reward {function}', command.load(function), given, ' See --args.'
+  fields.check_arguments(
+    f'reward {function}', making.load(function), given, ' See --args.'
   )
   return making.reward({'': part})
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 
-from bond_jax import command
+from bond_jax.rewards import make
 from bond_jax.types import RewardFn
 
 # What TRL passes by these names is no column of the data.
@@ -22,7 +22,7 @@ def reward(function: str) -> RewardFn:
   Args:
     function: module:function; it may be async.
   """
-  theirs = command.load(function)
+  theirs = make.load(function)
 
   def trl_reward(prompts, completions, context):
     size = len(completions[0])

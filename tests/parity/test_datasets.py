@@ -12,7 +12,7 @@ datasets = pytest.importorskip(
 
 import test_sources  # noqa: E402
 
-from bond_jax import data, sources  # noqa: E402
+from bond_jax.data import examples, sources  # noqa: E402
 
 PAIRS, says = test_sources.PAIRS, test_sources.says
 # The splits of the hub's preference data, as ours.
@@ -51,7 +51,7 @@ def test_prompts_come_from_it_and_go_on(folder):
     f'hf:{folder}', 'train', '', fields=dict(text='prompt'), splits=SPLITS
   )
   encode = lambda row: [ord(row['text'][9])]
-  make = lambda: data.prompts(rows, encode, length=1, batch=3, seed=0)
+  make = lambda: examples.prompts(rows, encode, length=1, batch=3, seed=0)
   it, other = make(), make()
   first = [next(it) for _ in range(4)]
   other.set_state(it.get_state())

@@ -13,25 +13,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import test_load
 from test_logits import CONFIGS, library, nested, random_params
-import test_origin
 import test_tokenizer
 import toy
 
-from bond_jax import (
-  export,
-  log_probs,
-  origin,
-  sampling,
-  sharding,
-  tokenizer,
-  weights,
-)
+from bond_jax.data import tokenizer
+from bond_jax.devices import sharding
 from bond_jax.errors import UserError
-from bond_jax.models import gemma
 from bond_jax.models import library as adapter
-from bond_jax.stops import Stop
+from bond_jax.models import log_probs, sampling
+from bond_jax.models.gemma import model as gemma
+from bond_jax.models.stops import Stop
 from bond_jax.types import Prompts
+from bond_jax.weights import export, load, official
 
 STRANGERS = 'Gemma3n_E2B', 'Gemma4_E2B', 'Gemma4_26B_A4B'
 _WIDTHS = dict(
@@ -160,15 +155,15 @@ def test_their_checkpoints(name, tmp_path):
   """Written, read into eight shards and by the library: no bit changes."""
   _, params = tiny(name)
   path = str(tmp_path / 'x')
-  weights.save_official(jax.tree.map(jnp.asarray, params), None, path)
+  official.save_official(jax.tree.map(jnp.asarray, params), None, path)
   mesh = sharding.make_mesh(data=4, model=2)
   like = sharding.tree_structs(params, mesh)
-  loaded = weights.load_nested(path, like)
-  test_origin.same(loaded, params)
+  loaded = official.load_nested(path, like)
+  test_load.same(loaded, params)
   assert jax.tree.map(lambda x: x.sharding, loaded) == jax.tree.map(
     lambda x: x.sharding, like
   )
-  test_origin.same(gm.ckpts.load_params(path), params)
+  test_load.same(gm.ckpts.load_params(path), params)
 
 
 def test_turns_of_gemma_4():
@@ -221,7 +216,7 @@ def release(tmp_path, monkeypatch):
   params = jax.tree.map(
     lambda x: (0.1 * rng.standard_normal(x.shape)).astype(np.float32), shapes
   )
-  weights.save_official(
+  official.save_official(
     jax.tree.map(jnp.asarray, params), None, str(tmp_path / 'weights')
   )
   content = test_tokenizer.with_turns().processor.serialized_model_proto()
@@ -231,7 +226,7 @@ def release(tmp_path, monkeypatch):
 
 def library_config(folder):
   toy.get_config('')
-  config = test_origin.gemma_config(folder)
+  config = test_load.gemma_config(folder)
   config.model.update(name='Gemma3n_Tiny', scan=False, remat='none')
   config.model.sizes = {}
   return config
@@ -245,10 +240,10 @@ def test_a_run_of_a_library_model(release):
   workdir = str(folder / 'run')
   toy.run('train', config, workdir)
   mesh = sharding.make_mesh(**config.mesh)
-  policy = origin.make_policy(config.model, test_origin.VOCAB)
-  reference, base = origin.load_frozen(config, policy, workdir, mesh)
+  policy = load.make_policy(config.model, test_load.VOCAB)
+  reference, base = load.load_frozen(config, policy, workdir, mesh)
   assert base == {}
-  test_origin.same(reference, params)
+  test_load.same(reference, params)
   trained = toy.saved(workdir, 'train', 2)['params']
   moved = jax.tree.map(lambda a, b: (a != b).any(), trained, params)
   assert sum(jax.tree.leaves(moved)) > len(jax.tree.leaves(moved)) / 2
@@ -256,7 +251,7 @@ def test_a_run_of_a_library_model(release):
   table = reference['embedder']['input_embedding']
   assert {s.data.shape for s in table.addressable_shards} == {(16, 24)}
   export.main(workdir, str(folder / 'out'), 'last', 'official', 'float32')
-  test_origin.same(gm.ckpts.load_params(folder / 'out'), trained)
+  test_load.same(gm.ckpts.load_params(folder / 'out'), trained)
   with pytest.raises(UserError, match='Hugging Face folders are for gemma_2b'):
     export.main(workdir, str(folder / 'hf'), 'last', 'hf', 'float32')
 
@@ -274,4 +269,4 @@ def test_a_library_model_has_limits(release, changes, says):
   config = library_config(release[0])
   config.update_from_flattened_dict(changes)
   with pytest.raises(UserError, match=says):
-    origin.make_policy(config.model, config.tokenizer.vocab_size)
+    load.make_policy(config.model, config.tokenizer.vocab_size)

@@ -13,7 +13,7 @@ import numpy as np
 import oracle
 import pytest
 
-from bond_jax.models import gemma
+from bond_jax.models.gemma import model as gemma
 
 _KIND = {
   'local': library_modules.AttentionType.LOCAL_SLIDING,

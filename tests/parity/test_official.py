@@ -13,8 +13,10 @@ import numpy as np
 import pytest
 from test_logits import _KIND, CONFIGS, library, nested, random_params
 
-from bond_jax import sharding, stacks, weights
-from bond_jax.models import gemma
+from bond_jax.devices import sharding
+from bond_jax.models.gemma import model as gemma
+from bond_jax.weights import official as weights
+from bond_jax.weights import stacks
 
 MODELS = {
   'gemma2_2b': gm.nn.Gemma2_2B,

@@ -10,9 +10,8 @@ import numpy as np
 import pytest
 import toy
 
-from bond_jax import scoring
 from bond_jax.errors import UserError
-from bond_jax.rewards import hf, make
+from bond_jax.rewards import calling, hf, make
 
 why = 'needs requirements-hf.txt'
 torch = pytest.importorskip('torch', reason=why)
@@ -295,7 +294,7 @@ def test_a_judge_of_pairs_in_both_orders(tmp_path):
         expected = 0.5 if i == j else (s(a, b) + 1 - s(b, a)) / 2
         assert abs(win[i, j] - expected) < 1e-6
   assert np.ptp(got) > 0.02
-  value, _ = scoring.call(reward, prompts, COMPLETIONS, CONTEXT)
+  value, _ = calling.call(reward, prompts, COMPLETIONS, CONTEXT)
   np.testing.assert_allclose(value, got, atol=1e-7)
 
 
@@ -351,7 +350,7 @@ VALUES = np.array([[0.5, 3, -2], [1, 1.5, 0], [2, -1, 4]])
 )
 def test_tensors_of_any_kind_are_numbers(answer):
   reward = lambda *_: answer(torch.tensor(VALUES, dtype=torch.float32))
-  value, _ = scoring.call(reward, *BATCH)
+  value, _ = calling.call(reward, *BATCH)
   np.testing.assert_array_equal(value, VALUES)
 
 
@@ -367,7 +366,7 @@ def test_tensors_of_any_kind_are_numbers(answer):
 )
 def test_other_tensors_are_one_line(tensor):
   with pytest.raises(UserError, match='reward .* returned') as e:
-    scoring.call(lambda *_: tensor, *BATCH)
+    calling.call(lambda *_: tensor, *BATCH)
   assert '\n' not in str(e.value)
 
 
@@ -388,12 +387,12 @@ def modes():
 def test_modes_that_a_factory_sets_hold_in_every_call():
   reward = make.reward({'': make.Part('test_rewards_hf:modes', {})})
   submit, expected = (
-    scoring.worker(),
+    calling.worker(),
     [[len(y) for y in x] for x in COMPLETIONS],
   )
   for value, _ in (
-    scoring.call(reward, *BATCH),
-    submit(scoring.call, reward, *BATCH).result(),
+    calling.call(reward, *BATCH),
+    submit(calling.call, reward, *BATCH).result(),
   ):
     np.testing.assert_array_equal(value, expected)
   assert torch.is_grad_enabled() and torch.empty(1).device.type == 'cpu'

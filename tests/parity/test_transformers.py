@@ -18,15 +18,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import test_hf
 import test_hf_adapter
 import test_hf_config
+import test_hf_reader
 from turns import TEXTS, vocabulary
 
-from bond_jax import hf, hf_adapter, hf_export, sharding, stacks
-from bond_jax import tokenizer as tokenizer_lib
+from bond_jax.data import tokenizer as tokenizer_lib
+from bond_jax.devices import sharding
 from bond_jax.errors import UserError
-from bond_jax.models import gemma, lora
+from bond_jax.models import lora
+from bond_jax.models.gemma import model as gemma
+from bond_jax.weights import stacks
+from bond_jax.weights.huggingface import adapter, reader, writer
 
 why = 'needs requirements-hf.txt'
 torch = pytest.importorskip('torch', reason=why)
@@ -168,7 +171,7 @@ def test_logits_after_export(tmp_path, name):
   """Sequences of five windows, whole and padded on the left."""
   config, params = CONFIGS[name], params_of(name)
   path = str(tmp_path / 'x')
-  hf_export.export(params, config, path, dtype='float32', shard_bytes=30_000)
+  writer.export(params, config, path, dtype='float32', shard_bytes=30_000)
   model = load(path)
   tokens = tokens_of(3, 30)
   close(logits(config, params, tokens), theirs(model, tokens))
@@ -183,7 +186,7 @@ def test_logits_after_export(tmp_path, name):
 @pytest.mark.parametrize('name', CONFIGS)
 def test_greedy_completions_are_the_same(tmp_path, name):
   config, params = CONFIGS[name], params_of(name)
-  hf_export.export(params, config, str(tmp_path / 'x'), dtype='float32')
+  writer.export(params, config, str(tmp_path / 'x'), dtype='float32')
   model = load(str(tmp_path / 'x'))
   model.generation_config.eos_token_id = None  # or a row may end early
   prompt = tokens_of(3, LENGTH)
@@ -204,7 +207,7 @@ def test_they_sample_the_law_that_was_trained(tmp_path):
   """The folder switches their cutting of the tail off."""
   config = CONFIGS['gemma3']
   path = str(tmp_path / 'x')
-  hf_export.export(
+  writer.export(
     params_of('gemma3'), config, path, dtype='float32', temperature=0.7
   )
   said = load(path).generation_config
@@ -217,7 +220,7 @@ def test_they_sample_the_law_that_was_trained(tmp_path):
 
 def their_model(config, seed=0):
   """A model of theirs with random weights, norms included."""
-  raw = hf_export.hf_config.to_json(config, 'float32')
+  raw = writer.config_json.to_json(config, 'float32')
   kind = raw.pop('model_type')
   torch.manual_seed(seed)
   model = transformers.AutoModelForCausalLM.from_config(
@@ -239,10 +242,10 @@ def test_from_them_to_us_and_back(tmp_path, name, size):
   model.save_pretrained(folder, max_shard_size=size)
   files = [f for f in os.listdir(folder) if f.endswith('.safetensors')]
   assert (len(files) > 1) == (size == '20KB')
-  params = hf.load(folder, config, shards(config))
+  params = reader.load(folder, config, shards(config))
   tokens = tokens_of(2, 20)
   close(logits(config, params, tokens), theirs(model, tokens))
-  hf_export.export(params, config, str(tmp_path / 'back'), dtype='float32')
+  writer.export(params, config, str(tmp_path / 'back'), dtype='float32')
   back = load(str(tmp_path / 'back')).state_dict()
   assert list(back) == list(model.state_dict())
   for key, w in model.state_dict().items():
@@ -253,7 +256,7 @@ def test_from_them_to_us_and_back(tmp_path, name, size):
 def sees_images(folder):
   """A model of theirs with an image encoder, saved; its text has more rows."""
   config = CONFIGS['gemma3_one_kv_head']
-  text = hf_export.hf_config.to_json(config, 'float32')
+  text = writer.config_json.to_json(config, 'float32')
   model = transformers.Gemma3ForConditionalGeneration(
     transformers.Gemma3Config(
       text_config={**text, 'vocab_size': 70, 'architectures': None},
@@ -275,11 +278,11 @@ def sees_images(folder):
 
 def test_the_text_of_a_model_that_sees_images(tmp_path):
   config, model = sees_images(str(tmp_path / 'x'))
-  params = hf.load(str(tmp_path / 'x'), config, shards(config))
+  params = reader.load(str(tmp_path / 'x'), config, shards(config))
   tokens = tokens_of(2, 20)
   expected = theirs(model, tokens)[..., :64]
   close(logits(config, params, tokens), expected)
-  hf_export.export(params, config, str(tmp_path / 'text'), dtype='float32')
+  writer.export(params, config, str(tmp_path / 'text'), dtype='float32')
   text = load(str(tmp_path / 'text'))
   assert isinstance(text, transformers.Gemma3ForCausalLM)
   close(theirs(text, tokens), expected)
@@ -295,27 +298,29 @@ def norm_of(folder, **kwargs):
   return model.model.norm.weight.detach().numpy()
 
 
-@pytest.mark.parametrize('what', test_hf.BESIDE)
+@pytest.mark.parametrize('what', test_hf_reader.BESIDE)
 def test_one_file_comes_first(tmp_path, what):
   _, params = exported('gemma3', tmp_path / 'x')
-  test_hf.BESIDE[what](tmp_path / 'x')
+  test_hf_reader.BESIDE[what](tmp_path / 'x')
   scale = params['final_norm']['scale']
   np.testing.assert_array_equal(norm_of(tmp_path / 'x'), scale)
 
 
 def test_a_tensor_in_two_shards(tmp_path):
   exported('gemma3', tmp_path / 'x', shard_bytes=3000)
-  test_hf.twice(tmp_path / 'x')
+  test_hf_reader.twice(tmp_path / 'x')
   assert (norm_of(tmp_path / 'x') == 9).all()
 
 
 def test_a_file_that_a_config_names_comes_first(tmp_path):
   exported('gemma3', tmp_path / 'x')
-  tensors = test_hf.load_file(tmp_path / 'x' / hf.SINGLE)
-  test_hf.save_file(
+  tensors = test_hf_reader.load_file(tmp_path / 'x' / reader.SINGLE)
+  test_hf_reader.save_file(
     {k: 0 * x for k, x in tensors.items()}, tmp_path / 'x' / 'other.safetensors'
   )
-  test_hf.change(tmp_path / 'x', transformers_weights='other.safetensors')
+  test_hf_reader.change(
+    tmp_path / 'x', transformers_weights='other.safetensors'
+  )
   assert not norm_of(tmp_path / 'x').any()
 
 
@@ -324,9 +329,9 @@ def test_an_adapter_beside_a_model_is_applied(tmp_path):
   train_by_hand(load(str(tmp_path / 'x')), ['q_proj'], str(tmp_path / 'x'))
   model = transformers.AutoModelForCausalLM.from_pretrained(str(tmp_path / 'x'))
   assert any('lora_A' in name for name, _ in model.named_modules())
-  config, _ = test_hf.params_of('gemma3')
+  config, _ = test_hf_reader.params_of('gemma3')
   with pytest.raises(UserError, match='has adapter_config.json'):
-    hf.load(str(tmp_path / 'x'), config, shards(config))
+    reader.load(str(tmp_path / 'x'), config, shards(config))
 
 
 @pytest.mark.parametrize('name', test_hf_config.KEYS)
@@ -361,11 +366,11 @@ def test_padding_beyond_the_vocabulary(tmp_path):
   model.resize_token_embeddings(64 + 53)
   model.save_pretrained(tmp_path / 'x')
   assert read(tmp_path / 'x')['vocab_size'] == 64 + 53
-  params = hf.load(str(tmp_path / 'x'), config, shards(config))
+  params = reader.load(str(tmp_path / 'x'), config, shards(config))
   tokens = tokens_of(2, 20)
   expected = theirs(model, tokens)[..., :64]
   close(logits(config, params, tokens), expected)
-  hf_export.export(params, config, str(tmp_path / 'y'), dtype='float32')
+  writer.export(params, config, str(tmp_path / 'y'), dtype='float32')
   close(theirs(load(str(tmp_path / 'y')), tokens), expected)
   low = str(tmp_path / 'low')
   adapted = train_by_hand(load(str(tmp_path / 'x')), ['q_proj'], low)
@@ -392,9 +397,9 @@ def test_adapters_in_peft_and_merged(tmp_path, name):
   config = dataclasses.replace(CONFIGS[name], lora_scale=1.25)
   params, adapters = params_of(name), adapters_of(config)
   base, low, whole = (str(tmp_path / x) for x in ('base', 'low', 'whole'))
-  hf_export.export(params, config, base, dtype='float32')
-  hf_export.export(params, config, whole, dtype='float32', lora=adapters)
-  hf_adapter.export_adapter(adapters, config, low, base=base)
+  writer.export(params, config, base, dtype='float32')
+  writer.export(params, config, whole, dtype='float32', lora=adapters)
+  adapter.export_adapter(adapters, config, low, base=base)
   tokens = tokens_of(2, 20)
   ours = logits(config, lora.join(params, adapters), tokens)
   plain = theirs(load(base), tokens)
@@ -413,9 +418,9 @@ def test_an_adapter_of_a_model_that_sees_images(tmp_path):
   base, low = str(tmp_path / 'base'), str(tmp_path / 'low')
   config, _ = sees_images(base)
   config = dataclasses.replace(config, lora_scale=0.5)
-  params = hf.load(base, config, shards(config))
+  params = reader.load(base, config, shards(config))
   adapters = adapters_of(config)
-  hf_adapter.export_adapter(adapters, config, low, base=base)
+  adapter.export_adapter(adapters, config, low, base=base)
   model = load(base, transformers.Gemma3ForConditionalGeneration)
   adapted = peft.PeftModel.from_pretrained(model, low)
   names = [k for k, _ in adapted.named_parameters() if 'lora_' in k]
@@ -447,7 +452,7 @@ def adapter_of(config, targets, folder):
     lambda: lora.init(config, jax.random.key(0), rank=4, targets=targets)
   )
   like = sharding.tree_structs(shapes, sharding.make_mesh(data=4, model=2))
-  return hf_adapter.load_adapter(folder, config, like)
+  return adapter.load_adapter(folder, config, like)
 
 
 SOME = 'q_proj o_proj down_proj'
@@ -467,7 +472,7 @@ def test_an_adapter_that_peft_has_saved(tmp_path, name, modules, targets):
   """Keys and values, gate and up, each with an A of its own."""
   config = dataclasses.replace(CONFIGS[name], lora_scale=1.5)
   base, low = str(tmp_path / 'base'), str(tmp_path / 'low')
-  hf_export.export(params_of(name), config, base, dtype='float32')
+  writer.export(params_of(name), config, base, dtype='float32')
   tokens = tokens_of(2, 20)
   plain = theirs(load(base), tokens)
   adapted = train_by_hand(load(base), modules.split(), low)
@@ -482,7 +487,7 @@ def test_an_adapter_that_adapts_an_image_encoder_too(tmp_path):
   base, low = str(tmp_path / 'base'), str(tmp_path / 'low')
   config, _ = sees_images(base)
   config = dataclasses.replace(config, lora_scale=1.5)
-  params = hf.load(base, config, shards(config))
+  params = reader.load(base, config, shards(config))
   model = load(base, transformers.Gemma3ForConditionalGeneration)
   adapted = train_by_hand(model, ['q_proj', 'k_proj', 'v_proj'], low)
   names = [k for k, _ in adapted.named_parameters() if 'lora_' in k]
@@ -497,7 +502,7 @@ def test_an_adapter_that_adapts_an_image_encoder_too(tmp_path):
 def test_of_two_adapters_peft_reads_ours(tmp_path, what):
   config = dataclasses.replace(CONFIGS['gemma2'], lora_scale=1.5)
   base, low = str(tmp_path / 'base'), tmp_path / 'low'
-  hf_export.export(params_of('gemma2'), config, base, dtype='float32')
+  writer.export(params_of('gemma2'), config, base, dtype='float32')
   adapted = train_by_hand(load(base), ALL.split(), str(low))
   if what == 'a name':
     rename = functools.partial(test_hf_adapter.named, name='default')
@@ -523,7 +528,7 @@ def test_of_two_adapters_peft_reads_ours(tmp_path, what):
 def test_an_adapter_of_some_layers(tmp_path, modules, more):
   config = dataclasses.replace(CONFIGS['gemma2'], lora_scale=1.5)
   base, low = str(tmp_path / 'base'), str(tmp_path / 'low')
-  hf_export.export(params_of('gemma2'), config, base, dtype='float32')
+  writer.export(params_of('gemma2'), config, base, dtype='float32')
   train_by_hand(load(base), modules, low, **more)
   with pytest.raises(UserError, match='must be of all layers of its model'):
     adapter_of(config, 'attn/q', low)
@@ -544,7 +549,7 @@ def test_their_tokenizer_of_our_folder(tmp_path, turns, name):
   path = vocabulary(tmp_path, turns)
   tok = tokenizer_lib.load(path)
   folder = str(tmp_path / 'x')
-  hf_export.export(
+  writer.export(
     params_of(name), CONFIGS[name], folder, dtype='float32',
     tokenizer_path=path,
   )  # fmt: skip
@@ -639,7 +644,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
 def test_a_repository_by_its_commit(tmp_path):
   """Downloaded once; then the server may be gone. Other names are one line."""
   folder = tmp_path / 'x'
-  hf_export.export(
+  writer.export(
     params_of('gemma3'), CONFIGS['gemma3'], str(folder), dtype='float32'
   )
   (folder / 'adapter_config.json').write_text('{}')
@@ -649,7 +654,7 @@ def test_a_repository_by_its_commit(tmp_path):
   threading.Thread(target=server.serve_forever, daemon=True).start()
   script = """
 import sys
-from bond_jax import hf
+from bond_jax.weights.huggingface import reader as hf
 from bond_jax.errors import UserError
 for path in sys.argv[1:]:
   try:
@@ -688,7 +693,7 @@ for path in sys.argv[1:]:
   config = CONFIGS['gemma3']
   jax.tree.map(
     np.testing.assert_array_equal,
-    hf.load(found, config, shards(config)),
+    reader.load(found, config, shards(config)),
     params_of('gemma3'),
   )
 
@@ -703,4 +708,4 @@ def test_a_folder_of_another_architecture(tmp_path):
   model.save_pretrained(tmp_path)
   config = CONFIGS['gemma3']
   with pytest.raises(UserError, match='architecture LlamaForCausalLM'):
-    hf.load(str(tmp_path), config, shards(config))
+    reader.load(str(tmp_path), config, shards(config))

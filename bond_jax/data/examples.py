@@ -1,0 +1,383 @@
+"""From rows of text to batches of prompts, with Grain.
+
+Axes: B prompts, P prompt length, T completion length. All arrays are numpy.
+The order is a global shuffle, drawn anew each epoch; it depends on the seed
+alone. A mixture takes turns between its sources, by their weights, and each
+has epochs of its own. Iterators are Grain's: `get_state()` is a JSON value, and
+an iterator that gets it by `set_state()`, in this process or another, goes on
+from there.
+
+Every host yields the whole batch, of which `sharding.put_batch` takes what its
+devices hold: which rows are too long is not known before they are read. So the
+batch and the state are the same on all hosts, however many there are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+import itertools
+from typing import Any, NamedTuple
+import zlib
+
+import grain
+import numpy as np
+
+from bond_jax.data import sources
+from bond_jax.data.conversations import asked
+from bond_jax.errors import BadRow, UserError
+from bond_jax.data.sources import Row, Source, source  # noqa: F401 (for callers)
+from bond_jax.data.tokenizer import chat, Tokenizer
+from bond_jax.types import Prompts
+
+KINDS = ('opening', 'text', 'turn')  # of prompts; see `encoder`
+FATES = {'drop': 'left out', 'cut': 'cut on the left'}  # of longer ones
+Make = Callable[[Row], Any]  # an example; None: left out; may raise a BadRow
+Encode = Callable[[Row], list[int] | None]  # one that makes a prompt's pieces
+
+
+def sentences(
+  rows: Source,
+  tokenizer: Tokenizer,
+  *,
+  length: int,
+  batch: int,
+  seed: int,
+) -> grain.DatasetIterator:
+  """Yields (Prompts, completion i32[B, 1, T], mask bool[B, 1, T]) for ever.
+
+  The prompt is BOS, the completion the whole sentence and EOS, right-padded
+  to T = `length`, or cut there and then without EOS. A batch may span epochs.
+  """
+
+  def collate(examples):
+    ids, pieces = zip(*examples, strict=True)
+    prompts = _prompts(ids, [[tokenizer.bos_id]] * len(ids), 1)
+    return prompts, *_completions(pieces, length, tokenizer)
+
+  return _iterate(rows, sentence(tokenizer, length), collate, batch, seed)
+
+
+def sentence(tokenizer: Tokenizer, length: int) -> Make:
+  """Returns the function that makes a row the pieces of its text, and EOS."""
+
+  def make(row: Row) -> list[int]:
+    text = text_of(row, "sft.target 'text' needs")
+    return (tokenizer.encode(text) + [tokenizer.eos_id])[:length]
+
+  return make
+
+
+def text_of(row: Row, needs: str) -> str:
+  """The row's text; a BadRow, which says what needs it, if it has none."""
+  if not isinstance(row.get('text'), str):
+    raise BadRow(
+      f'a row has no text, which {needs}; its fields are {", ".join(row)}.'
+    )
+  return row['text']
+
+
+def answers(
+  rows: Source,
+  encode: Encode,
+  tokenizer: Tokenizer,
+  *,
+  prompt_length: int,
+  length: int,
+  batch: int,
+  seed: int,
+) -> grain.DatasetIterator:
+  """Yields what `sentences` yields, of prompts and their 'completion's.
+
+  Prompts are those of `prompts`, P = `prompt_length`. A completion ends as a
+  drawn one does, with the end of a turn where the vocabulary has one, else EOS.
+  """
+  for part in sources.parts(rows):  # else no end
+    _distinct_prompts([part], encode, 1, prompt_length)
+
+  def collate(examples):
+    ids, pairs = zip(*examples, strict=True)
+    said, pieces = zip(*pairs, strict=True)
+    prompts = _prompts(ids, said, prompt_length)
+    return prompts, *_completions(pieces, length, tokenizer)
+
+  make = answer(encode, tokenizer, length)
+  return _iterate(rows, make, collate, batch, seed)
+
+
+def answer(encode: Encode, tokenizer: Tokenizer, length: int) -> Make:
+  """Returns the function that makes a row a prompt and its completion."""
+
+  def make(row: Row) -> tuple[list[int], list[int]] | None:
+    if not isinstance(row.get('completion'), str):
+      raise BadRow(
+        "a row has no text under 'completion'; its fields are"
+        f' {", ".join(row)}. Name it with data.fields, or train on whole texts'
+        " with sft.target 'text'."
+      )
+    prompt = encode(row)
+    pieces = [*tokenizer.encode(row['completion']), tokenizer.stop_ids[-1]]
+    return prompt and (prompt, pieces[:length])
+
+  return make
+
+
+def _completions(
+  pieces: Sequence[list[int]], length: int, tokenizer: Tokenizer
+) -> tuple[np.ndarray, np.ndarray]:
+  """completion i32[B, 1, T], mask bool[B, 1, T], padded on the right."""
+  mask = np.arange(length) < np.array([len(p) for p in pieces])[:, None]
+  completion = np.full(mask.shape, tokenizer.pad_id, np.int32)
+  completion[mask] = np.concatenate(pieces)
+  return completion[:, None], mask[:, None]
+
+
+def encoder(
+  kind: str,
+  tokenizer: Tokenizer,
+  *,
+  length: int,
+  system: bool,
+  longer: str = 'drop',
+) -> Encode:
+  """Returns the function that makes a row the pieces of a prompt, BOS first.
+
+  Args:
+    kind: 'opening', BOS and the first `length` - 1 pieces of a text that goes
+      on after them; 'text', the whole text; 'turn', the row's messages, or its
+      text as the user's only one, in the template of turns.
+    tokenizer: the vocabulary.
+    length: P.
+    system: see `tokenizer.chat`.
+    longer: what becomes of longer texts and turns: 'drop', they are left out;
+      'cut', of their pieces after BOS the last are kept.
+  """
+  check_prompt(kind, length, longer)
+
+  def fit(pieces: list[int]) -> list[int] | None:
+    more = len(pieces) - length
+    if more <= 0:
+      return pieces
+    return None if longer == 'drop' else [pieces[0], *pieces[1 + more :]]
+
+  def pieces_of(row: Row) -> list[int]:
+    needs = f"prompt.kind {kind!r} needs; take 'turn' for messages"
+    return [tokenizer.bos_id, *tokenizer.encode(text_of(row, needs))]
+
+  def opening(row: Row) -> list[int] | None:
+    pieces = pieces_of(row)
+    return pieces[:length] if len(pieces) > length else None
+
+  def text(row: Row) -> list[int] | None:
+    return fit(pieces_of(row))
+
+  def turn(row: Row) -> list[int] | None:
+    return fit(chat(tokenizer, asked(row), system=system))
+
+  return dict(zip(KINDS, (opening, text, turn), strict=True))[kind]
+
+
+def last_words(row: Row, kind: str = 'turn') -> str:
+  """The prompt that `encoder` makes of a row, as a person would quote it.
+
+  Whole, also where it is cut: the text, or of a turn what was said last.
+  """
+  return asked(row)[-1]['content'] if kind == 'turn' else row['text']
+
+
+def check_prompt(kind: str, length: int, longer: str) -> None:
+  """Refuses a kind that `encoder` does not know, and an empty prompt."""
+  if kind not in KINDS:
+    raise UserError(f'prompt.kind is {kind!r}; known are {", ".join(KINDS)}.')
+  if length < 1:
+    raise UserError(f'prompt.length must be 1 or more, got {length}.')
+  if longer not in FATES:
+    raise UserError(
+      f'prompt.longer is {longer!r}; known are {", ".join(FATES)}.'
+    )
+
+
+def prompts(
+  rows: Source,
+  encode: Encode,
+  *,
+  length: int,
+  batch: int,
+  seed: int,
+) -> grain.DatasetIterator:
+  """Yields Prompts of P = `length`, padded on the left, for ever.
+
+  Rows that `encode` leaves out are passed over; a UserError if all of a source
+  are. `weight`s of a mixture are shares of the prompts that are left.
+  """
+  for part in sources.parts(rows):  # else no end
+    _distinct_prompts([part], encode, 1, length)
+
+  def collate(examples):
+    return _prompts(*zip(*examples, strict=True), length)
+
+  return _iterate(rows, encode, collate, batch, seed)
+
+
+def fixed_prompts(
+  rows: Source, encode: Encode, *, length: int, count: int
+) -> Prompts:
+  """Returns the first `count` distinct prompts, in the order of the rows.
+
+  Of a mixture each source gives the first of its own, as many as its share.
+  """
+  found = _distinct_prompts(sources.parts(rows), encode, count, length)
+  return _prompts(found.values(), found.keys(), length)
+
+
+def _distinct_prompts(
+  parts: Sequence[sources.Part], encode: Encode, count: int, length: int
+) -> dict[tuple[int, ...], int]:
+  """The ids of so many prompts, by their pieces."""
+  found = {}
+
+  def search(part: sources.Part) -> Iterator[int]:
+    for i in range(len(part.rows)):
+      pieces = tuple(sources.made(part.rows, i, encode) or ())
+      if pieces and pieces not in found:
+        found[pieces] = part.start + i
+        yield i
+
+  searches = [search(part) for part in parts]
+  turns = grain.MapDataset.mix(
+    [grain.MapDataset.range(k, k + 1).repeat() for k in range(len(parts))],
+    _proportions(parts),
+  )
+  for i in range(count):
+    part = parts[turns[i]]
+    if next(searches[turns[i]], None) is None:
+      last = part.start + len(part.rows)
+      has = sum(part.start <= place < last for place in found.values())
+      raise UserError(
+        f'{_who(part)} has {has} distinct prompts of prompt.length {length};'
+        f' {count} are asked for{" of all sources" if len(parts) > 1 else ""}.'
+        ' Ask for fewer, choose another length, or give more data.'
+      )
+  return found
+
+
+def _who(part: sources.Part) -> str:
+  return f'source {part.name!r} of the data' if part.name else 'the data'
+
+
+class Count(NamedTuple):
+  """How many rows of a source `make` leaves out, of those looked at."""
+
+  name: str
+  rows: int
+  looked_at: int
+  left_out: int
+
+
+def count_left_out(
+  rows: Source,
+  make: Make,
+  most: int = 100_000,
+  bad: list[BadRow] | None = None,
+) -> list[Count]:
+  """Makes examples of the rows of each source, or of a random `most` of them.
+
+  100,000 take some seconds, less than the first step of a real run, and a row
+  that is malformed shows before that step; more would not tell more. Those that
+  are skipped are appended to `bad`, and are not among the ones left out.
+  """
+  counts, bad = [], [] if bad is None else bad
+  for part in sources.parts(rows):
+    places = np.arange(len(part.rows))
+    if len(places) > most:  # not every so many: rows may come in a rhythm
+      places = np.random.default_rng(0).choice(places, most, replace=False)
+    before = len(bad)
+    used = sum(
+      bool(sources.made(part.rows, int(i), make, bad=bad.append))
+      for i in places
+    )
+    left_out = len(places) - used - (len(bad) - before)
+    counts.append(Count(part.name, len(part.rows), len(places), left_out))
+  return counts
+
+
+def describe(
+  counts: Sequence[Count], kind: str, length: int, fate: str
+) -> list[str]:
+  """The lines that say how many prompts do not fit, one for each source.
+
+  They are of an encoder that drops what does not, whatever its `fate` is.
+  """
+  longer = 'not longer' if kind == 'opening' else 'longer'
+  fate = FATES['drop' if kind == 'opening' else fate]
+  lines = []
+  for name, rows, looked_at, left_out in counts:
+    of = f', a sample of {rows:,},' if looked_at < rows else ''
+    lines.append(
+      f'data{f" {name}" if name else ""}: {left_out:,} of {looked_at:,}'
+      f' prompts{of} are {longer} than prompt.length = {length} and {fate}'
+    )
+  return lines
+
+
+def _prompts(ids, pieces, length: int) -> Prompts:
+  """Packs piece lists into Prompts, padded on the left with PAD, 0."""
+  lengths = np.array([len(p) for p in pieces])
+  mask = np.arange(length) >= length - lengths[:, None]
+  tokens = np.zeros(mask.shape, np.int32)
+  tokens[mask] = list(itertools.chain.from_iterable(pieces))
+  weight = np.ones(len(lengths), np.float32)
+  return Prompts(tokens, mask, np.array(list(ids), np.int32), weight)
+
+
+def _iterate(
+  rows: Source,
+  make: Make,
+  collate: Callable[[list[tuple[int, Any]]], Any],
+  batch: int,
+  seed: int,
+) -> grain.DatasetIterator:
+  """Shuffles, repeats, makes examples (None: left out) and batches them."""
+  parts = sources.parts(rows)
+  for part in parts:  # else no end
+    bad = []
+    if next(sources.each(part.rows, make, bad=bad.append), None) is None:
+      raise UserError(
+        f'{_who(part)} has no row that can be used:'
+        f' {f"the first bad one: {bad[0]}" if bad else "all are too long."}'
+      )
+  streams = [_stream(part, make, seed) for part in parts]
+  # Mixed after the filter: a weight is a share of what is left.
+  mixed = (
+    grain.IterDataset.mix(streams, _proportions(parts))
+    if len(parts) > 1
+    else streams[0]
+  )
+  return iter(mixed.batch(batch, drop_remainder=True, batch_fn=collate))
+
+
+def _stream(part: sources.Part, make: Make, seed: int) -> grain.IterDataset:
+  """(id, what is made of the row) of one source, for ever."""
+
+  def example(i: int) -> tuple[int, Any] | None:
+    pieces = sources.made(part.rows, i, make)
+    return pieces and (part.start + i, pieces)
+
+  if part.name:  # another order for each, whatever it is mixed with
+    seed = zlib.crc32(f'{seed} {part.name}'.encode())
+  # No threads: on a few cores they only fight over the interpreter.
+  options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
+  return (
+    grain.MapDataset.source(range(len(part.rows)))
+    .seed(seed)
+    .map(example)
+    .filter(lambda x: x is not None)
+    .shuffle()
+    .repeat()
+    .to_iter_dataset(options)
+  )
+
+
+def _proportions(parts: Sequence[sources.Part]) -> list[int]:
+  """Weights as Grain counts them, the least as 100, but rounded, not cut."""
+  least = min(part.weight for part in parts)
+  return [round(100 * part.weight / least) for part in parts]

@@ -1,0 +1,251 @@
+"""The demo's text: movie-review sentences that people have rated.
+
+`python -m bond_jax.movie_reviews --data_dir=data` fetches the 10,605 sentences
+of Hutto & Gilbert (2014) with pip and prepares them as the TensorFlow Datasets
+builder `movie_reviews`, in array_record files that need no TensorFlow. What is
+there already is neither fetched nor prepared again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+import hashlib
+import io
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+import zlib
+
+from absl import app, flags, logging
+import numpy as np
+import tensorflow_datasets as tfds
+
+from bond_jax.runs import paths
+from bond_jax.errors import UserError
+
+SDIST = 'vaderSentiment-3.3.2.tar.gz'
+SHA256 = '5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9'
+_INNER = 'vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz'
+_MEMBER = 'hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt'
+
+_DESCRIPTION = """
+Sentences from movie reviews, each with the mean of the sentiment ratings that
+twenty people gave it, from -4 (very negative) to 4 (very positive).
+"""
+_CITATION = """
+@inproceedings{hutto2014vader,
+  title={{VADER}: A Parsimonious Rule-Based Model for Sentiment Analysis of
+         Social Media Text},
+  author={Hutto, C.J. and Gilbert, Eric},
+  booktitle={Proceedings of the International AAAI Conference on Web and Social
+             Media},
+  volume={8},
+  year={2014}
+}
+"""
+
+
+class MovieReviews(tfds.core.GeneratorBasedBuilder):
+  """Text (one space between words), rating and id of each sentence."""
+
+  VERSION = tfds.core.Version('1.0.0')
+  MANUAL_DOWNLOAD_INSTRUCTIONS = (
+    'Run `python -m bond_jax.movie_reviews --data_dir=DIR`.'
+  )
+
+  def __init__(self, *, sha256: str = SHA256, **kwargs):
+    self._sha256 = sha256
+    super().__init__(**{'file_format': 'array_record', **kwargs})
+
+  def _info(self) -> tfds.core.DatasetInfo:
+    return tfds.core.DatasetInfo(
+      builder=self,
+      description=_DESCRIPTION,
+      features=tfds.features.FeaturesDict(
+        {
+          'id': np.int32,
+          'text': tfds.features.Text(),
+          'rating': np.float32,
+        }
+      ),
+      homepage='https://github.com/cjhutto/vaderSentiment',
+      citation=_CITATION,
+      license='MIT',
+    )
+
+  def _split_generators(self, dl_manager):
+    path = check(os.path.join(dl_manager.manual_dir, SDIST), self._sha256)
+    rows = list(parse(read_member(path)))
+    names = ('train', 'validation', 'test')
+    return {
+      name: [(row['id'], row) for row in rows if split_of(row['id']) == name]
+      for name in names
+    }
+
+  def _generate_examples(self, rows):
+    return rows
+
+
+def split_of(number: int) -> str:
+  """Returns the split of a sentence: 8 of 10 train, by a hash of its id."""
+  digest = hashlib.sha256(str(number).encode()).digest()
+  place = int.from_bytes(digest[:8], 'big') % 10
+  return {8: 'validation', 9: 'test'}.get(place, 'train')
+
+
+def check(path: str, sha256: str) -> str:
+  """Returns `path` if the file is the expected one; else a UserError."""
+  with open(path, 'rb') as f:
+    got = hashlib.file_digest(f, 'sha256').hexdigest()
+  if got != sha256:
+    raise UserError(
+      f'{path} is broken: its sha256 is {got}, expected {sha256}. Delete it'
+      ' and run the command again.'
+    )
+  return path
+
+
+def read_member(path: str) -> bytes:
+  """Returns the ratings file inside the archives, without unpacking them."""
+  try:
+    with tarfile.open(path) as outer:
+      inner = _file(outer, _INNER)
+    with tarfile.open(fileobj=io.BytesIO(inner)) as archive:
+      return _file(archive, _MEMBER)
+  except (tarfile.TarError, KeyError, EOFError, OSError, zlib.error) as e:
+    raise UserError(
+      f'{path}: cannot read {_MEMBER} in {_INNER} ({e}). Delete the file and'
+      ' run the command again.'
+    ) from e
+
+
+def _file(archive: tarfile.TarFile, name: str) -> bytes:
+  """A file of an archive, in memory: nothing of it reaches the disk."""
+  if (file := archive.extractfile(name)) is None:
+    raise KeyError(f'{name} is no file')
+  return file.read()
+
+
+def parse(content: bytes, name: str = _MEMBER) -> Iterator[dict]:
+  """Yields id, text and rating per line; a UserError names the bad line."""
+  lines = content.removesuffix(b'\n').removesuffix(b'\r').split(b'\n')
+  if lines == [b'']:
+    raise UserError(
+      f'{name} is empty; expected "id<TAB>rating<TAB>text" lines.'
+    )
+  seen = set()
+  for i, line in enumerate(lines, 1):
+    try:
+      number, rating, text = line.decode('utf-8').split('\t')
+      row = {
+        'id': int(number),
+        'text': ' '.join(text.split()),
+        'rating': float(rating),
+      }
+      problem = _problem(row, seen)
+    except ValueError as e:  # also UnicodeDecodeError
+      problem = str(e)
+    if problem:
+      raise UserError(
+        f'{name}:{i}: expected "id<TAB>rating<TAB>text" in UTF-8 ({problem});'
+        f' got {line[:60]!r}.'
+      )
+    seen.add(row['id'])
+    yield row
+
+
+def _problem(row: dict, seen: set[int]) -> str:
+  if not row['text']:
+    return 'no text'
+  if not -4 <= row['rating'] <= 4:
+    return 'the rating is not within -4 and 4'
+  if row['id'] in seen:
+    return 'this id was there before'
+  return ''
+
+
+def fetch(data_dir: str, sha256: str = SHA256) -> str:
+  """Returns the path of the source distribution, downloaded unless there."""
+  path = os.path.join(data_dir, 'downloads', SDIST)
+  if os.path.exists(path):
+    return check(path, sha256)
+  os.makedirs(os.path.dirname(path), exist_ok=True)
+  print(f'fetching {SDIST} with pip', flush=True)
+  with tempfile.TemporaryDirectory(dir=os.path.dirname(path)) as folder:
+    package = SDIST.removesuffix('.tar.gz').replace('-', '==')
+    name = package.partition('==')[0]
+    wanted = os.path.join(folder, 'wanted.txt')
+    with open(wanted, 'w', encoding='utf-8') as f:  # checked before it is run
+      f.write(f'{package} --hash=sha256:{sha256}\n')
+    command = [sys.executable, '-m', 'pip', 'download', '--retries=2', '--dest']
+    command += [folder, '--no-deps', f'--no-binary={name}', '-r', wanted]
+    result = subprocess.run(command, capture_output=True, text=True)
+    new = os.path.join(folder, SDIST)
+    if result.returncode or not os.path.exists(new):
+      lines = (result.stderr or result.stdout).strip().splitlines()
+      raise UserError(
+        f'pip could not download {package} ({lines[-1] if lines else "?"}).'
+        ' pip must reach its package index, for this file and for setuptools,'
+        ' with which it reads the metadata in an isolated environment.'
+        f' Connect and run again, or place the file {SDIST} at {path}.'
+      )
+    check(new, sha256)
+    os.replace(new, path)
+  return path
+
+
+def is_finished(builder: tfds.core.DatasetBuilder) -> bool:
+  """True if every split that the builder promises can be read in full."""
+  if not os.path.exists(os.path.join(builder.data_dir, 'dataset_info.json')):
+    return False
+  try:
+    return bool(builder.info.splits) and all(
+      len(builder.as_data_source(split=name)) == info.num_examples
+      and builder.as_data_source(split=name)[info.num_examples - 1]
+      for name, info in builder.info.splits.items()
+    )
+  except Exception:  # pylint: disable=broad-except; whatever it is, redo it
+    return False
+
+
+def prepare(data_dir: str, sha256: str = SHA256) -> tfds.core.DatasetBuilder:
+  """Fetches and prepares what is missing in `data_dir`; returns the builder."""
+  builder = MovieReviews(data_dir=data_dir, sha256=sha256)
+  if is_finished(builder):
+    print(f'movie_reviews is ready in {builder.data_dir}')
+    return builder
+  path = fetch(data_dir, sha256)
+  shutil.rmtree(builder.data_dir, ignore_errors=True)
+  builder = MovieReviews(data_dir=data_dir, sha256=sha256)
+  config = tfds.download.DownloadConfig(
+    manual_dir=os.path.dirname(path), try_download_gcs=False
+  )
+  tfds.disable_progress_bar()
+  builder.download_and_prepare(
+    download_dir=os.path.dirname(path), download_config=config
+  )
+  counts = {n: s.num_examples for n, s in builder.info.splits.items()}
+  print(f'movie_reviews prepared in {builder.data_dir}: {counts}')
+  return builder
+
+
+def main(argv: list[str]) -> int:
+  if len(argv) > 1:
+    print(f'error: unexpected argument {argv[1]!r}', file=sys.stderr)
+    return 2
+  logging.set_verbosity(logging.ERROR)  # the library tells each of its steps
+  try:
+    prepare(flags.FLAGS.data_dir)
+  except (UserError, OSError) as e:
+    print(f'error: {e}', file=sys.stderr)
+    return 2
+  return 0
+
+
+def run() -> None:
+  """The command, with its flag."""
+  paths.flag('data_dir', 'data', 'Where the data is kept.')
+  app.run(main)

@@ -1,0 +1,353 @@
+"""Which of two texts people preferred: from rows to pairs, pieces and batches.
+
+Axes: N texts, M pairs of them, B rows of a batch, L pieces. All arrays are
+numpy, padded on the right.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+import itertools
+import os
+from typing import Any, NamedTuple
+
+import grain
+import numpy as np
+
+from bond_jax.data import sources
+from bond_jax.data.conversations import asked, Messages, transcripts
+from bond_jax.data.examples import Row, Source
+from bond_jax.errors import BadRow, UserError
+from bond_jax.data.tokenizer import chat, Tokenizer
+from bond_jax.runs import files
+
+SPLITS = ('train', 'validation', 'test')
+_ROUNDS = 16  # of pairing rows that are left over from the round before
+
+
+class Judged(NamedTuple):
+  """The texts of a split, and what people said of them."""
+
+  texts: list[str]  # N, what was judged, without a prompt that was a turn
+  pieces: list[list[int]]  # N, with the prompt; see `encode`
+  pairs: np.ndarray  # i64[M, 2], of texts: the preferred one, the other
+  gap: np.ndarray  # f64[M], how much better that one is
+  rating: np.ndarray | None  # f64[N]; None where only preferences are known
+  unit: np.ndarray  # i64[N], texts of one unit have their prompt in common
+  left_out: int  # rows that are longer than the model may read
+  bad: Sequence[BadRow] = ()  # of rows that are skipped
+
+
+def encode(
+  tokenizer: Tokenizer, text: str, messages: Messages | None, *, system: bool
+) -> list[int]:
+  """The pieces of a text as a reward model reads it, the end included.
+
+  BOS, the text and EOS; or, of an answer to `messages`, these in the template
+  of turns, the answer, and the end of its turn. `system`: see `tokenizer.chat`.
+  """
+  if messages is None:
+    return [tokenizer.bos_id, *tokenizer.encode(text), tokenizer.eos_id]
+  prompt = chat(tokenizer, messages, system=system)
+  return [*prompt, *tokenizer.encode(text), tokenizer.end_of_turn]
+
+
+def texts(row: Row) -> list[str]:
+  """Everything that people wrote in a row, for training a vocabulary on it."""
+  found = []
+  for key in ('text', 'messages', 'chosen', 'rejected'):
+    if key == 'messages' and transcripts(row):  # which have them already
+      continue
+    said = row.get(key) or ()
+    found += [said] if isinstance(said, str) else [m['content'] for m in said]
+  return found
+
+
+def read(
+  rows: Source,
+  split: str,
+  tokenizer: Tokenizer,
+  *,
+  turns: bool,
+  system: bool,
+  length: int,
+  min_gap: float,
+  partners: int,
+  seed: int,
+) -> Judged:
+  """Reads preferences, or ratings and the pairs that follow from them.
+
+  Rows with 'chosen' and 'rejected' are a pair each: two texts that go on from
+  the row's 'text', if it has one; or two answers to its 'messages' (else to its
+  'text', as the user's). Where they are messages themselves, or transcripts
+  that are the row's only prompt, the last ones are the answers, and those
+  before them, if any, what was asked. A number 'margin' is the pair's gap, 1
+  without it.
+  Rows with 'text' and 'rating' are paired by `pairs_of`, the gap being the
+  difference of the ratings. Rows without either are a UserError.
+
+  Args:
+    rows: of the data.
+    split: their name, for errors.
+    tokenizer: the model's.
+    turns: the texts are answers to turns.
+    system: see `tokenizer.chat`.
+    length: pieces of the longest text; rows with longer ones are left out.
+    min_gap, partners, seed: see `pairs_of`.
+  """
+  keys, what, bad = _columns(rows, split), f'the {split} split', []
+
+  def judge(row: Row) -> tuple[list[str], list[list[int]], float] | tuple[()]:
+    row = _last_turns(row, turns)
+    found = [_whole(row, key, turns) for key in keys]
+    messages = asked(row) if turns else None
+    ids = [encode(tokenizer, text, messages, system=system) for text in found]
+    if max(map(len, ids)) > length:
+      return ()
+    if len(keys) == 1:
+      return found, ids, number_of(row, 'rating')
+    gap = 1.0 if row.get('margin') is None else number_of(row, 'margin')
+    return found, ids, gap
+
+  some = [
+    sources.made(rows, i, judge, what=what, bad=bad.append)
+    for i in range(len(rows))
+  ]
+  used = [found for found in some if found]
+  if not used:
+    raise UserError(
+      f'all {len(some)} rows of the {split} split are longer than'
+      f' reward_model.length = {length} pieces, or bad.'
+    )
+  texts, pieces, numbers = zip(*used, strict=True)
+  texts, pieces = (
+    list(itertools.chain.from_iterable(x)) for x in (texts, pieces)
+  )
+  left_out = len(some) - len(used) - len(bad)
+  if len(keys) == 2:
+    unit = np.repeat(np.arange(len(used)), 2)
+    pairs = np.arange(len(texts)).reshape(-1, 2)
+    gap = np.array(numbers)
+    return Judged(texts, pieces, pairs, gap, None, unit, left_out, bad)
+  rating = np.array(numbers)
+  pairs = pairs_of(rating, min_gap=min_gap, partners=partners, seed=seed)
+  if not len(pairs):
+    raise UserError(
+      f'no two ratings of the {split} split, {rating.min():g} to'
+      f' {rating.max():g}, differ by reward_model.min_gap = {min_gap:g} or'
+      ' more: there is no pair to learn from.'
+    )
+  gap = rating[pairs[:, 0]] - rating[pairs[:, 1]]
+  unit = np.arange(len(texts))
+  return Judged(texts, pieces, pairs, gap, rating, unit, left_out, bad)
+
+
+def cut_anew(
+  judged: Judged,
+  tokenizer: Tokenizer,
+  *,
+  drop: float,
+  times: int,
+  length: int,
+  seed: int,
+) -> list[list[int]]:
+  """The pieces of all texts, cut `times` times by `Tokenizer.encode_anew`.
+
+  N of the first time, then N of the second, and so on. Prompts and what marks
+  the ends stay as they are; where there would be more than `length` pieces, the
+  whole text does.
+  """
+  many = tokenizer.encode_anew(judged.texts * times, drop=drop, seed=seed)
+  usual = [tokenizer.encode(text) for text in judged.texts]
+
+  def again(i: int, new: list[int]) -> list[int]:
+    ids = judged.pieces[i]
+    found = [*ids[: -1 - len(usual[i])], *new, ids[-1]]
+    return found if len(found) <= length else ids
+
+  return [again(i % len(usual), new) for i, new in enumerate(many)]
+
+
+def kept(
+  path: str, count: int, make: Callable[[], list[list[int]]]
+) -> list[list[int]]:
+  """The `count` rows that `make` returned when this file was first asked for.
+
+  The seed fixes what SentencePiece draws within a process alone.
+  """
+
+  def rows(found) -> list[list[int]]:
+    if len(found['lengths']) != count:
+      raise ValueError(f'of {len(found["lengths"])} texts, not {count}')
+    ends = np.cumsum(found['lengths'])[:-1]
+    return [ids.tolist() for ids in np.split(found['ids'], ends)]
+
+  if not os.path.exists(path):
+    made = make()
+    ids = np.concatenate([np.asarray(row, np.int32) for row in made])
+    lengths = np.asarray([len(row) for row in made])
+    files.write(path, {'ids': ids, 'lengths': lengths})
+  return files.read(
+    path, rows, 'what reward_model.merge_dropout left there',
+    'delete it, and the texts are cut again, in other ways',
+  )  # fmt: skip
+
+
+def _last_turns(row: Row, turns: bool) -> Row:
+  """The row with its answers as texts, if it has them in conversations."""
+  pair = [row.get(key) for key in ('chosen', 'rejected')]
+  if held := turns and transcripts(row):
+    return {**row, 'chosen': held[1], 'rejected': held[2]}
+  if not all(isinstance(said, list) for said in pair):
+    return row
+  asked, other = (said[:-1] for said in pair)
+  if asked != other:
+    raise BadRow("'chosen' and 'rejected' answer different messages.")
+  answers = {k: row[k][-1]['content'] for k in ('chosen', 'rejected')}
+  return {**row, **({'messages': asked} if asked else {}), **answers}
+
+
+def _columns(rows: Source, split: str) -> tuple[str, ...]:
+  """The columns that hold what is judged: of a pair, or of a rated text."""
+
+  def columns(row: Row) -> tuple[str, ...] | None:
+    there = {key for key, value in row.items() if value is not None}
+    found = [keys for keys in (('chosen', 'rejected'), ('text', 'rating'))
+             if there >= {*keys}]  # fmt: skip
+    return found[0] if found else None
+
+  what = f'the {split} split'
+  if found := next(sources.each(rows, columns, what=what), None):
+    return found if 'chosen' in found else ('text',)
+  names = next(sources.each(rows, sorted, what=what))
+  raise UserError(
+    f'the {split} split has the columns {", ".join(names)}; a reward'
+    " model is trained on 'chosen' and 'rejected', or on 'text' and 'rating'."
+  )
+
+
+def _whole(row: Row, key: str, turns: bool) -> str:
+  """What is judged under a column: the answer to turns, or the whole text."""
+  text = _text(row, key)
+  has_text = row.get('text') is not None
+  prompted = row.get('messages') or (has_text and key != 'text')
+  if turns and not prompted:
+    raise BadRow("it has no 'messages', which prompt.kind 'turn' needs.")
+  goes_on = not turns and key != 'text' and has_text
+  return _text(row, 'text') + text if goes_on else text
+
+
+def _text(row: Row, key: str) -> str:
+  value = row.get(key)
+  value = value.decode('utf-8') if isinstance(value, bytes) else value
+  if not isinstance(value, str):
+    raise BadRow(f'{key!r} is {value!r:.60}, expected a text.')
+  return value
+
+
+def number_of(row: Row, key: str) -> float:
+  """A field that is a finite number, or a text that says one; else a BadRow."""
+  try:
+    value = float(row[key])
+  except (KeyError, OverflowError, TypeError, ValueError):
+    value = np.nan
+  if not np.isfinite(value):
+    raise BadRow(
+      f'{key!r} is {row.get(key, "not there")!r:.60}, expected a number.'
+    )
+  return value
+
+
+def pairs_of(
+  rating: np.ndarray, *, min_gap: float, partners: int, seed: int
+) -> np.ndarray:
+  """Pairs of texts whose ratings differ by `min_gap` or more, i64[M, 2].
+
+  Each text meets up to `partners` others, drawn by the seed, and almost all
+  texts meet as many: in each of as many rounds they are shuffled and paired,
+  and what did not fit is shuffled again. Of a pair, the better text is first.
+  """
+  found = [np.zeros((0, 2), np.int64)]
+  for k in range(partners):
+    rng = np.random.default_rng([seed, k])
+    left = np.arange(len(rating))
+    for _ in range(_ROUNDS):
+      left = rng.permutation(left)
+      half = len(left) // 2
+      pairs, odd = left[: 2 * half].reshape(-1, 2), left[2 * half :]
+      gap = rating[pairs[:, 0]] - rating[pairs[:, 1]]
+      fits = (np.abs(gap) >= min_gap) & (gap != 0)
+      better = np.where((gap > 0)[:, None], pairs, pairs[:, ::-1])
+      found.append(better[fits])
+      left = np.concatenate([pairs[~fits].ravel(), odd])
+  return np.unique(np.concatenate(found), axis=0)
+
+
+def pack(
+  pieces: Sequence[Sequence[int]], length: int
+) -> tuple[np.ndarray, np.ndarray]:
+  """Texts as tokens i32[R, length] and mask bool[R, length]."""
+  sizes = np.array([len(p) for p in pieces])
+  mask = np.arange(length) < sizes[:, None]
+  tokens = np.zeros(mask.shape, np.int32)
+  tokens[mask] = np.concatenate(pieces)
+  return tokens, mask
+
+
+def batches(
+  pieces: Sequence[Sequence[int]],
+  groups: np.ndarray,
+  target: np.ndarray,
+  *,
+  length: int,
+  batch: int,
+  dropout: float,
+  seed: int,
+) -> grain.DatasetIterator:
+  """Yields (tokens i32[B, G, L], mask bool[B, G, L], target f32[B]) for ever.
+
+  An iterator of Grain's, as those of `data`: shuffled anew each epoch, with
+  get_state() and set_state(state).
+
+  Args:
+    pieces: of N texts.
+    groups: i64[M, G], texts that are read together: pairs, or single ones.
+    target: f64[M], of each group.
+    length: of the longest of `pieces`.
+    batch: B, groups.
+    dropout: the share of its pieces that each text goes without, drawn anew
+      each time. The first and the last stay.
+    seed: of all draws.
+  """
+  hidden = lambda n: int(dropout * max(0, n - 2))
+  most = length - hidden(length)  # less hidden, a shorter text is shorter
+
+  def thinned(ids: Sequence[int], rng) -> list[int]:
+    n = len(ids)
+    gone = rng.permutation(max(0, n - 2))[: hidden(n)] + 1
+    stays = np.ones(n, bool)
+    stays[gone] = False
+    return [i for i, s in zip(ids, stays, strict=True) if s]
+
+  def example(i: int, rng) -> tuple[list[list[int]], Any]:
+    return [thinned(pieces[j], rng) for j in groups[i]], target[i]
+
+  def collate(examples):
+    texts, targets = zip(*examples, strict=True)
+    tokens, mask = pack([ids for group in texts for ids in group], most)
+    shape = (len(examples), -1, most)
+    targets = np.array(targets, np.float32)
+    return tokens.reshape(shape), mask.reshape(shape), targets
+
+  # No threads: on a few cores they only fight over the interpreter.
+  options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
+  dataset = (
+    grain.MapDataset.source(range(len(groups)))
+    .seed(seed)
+    .shuffle()
+    .repeat()
+    .random_map(example)
+    .to_iter_dataset(options)
+    .batch(batch, drop_remainder=True, batch_fn=collate)
+  )
+  return iter(dataset)

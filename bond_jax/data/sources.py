@@ -1,0 +1,295 @@
+"""Rows by their index: of TFDS builders, files and Hugging Face.
+
+They are read when they are asked for, by `readers.py`, and are dicts as
+`conversations.py` says. One that is bad stops the run, or is left out: `made`
+and `each` see to it.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+import functools
+import itertools
+import math
+import re
+from typing import Any, NamedTuple, TypeVar
+
+import ml_collections
+
+from bond_jax.data import conversations, readers
+from bond_jax.errors import BadRow, UserError
+from bond_jax.runs import (
+  fields,
+  paths,
+)
+
+Row = conversations.Row
+Source = Sequence[Row]  # random access
+T = TypeVar('T')
+
+BAD_ROWS = ('stop', 'skip')  # what becomes of them
+
+
+class Rows(Sequence):
+  """Some rows of a table, under our names for the fields, each checked."""
+
+  def __init__(
+    self,
+    table: readers.Table,
+    fields: Mapping[str, str],
+    window: range,
+    skip: bool = False,
+  ):
+    self._table, self._fields, self._window = table, fields, window
+    self.empty, self.skip = table.empty, skip
+
+  def __len__(self) -> int:
+    return len(self._window)
+
+  def __getitem__(self, i: int) -> Row:
+    return self.use(i, lambda row: row)
+
+  def use(self, i: int, make: Callable[[Row], T]) -> T:
+    """What `make` returns for a row; a BadRow of both says where it is."""
+    i = self._window[i]
+    try:
+      return make(conversations.prepare(self._fields, self._table.read(i)))
+    except UnicodeDecodeError as e:
+      raise BadRow(f'{self._table.place(i)}: not UTF-8 ({e}).') from e
+    except BadRow as e:
+      raise BadRow(f'{self._table.place(i)}: {e}') from e
+
+  def held(self) -> Iterator[tuple[str, range]]:
+    """Of each file, or split, that rows come from, which ones do."""
+    start, window = 0, self._window
+    for name, size in self._table.holds:
+      first, end = max(window.start - start, 0), min(window.stop - start, size)
+      yield name, range(first, end)
+      start += size
+
+
+class Part(NamedTuple):
+  """A source in a mixture; its rows have ids from `start` on."""
+
+  name: str
+  start: int
+  rows: Source
+  weight: float
+
+
+class Mixture(Sequence):
+  """Sources with weights; as a sequence, one after the other, by name.
+
+  A row says under 'source' where it is from.
+  """
+
+  def __init__(self, sources: Mapping[str, tuple[Source, float]]):
+    for name, (_, weight) in sources.items():
+      if not (isinstance(weight, int | float) and 0 < weight < math.inf):
+        raise UserError(
+          f'data.mix.{name}.weight must be a number above 0, got {weight!r}.'
+        )
+    names = sorted(sources)  # a config has them in this order, too
+    sizes = [len(sources[name][0]) for name in names]
+    starts = [0, *itertools.accumulate(sizes)]
+    self.parts = tuple(
+      Part(name, start, *sources[name]) for name, start in zip(names, starts)
+    )
+    self._starts, self._size = starts[:-1], starts[-1]
+
+  def __len__(self) -> int:
+    return self._size
+
+  def __getitem__(self, i: int) -> Row:
+    part, i = self.find(i)
+    return {**part.rows[i], 'source': part.name}
+
+  def find(self, i: int) -> tuple[Part, int]:
+    """The source of a row, and its place there."""
+    i = range(self._size)[i]
+    part = self.parts[bisect.bisect_right(self._starts, i) - 1]
+    return part, i - part.start
+
+
+def parts(rows: Source) -> tuple[Part, ...]:
+  """The sources of a mixture; of other rows one, without a name."""
+  return rows.parts if isinstance(rows, Mixture) else (Part('', 0, rows, 1.0),)
+
+
+def made(
+  rows: Source,
+  i: int,
+  make: Callable[[Row], T],
+  *,
+  what: str = 'the data',
+  bad: Callable[[BadRow], Any] = lambda e: None,
+) -> T | Any:
+  """Returns what `make` returns for a row, a BadRow with its address.
+
+  Args:
+    rows: of the data.
+    i: which one.
+    make: may raise a BadRow.
+    what: names rows that have no address of their own.
+    bad: called with the BadRow, for what is returned, where these are left out.
+  """
+  if isinstance(rows, Mixture):
+    part, i = rows.find(i)
+    return made(part.rows, i, make, what=what, bad=bad)
+  if not isinstance(rows, Rows):
+    try:
+      return make(rows[i])
+    except BadRow as e:
+      raise BadRow(f'row {i} of {what}: {e}') from e
+  try:
+    return rows.use(i, make)
+  except BadRow as e:
+    if rows.skip:
+      return bad(e)
+    raise _stop(e) from e
+
+
+def each(
+  rows: Source,
+  make: Callable[[Row], T],
+  *,
+  what: str = 'the data',
+  bad: Callable[[BadRow], None] = lambda e: None,
+) -> Iterator[T]:
+  """What `make` returns for each row, unless that is None; see `made`."""
+  # By index: iterating, Grain starts threads that take four times as long.
+  for i in range(len(rows)):
+    if (found := made(rows, i, make, what=what, bad=bad)) is not None:
+      yield found
+
+
+def _stop(e: BadRow) -> BadRow:
+  return BadRow(f"{e} Correct it, or set data.bad_rows='skip' to leave it out.")
+
+
+def skipped(bad: Sequence[BadRow], count: int, what: str) -> str:
+  """The line that says how many of so many rows are left out, and why."""
+  return (
+    f'{what}: {len(bad):,} of {count:,} rows are bad and left out; the first:'
+    f' {bad[0]}'
+  )
+
+
+def check_apart(rows: Mapping[str, Source], *pairs: tuple[str, str]) -> None:
+  """Refuses pairs of splits that have rows of the same place in common."""
+  for one, other in pairs:
+    both = itertools.product(_held(rows[one]), _held(rows[other]))
+    for (name, mine), (theirs, their) in both:
+      common = range(max(mine.start, their.start), min(mine.stop, their.stop))
+      if name == theirs and common:
+        raise UserError(
+          f'the splits {one} and {other} have {len(common)} rows in common,'
+          f' of {name}: nothing may be fitted and judged on the same ones.'
+          ' data.name needs "{split}" in the name and a file for each split,'
+          " or data.splits windows of one: {'train': 'train[10%:]',"
+          " 'validation': 'train[:5%]', 'test': 'train[5%:10%]'}."
+        )
+
+
+def _held(rows: Source) -> list[tuple[str, range]]:
+  some = [part.rows for part in parts(rows)]
+  return [held for x in some if isinstance(x, Rows) for held in x.held()]
+
+
+def empty_lines(rows: Source) -> int:
+  """How many lines of the files hold nothing and are no rows."""
+  held = [part.rows for part in parts(rows)]
+  return sum(some.empty for some in held if isinstance(some, Rows))
+
+
+def source(
+  name: str,
+  split: str,
+  data_dir: str,
+  *,
+  fields: Mapping[str, str] | None = None,
+  splits: Mapping[str, str] | None = None,
+  bad_rows: str = 'stop',
+) -> Source:
+  """Returns the rows of a split; a UserError says what is wrong, and where.
+
+  Args:
+    name: a TFDS builder; a path that ends in .jsonl, .json, these with .gz, or
+      .parquet, in which * and ? match many files and "{split}" stands for the
+      split; or "hf:" and a folder that `save_to_disk` wrote or
+      owner/name@commit, with a subset owner/name:subset@commit.
+    split: train, validation or test.
+    data_dir: where TFDS builders are prepared.
+    fields: our name -> theirs. If it names the text and not the messages, or
+      the other way round, what they call the other is dropped.
+    splits: our split -> theirs, of which [a:b] takes rows or per cent:
+      {'validation': 'train[:5%]'}.
+    bad_rows: 'stop' at the first one, or 'skip' them, as `made` does.
+  """
+  if bad_rows not in BAD_ROWS:
+    raise UserError(
+      f'data.bad_rows is {bad_rows!r}; known are {", ".join(BAD_ROWS)}.'
+    )
+  fields, skip = fields or {}, bad_rows == 'skip'
+  asked = (splits or {}).get(split, split)
+  split, window = _window(asked)
+  hub = 'hf:' if name.startswith('hf:') else ''
+  name = hub + paths.expanded(name.removeprefix(hub))
+  filled = name.replace('{split}', split)
+  if hub:
+    table = readers.hugging_face(filled, split)
+  elif name.endswith(readers.JSON):
+    check = None if skip else functools.partial(conversations.prepare, fields)
+    try:
+      table = readers.jsonl(readers.paths(filled), check)
+    except BadRow as e:
+      raise _stop(e) from e
+  elif name.endswith('.parquet'):
+    table = readers.parquet(readers.paths(filled))
+  else:
+    table = readers.builder(name, split, paths.expanded(data_dir))
+  rows = Rows(table, fields, window(table.size), skip)
+  if not rows:
+    raise UserError(f'{filled} is empty: it has no rows of split {asked!r}.')
+  bad = []  # before anything is spent
+  if next(each(rows, lambda row: row, bad=bad.append), None) is None:
+    raise UserError(f'all {len(rows)} rows are bad; the first: {bad[0]}')
+  return rows
+
+
+def _window(split: str) -> tuple[str, Callable[[int], range]]:
+  """Of 'train[10:50%]' the name, and the rows of so many that it means."""
+  match = re.fullmatch(r'([^\[\]]*)(?:\[(-?\d+%?)?:(-?\d+%?)?\])?', split)
+  if not match:
+    raise UserError(
+      f'data.splits has {split!r}; write a name, or rows of it as in'
+      " 'train[:1000]' or 'train[5%:]'."
+    )
+  name, *bounds = match.groups()
+
+  def place(bound: str | None, size: int) -> int | None:
+    if bound is None or not bound.endswith('%'):
+      return bound and int(bound)
+    return round(size * int(bound[:-1]) / 100)
+
+  def window(size: int) -> range:
+    return range(size)[slice(*(place(bound, size) for bound in bounds))]
+
+  return name, window
+
+
+def rows(config: ml_collections.ConfigDict, split: str) -> Source:
+  """The rows of a split of the run's data, or of the sources that it mixes."""
+  section = config.data
+  common = {k: section[k] for k in ('data_dir', 'bad_rows') if k in section}
+
+  def part(name, weight=1.0, fields=None, splits=None):
+    names = dict(fields=fields, splits=splits)
+    return source(name, split, **names, **common), weight
+
+  for name, args in section.mix.items():
+    fields.check_arguments(f'data.mix.{name}', part, args)
+  if section.mix:
+    return Mixture({k: part(**v) for k, v in section.mix.items()})
+  return part(section.name, fields=section.fields, splits=section.splits)[0]

@@ -1,0 +1,335 @@
+"""Training a Gemma with a scalar head on what people prefer: kind='gemma'.
+
+Called by the stage `reward_model`. It leaves in reward/ what
+`rewards.gemma.scalar_head` reads: checkpoints, tokenizer.model, model.json; and
+the summary says how good the model is on texts that it has not seen, beside a
+bag of words fitted to the same pairs.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import os
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+import optax
+
+from bond_jax.data import preferences
+from bond_jax.data import sources as sources_lib
+from bond_jax.data import tokenizer as tokenizer_lib
+from bond_jax.devices import hosts, sharding
+from bond_jax.errors import UserError
+from bond_jax.measures import preferences as measures
+from bond_jax.models import scalar_head
+from bond_jax.reward_models import losses as preference_losses
+from bond_jax.reward_models import report
+from bond_jax.rewards import gemma as reward_lib
+from bond_jax.runs import (
+  configs,
+  files,
+  metrics,
+  provenance,
+  saving,
+  stopping,
+)
+from bond_jax.training import optimizer as optimizer_lib
+from bond_jax.training.guard import check_finite
+from bond_jax.types import Policy, TrainState
+from bond_jax.weights import load
+
+_BATCH = 128  # texts that are judged at a time
+_WAYS = 10  # in which a text is cut into pieces, beside the usual one
+_HELD_OUT_PARTNERS = 100  # more pairs of the same texts: less noise
+
+
+def _tokenizer(config, mine, sources, workdir: str):
+  """The run's vocabulary, or the section's: a file, or trained on its rows."""
+  if 'tokenizer' not in config.reward_model or mine.tokenizer.path:
+    return load.load_tokenizer(mine, workdir)
+  said = sources_lib.each(sources['train'], preferences.texts)
+  return tokenizer_lib.ensure(
+    os.path.join(workdir, 'reward', 'tokenizer.model'),
+    itertools.chain.from_iterable(said),
+    mine.tokenizer.vocab_size,
+  )
+
+
+def _keep_tokenizer(tokenizer: tokenizer_lib.Tokenizer, folder: str) -> None:
+  """Puts the vocabulary beside the model, for its reader, whole or not."""
+  path = os.path.join(folder, 'tokenizer.model')
+  if not os.path.exists(path):
+    with open(path + '.tmp', 'wb') as f:
+      f.write(tokenizer.processor.serialized_model_proto())
+    os.replace(path + '.tmp', path)
+
+
+def make_loss(policy: Policy, name: str, margin: float, pool: str):
+  """loss(params, batch), the sum over the members of the mean over their rows.
+
+  Every so many rows of a batch, one is a member's; `preferences.batches` yields
+  batches. Their targets are the gaps of pairs, or the ratings of texts, both
+  standardised.
+  """
+
+  def one(params, tokens, mask, target):
+    rows = (-1, tokens.shape[-1])
+    score = scalar_head.score(
+      policy, params, tokens.reshape(rows), mask.reshape(rows), pool
+    ).reshape(tokens.shape[:2])
+    if name == 'regression':
+      losses = preference_losses.squared_error(score[:, 0], target)
+    elif name == 'margin':
+      losses = preference_losses.bradley_terry_margin(
+        score[:, 0], score[:, 1], margin * target
+      )
+    else:
+      losses = preference_losses.bradley_terry(score[:, 0], score[:, 1])
+    return losses.mean()
+
+  def loss(params, batch):
+    n = len(params)
+    return sum(
+      one(member, *(x[i::n] for x in batch))
+      for i, member in enumerate(params.values())
+    )
+
+  return loss
+
+
+def make_update(loss, optimizer, mesh, state: TrainState):
+  """update(state, batch) -> state, metrics; jitted, the state in its shards."""
+
+  def update(state, batch):
+    value, gradient = jax.value_and_grad(loss)(state.params, batch)
+    changes, opt_state = optimizer.update(
+      gradient, state.opt_state, state.params
+    )
+    params = optax.apply_updates(state.params, changes)
+    state = state._replace(
+      step=state.step + 1, params=params, opt_state=opt_state
+    )
+    value /= len(state.params)
+    return state, {'loss': value, 'gradient_norm': optax.tree.norm(gradient)}
+
+  shards = jax.tree.map(lambda x: x.sharding, state)
+  return jax.jit(
+    update,
+    out_shardings=(shards, sharding.replicated(mesh)),
+    donate_argnums=(0,),
+  )
+
+
+def init_state(
+  config, mine, policy: Policy, optimizer, workdir: str, mesh
+) -> TrainState:
+  """The state before the first step, created in its shards."""
+
+  members = range(config.reward_model.members)
+
+  def begin(*starts):
+    params = reward_lib.begin(policy, starts)
+    return TrainState(
+      jax.numpy.int32(0), params, {}, optimizer.init(params), {}
+    )
+
+  if mine.weights == 'random':
+    key = configs.key(config.seed, 'reward_model')
+    init = lambda i: policy.init(jax.random.fold_in(key, i))
+    shards = sharding.tree_shardings(jax.eval_shape(init, 0), mesh)
+    init = jax.jit(init, out_shardings=shards)
+    starts = [init(i) for i in members]
+  elif mine.weights == 'sft':
+    folder = configs.reference_dir(config, workdir)
+    params = load.load_params(policy, folder, 'sft', 'last', mesh)
+    starts = [params] * len(members)
+  else:
+    starts = [load.load_weights(mine, mesh, 'float32')] * len(members)
+  shards = sharding.tree_shardings(jax.eval_shape(begin, *starts), mesh)
+  return jax.jit(begin, out_shardings=shards)(*starts)
+
+
+def read_splits(
+  config, mine, sources, tokenizer
+) -> dict[str, preferences.Judged]:
+  """What people said of the texts of each split; see `preferences.read`.
+
+  Rated texts of the held-out splits meet more others than those of training.
+  """
+  settings = config.reward_model
+  judged = {
+    split: preferences.read(
+      sources[split],
+      split,
+      tokenizer,
+      turns=mine.prompt.kind == 'turn',
+      system=load.has_system_turn(mine),
+      length=settings.length,
+      min_gap=settings.min_gap,
+      partners=settings.partners if split == 'train' else _HELD_OUT_PARTNERS,
+      seed=config.seed,
+    )
+    for split in preferences.SPLITS
+  }
+  for split, part in judged.items():
+    if part.bad:
+      rows = len(sources[split])
+      hosts.say(sources_lib.skipped(part.bad, rows, f'reward_model, {split}'))
+  return judged
+
+
+def make_batches(
+  config, train: preferences.Judged, loss: str, tokenizer, folder: str
+):
+  """Batches of pairs, or for regression of texts, with standardised targets.
+
+  Texts that are cut anew are kept in `folder`, for a run that goes on.
+  """
+  settings, pieces, ways = config.reward_model, train.pieces, 1
+  spread = 1.0 if train.rating is None else train.rating.std()
+  groups, target = train.pairs, train.gap / spread
+  if loss == 'regression':
+    if train.rating is None:
+      raise UserError(
+        "reward_model.loss 'regression' needs rows with 'text' and 'rating';"
+        " these have 'chosen' and 'rejected'."
+      )
+    groups = np.arange(len(train.texts))[:, None]
+    target = (train.rating - train.rating.mean()) / spread
+  if settings.merge_dropout:
+    ways += _WAYS
+    cut = functools.partial(
+      preferences.cut_anew,
+      train,
+      tokenizer,
+      drop=settings.merge_dropout,
+      times=_WAYS,
+      length=settings.length,
+      seed=config.seed,
+    )
+    path, count = os.path.join(folder, 'cuts.npz'), _WAYS * len(train.texts)
+    pieces = pieces + hosts.once(lambda: preferences.kept(path, count, cut))
+  starts = len(train.texts) * np.arange(ways)
+  return preferences.batches(
+    pieces,
+    np.concatenate([groups + start for start in starts]),
+    np.tile(target, ways),
+    length=settings.length,
+    batch=settings.batch * settings.members,
+    dropout=settings.dropout,
+    seed=config.seed,
+  )
+
+
+def _fit(config, folder, batches, held_out, state, update, score, mesh):
+  """Trains to the last step; returns the best one, and its parameters.
+
+  Best by the share of the validation pairs that are right: the log-loss of a
+  model that is too sure of itself is mended by a temperature.
+  """
+  settings = config.reward_model
+  saver = saving.Saver(
+    os.path.join(folder, 'checkpoints'), 'reward_model', config.save_failure,
+    provenance.of(config, mesh),
+    lambda: provenance.inputs(
+      configs.of_reward_model(config), os.path.dirname(folder), 'reward'
+    ),
+  )  # fmt: skip
+  start = saver.start
+  if start is not None:
+    state, position = saver.restore(state)
+    batches.set_state(position)
+  show = ('loss', 'validation_accuracy')
+  writer = metrics.Writer(folder, 'reward', settings.steps, start, show)
+  with stopping.deferred(), writer, saver:
+    for step in range((start or 0) + 1, settings.steps + 1):
+      with writer.phase('update'):
+        batch = sharding.put_batch(next(batches), mesh)
+        state, row = update(state, batch)
+        row = jax.device_get(row)
+      stopping.hear(hosts.gather(stopping.asked()))
+      stop = stopping.due()
+      due = step % settings.save_every == 0 or step == settings.steps
+      if due:
+        with writer.phase('evaluate'):
+          lead = report.leads(score(state.params, held_out.pieces), held_out)
+        row['validation_accuracy'] = measures.right(lead).mean()
+        row['validation_log_loss'] = measures.log_loss(lead)
+      check_finite(row, step, saver.folder)
+      writer.write(step, row)
+      saver.look()
+      if due or stop:
+        accuracy = row.get('validation_accuracy')
+        must = bool(stop) or step == settings.steps
+        saver.save(
+          step, state, batches.get_state(), accuracy, writer.sync, must=must
+        )
+      if stop and step < settings.steps:
+        raise stopping.stopped('reward_model', step)
+    saver.finish()
+    return saver.best(state.params)
+
+
+def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
+  """Runs the stage to its end, from its last checkpoint if it has one."""
+  settings, folder = config.reward_model, os.path.join(workdir, 'reward')
+  mesh = sharding.make_mesh(**config.mesh)
+  mine = configs.of_reward_model(config)
+  sources = {
+    split: sources_lib.rows(mine, split) for split in preferences.SPLITS
+  }
+  tokenizer = _tokenizer(config, mine, sources, workdir)
+  judged = read_splits(config, mine, sources, tokenizer)
+  batches = make_batches(
+    config, judged['train'], settings.loss, tokenizer, folder
+  )
+  policy = load.make_policy(mine.model, mine.tokenizer.vocab_size, full=True)
+  optimizer = optimizer_lib.adam(steps=settings.steps, **settings.optimizer)
+  state = init_state(config, mine, policy, optimizer, workdir, mesh)
+  loss = make_loss(policy, settings.loss, settings.margin, settings.pool)
+  update = make_update(loss, optimizer, mesh, state)
+  score = reward_lib.scorer(policy, settings.pool, mesh, _BATCH)
+  best, params = _fit(
+    config, folder, batches, judged['validation'], state, update, score, mesh
+  )
+  scores = {
+    split: score(params, part.pieces)
+    for split, part in judged.items()
+    if split != 'train'
+  }
+  found = hosts.once(lambda: report.report(scores, judged))
+  sizes = None
+  if not load.is_library(mine.model):
+    sizes = load.make_sizes(mine.model, mine.tokenizer.vocab_size)
+  described = reward_lib.describe(
+    sizes,
+    mine.model.to_dict(),
+    pool=settings.pool,
+    members=settings.members,
+    step=best,
+    temperature=found['temperature'],
+    turns=mine.prompt.kind == 'turn',
+    system=load.has_system_turn(mine),
+    tokenizer_sha256=tokenizer.sha256,
+  )
+  path = os.path.join(folder, 'model.json')
+  if hosts.first():
+    _keep_tokenizer(tokenizer, folder)
+    files.write_json(path, described)
+  path = os.path.join(folder, 'metrics.jsonl')
+  rows = hosts.once(lambda: metrics.read_rows(path))
+  phases = metrics.phase_seconds(rows)
+  return {
+    'loss': settings.loss,
+    'steps': settings.steps,
+    'best_step': best,
+    'members': settings.members,
+    'parameters': sum(x.size for x in jax.tree.leaves(params)),
+    **found,
+    'tokenizer_sha256': tokenizer.sha256,
+    'seconds': round(sum(phases.values()), 3),
+    'phase_seconds': {k: round(v, 3) for k, v in phases.items()},
+  }

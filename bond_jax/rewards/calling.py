@@ -1,0 +1,327 @@
+"""Rewards are other people's code: how they are called, checked and survived.
+
+A reward may raise, hang, return NaN or the wrong shape. Whatever it does ends
+in one line that names it and the prompt, or, if the config says so, in a prompt
+that is left out of the step and counted. How one is made is in `rewards.make`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent import futures
+import queue
+import threading
+import time
+from typing import Any, NamedTuple
+import weakref
+
+import numpy as np
+
+from bond_jax.devices import hosts, shares
+from bond_jax.errors import UserError
+from bond_jax.rewards import answers
+from bond_jax.types import Context, PreferenceFn, RewardFn
+
+FAILURES = ('stop', 'skip')  # what a reward's failure ends in
+_MANY = 8  # distinct completions that hardly all deserve one number
+
+
+class Scored(NamedTuple):
+  """What a step gets to know of B prompts with K completions each."""
+
+  value: np.ndarray  # f32[B, K]; of a judge f32[B, K, K], P(i beats j)
+  weight: np.ndarray  # f32[B], 0: the reward failed on this prompt
+  metrics: dict[str, float]
+  # What gave one number to all completions, and which; '' is the total.
+  constant: tuple[tuple[str, float], ...] = ()
+  error: str = ''  # of a batch without any reward; see `join`
+
+
+# What is asked, as a reward is called: prompts, completions, context.
+Texts = tuple[Sequence[str], Sequence[Sequence[str]], Context]
+
+
+def asker(
+  reward: RewardFn | PreferenceFn, **rules: Any
+) -> Callable[..., Scored]:
+  """Returns `score` of this reward by these rules, for all of a stage.
+
+  Says at once, and once, when a reward, or a part of it, has one number for
+  every completion: a library that swallows its own errors looks like that.
+  """
+  told = set()
+
+  def ask(*texts) -> Scored:
+    found = score(reward, *texts, **rules)
+    for part, value in found.constant:
+      if part not in told:
+        told.add(part)
+        name = f'{name_of(reward)}[{part!r}]' if part else name_of(reward)
+        hosts.say(
+          f'warning: reward {name} gave {value:g} to all completions of a batch'
+          ' of different ones: nothing is learnt from that. Does a library'
+          ' swallow its errors? See docs/rewards.md, "One thread".'
+        )
+    return found
+
+  return ask
+
+
+def score(
+  reward: RewardFn | PreferenceFn,
+  prompts: Sequence[str],
+  completions: Sequence[Sequence[str]],
+  context: Context,
+  *,
+  missing_eos_penalty: float = 0.0,
+  length_penalty: float = 0.0,
+  failure: str = 'stop',
+  retries: int = 0,
+) -> Scored:
+  """Calls a reward as the config says.
+
+  Args:
+    reward: any.
+    prompts: B of them.
+    completions: K of each.
+    context: see `Context`.
+    missing_eos_penalty: taken off completions that were cut.
+    length_penalty: taken off per token.
+    failure: 'stop', a UserError; 'skip', the prompts on which the reward fails
+      alone too have weight 0. If these are all, `join` raises.
+    retries: further attempts before that, after 1, 2, 4 ... 30 seconds.
+  """
+
+  def attempt(*batch) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    for i in range(retries + 1):
+      try:
+        return call(reward, *batch)
+      except UserError:
+        if i == retries:
+          raise
+        time.sleep(min(2**i, 30))
+    raise AssertionError('no attempt was made')
+
+  weight, error = np.ones(len(prompts), np.float32), ''
+  try:
+    value, parts = attempt(prompts, completions, context)
+  except UserError:
+    if failure != 'skip':
+      raise
+    value, parts, weight, error = _one_by_one(
+      attempt, prompts, completions, context
+    )
+  if value.ndim == 3 and (missing_eos_penalty or length_penalty):
+    raise UserError(
+      f'reward {name_of(reward)} compares pairs: missing_eos_penalty and'
+      ' length_penalty, which are taken off a score, must be 0.'
+    )
+  constant = _constant({'': value, **parts}, weight > 0, completions)
+  if value.ndim == 2:
+    penalty = missing_eos_penalty * ~context.finished
+    penalty = penalty + length_penalty * _lengths(context)
+    value = (value - penalty).astype(np.float32)
+  metrics = {
+    f'score/{name}': float(part[weight > 0].mean())
+    for name, part in parts.items()
+  }
+  if failure == 'skip':
+    metrics['reward/skipped'] = float((weight == 0).sum())
+  return Scored(value, weight, metrics, constant, error)
+
+
+def _constant(
+  values: Mapping[str, np.ndarray], kept: np.ndarray, completions
+) -> tuple[tuple[str, float], ...]:
+  """The names whose values are one number for many distinct completions."""
+  asked = [ys for ys, keep in zip(completions, kept) if keep]
+  if len({y for ys in asked for y in ys}) < _MANY:
+    return ()
+  some = {name: value[kept] for name, value in values.items()}
+  return tuple((k, float(v.flat[0])) for k, v in some.items() if not np.ptp(v))
+
+
+def join(parts: Sequence[tuple[np.ndarray, Scored | None]]) -> Scored:
+  """What all hosts found, of what each found of its rows of the batch.
+
+  The metrics are those of one host that has all rows: means over the prompts
+  that were rewarded, and a count. They differ by rounding alone. A UserError
+  if no prompt of all hosts was rewarded, or if their rewards are of two kinds.
+  """
+  found = [part for _, part in parts if part]
+  good = [part for part in found if part.weight.any()]
+  if not good:
+    raise UserError(
+      f'the reward fails on every prompt of a batch: {found[0].error}'
+    )
+  _check_alike((part.value, part.metrics) for part in good)
+
+  def filled(part: Scored):  # what a host without a reward cannot know
+    shape = len(part.value), *good[0].value.shape[1:]
+    value = part.value if part.weight.any() else np.full(shape, np.float32(0.5))
+    return value, part.weight
+
+  value, weight = shares.join(
+    [(rows, part and filled(part)) for rows, part in parts]
+  )
+  share = np.array([part.weight.sum() for part in good])
+  share = share / share.sum()
+  metrics = {
+    name: sum(s * part.metrics[name] for s, part in zip(share, good))
+    for name in good[0].metrics
+  }
+  if 'reward/skipped' in metrics:
+    metrics['reward/skipped'] = float((weight == 0).sum())
+  return Scored(value, weight, metrics)
+
+
+def call(
+  reward: RewardFn | PreferenceFn,
+  prompts: Sequence[str],
+  completions: Sequence[Sequence[str]],
+  context: Context,
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+  """The value as in `Scored`, and its parts, f32[B, K], where it has any.
+
+  A UserError if it is not that: the line names the reward and the first prompt
+  on which it went wrong.
+  """
+  name, shape = name_of(reward), (len(prompts), len(completions[0]))
+  try:
+    values = reward(prompts, completions, context)
+  except UserError:
+    raise  # it says all there is to say
+  except (Exception, SystemExit) as e:
+    where = _first_that_raises(reward, prompts, completions, context)
+    raise UserError(
+      f'reward {name} raised {answers.reason(e)} ({where}).'
+    ) from e
+  if not isinstance(values, Mapping):
+    return answers.check(values, shape, prompts, name), {}
+  parts = {
+    k: answers.check(v, shape, prompts, f'{name}[{k!r}]')
+    for k, v in values.items()
+  }
+  total, parts = answers.combine(parts, dict.fromkeys(parts, 1.0), name)
+  if total.ndim == 3:
+    total = answers.antisymmetric(total, prompts, name)
+  return total, parts
+
+
+def against(
+  ask: Callable[..., Scored], texts: Texts, opponents: Texts
+) -> Scored:
+  """Of a judge: how often completions beat fixed opponents, f32[B, K].
+
+  Args:
+    ask: the judge; see `asker`.
+    texts: what is asked about.
+    opponents: m completions of the same prompts.
+  """
+  prompts, completions, context = texts
+  _, others, theirs = opponents
+  m = len(others[0])
+  both = [[*a, *b] for a, b in zip(completions, others, strict=True)]
+  tokens = [[*a, *b] for a, b in zip(context.tokens, theirs.tokens)]
+  finished = np.concatenate([context.finished, theirs.finished], 1)
+  found = ask(prompts, both, context._replace(tokens=tokens, finished=finished))
+  if not found.weight.any():
+    return found
+  if found.value.ndim != 3:
+    raise UserError(
+      'reward.opponents is for judges of pairs, and this reward gives a number'
+      ' for each completion; set it to 0.'
+    )
+  return found._replace(value=found.value[:, :-m, -m:].mean(-1))
+
+
+def worker(threads: int = 1) -> Callable[..., futures.Future]:
+  """Returns submit(f, *args): so many threads make the calls, in turn.
+
+  They do not keep the process alive as an executor's would: a call may hang.
+  They end when nobody has `submit` any more.
+  """
+  calls: queue.SimpleQueue = queue.SimpleQueue()
+
+  def run():
+    while call := calls.get():
+      future, f, args = call
+      try:
+        future.set_result(f(*args))
+      except BaseException as e:  # pylint: disable=broad-except
+        future.set_exception(e)
+      del call, future, f, args  # a thread that waits holds no reward
+
+  def submit(f, *args) -> futures.Future:
+    future = futures.Future()
+    calls.put((future, f, args))
+    return future
+
+  for _ in range(threads):
+    threading.Thread(target=run, daemon=True).start()
+    weakref.finalize(submit, calls.put, None)
+  return submit
+
+
+def _one_by_one(attempt, prompts, completions, context: Context):
+  """Asks for each prompt alone; those that fail have weight 0.
+
+  Returns the value, its parts, the weights, and the last error.
+  """
+  found, error = [], ''
+  for i in range(len(prompts)):
+    try:
+      found.append(attempt(*some([i], prompts, completions, context)))
+    except UserError as e:
+      found.append(None)
+      error = str(e)
+  weight = np.array([x is not None for x in found], np.float32)
+  good = [x for x in found if x is not None]
+  if not good:
+    empty = np.zeros(context.finished.shape, np.float32)
+    return empty, {}, weight, error
+  _check_alike(good)
+  value, parts = good[0]
+  filled = [x or (0.5 + 0 * value, {k: 0 * v for k, v in parts.items()})
+            for x in found]  # fmt: skip
+  parts = {k: np.concatenate([x[1][k] for x in filled]) for k in parts}
+  return np.concatenate([x[0] for x in filled]), parts, weight, error
+
+
+def _check_alike(found: Iterable[tuple[np.ndarray, Mapping]]) -> None:
+  """A UserError for scores beside probabilities, or for other parts."""
+  kinds = [(value.ndim, *parts) for value, parts in found]
+  for other in kinds:
+    if other != kinds[0]:
+      (a, *some), (b, *others) = kinds[0], other
+      raise UserError(
+        f'the reward returned {a} axes and the parts {some} for some prompts of'
+        f' a batch, {b} axes and {others} for others; it must return the same'
+        ' for all.'
+      )
+
+
+def _first_that_raises(reward, prompts, completions, context: Context) -> str:
+  """Asks for one prompt at a time, to find the one that is to blame."""
+  for i in range(len(prompts)):
+    try:
+      reward(*some([i], prompts, completions, context))
+    except (Exception, SystemExit):  # pylint: disable=broad-except
+      return answers.quote(i, prompts)
+  return 'on the batch only, on no prompt alone'
+
+
+def some(index: Sequence[int], prompts, completions, context: Context):
+  """What a reward gets when it is asked about some of the prompts."""
+  rows, tokens, finished, turns = context
+  pick = lambda xs: [xs[i] for i in index]
+  part = Context(pick(rows), pick(tokens), finished[np.array(index)], turns)
+  return pick(prompts), pick(completions), part
+
+
+def _lengths(context: Context) -> np.ndarray:
+  return np.array([[len(y) for y in row] for row in context.tokens], np.float32)
+
+
+def name_of(reward) -> str:
+  return getattr(reward, '__name__', type(reward).__name__)

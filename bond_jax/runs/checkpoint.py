@@ -1,0 +1,214 @@
+"""Saving and restoring a run: the train state and the data iterator.
+
+Orbax writes asynchronously and commits a step by renaming its folder, so a
+process killed inside a save leaves the step before it intact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+import math
+import os
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+
+from bond_jax.devices import hosts
+from bond_jax.errors import UserError
+from bond_jax.runs import checksums
+from bond_jax.types import Params, TrainState
+
+
+def manager(folder: str, *, keep: int = 2) -> ocp.CheckpointManager:
+  """A CheckpointManager that keeps the last `keep` steps, and the best.
+
+  Args:
+    folder: made if absent.
+    keep: the number of newest checkpoints that stay.
+  """
+  options = ocp.CheckpointManagerOptions(
+    preservation_policy=_Kept(keep),
+    best_fn=_score,
+    enable_async_checkpointing=True,
+    temporary_path_class=checksums.TemporaryPath,
+  )
+  folder = os.path.abspath(folder)
+  try:
+    return ocp.CheckpointManager(folder, options=options)
+  except ValueError:  # a step's scores are not JSON
+    for step in checksums.steps(folder):
+      checksums.check(folder, step, ('metrics',))
+    raise
+
+
+def _score(metrics: dict[str, float | None]) -> float:
+  """Of a checkpoint; the lowest of one that was saved without."""
+  return -math.inf if metrics['score'] is None else metrics['score']
+
+
+class _Kept:
+  """What stays: of those with a score the last and the best; and the newest.
+
+  So one that was saved without, on request, goes when the next is there, and
+  the others stay as they would have without it.
+  """
+
+  def __init__(self, keep: int):
+    self._keep = keep
+
+  def should_preserve(self, checkpoints: Sequence[Any], **_) -> list[bool]:
+    last = len(checkpoints) - 1
+    scored = [
+      i
+      for i, info in enumerate(checkpoints)
+      if info.metrics and info.metrics['score'] is not None
+    ]
+    best = sorted(scored, key=lambda i: checkpoints[i].metrics['score'])[-1:]
+    kept = {*scored[-self._keep :], *best, last}
+    return [i in kept for i in range(len(checkpoints))]
+
+
+def save(
+  checkpoints: ocp.CheckpointManager,
+  step: int,
+  state: TrainState,
+  data: dict[str, Any],
+  score: float | None,
+  facts: dict[str, Any] | None = None,
+) -> None:
+  """Saves `state` and `data` (JSON) as `step`; returns before it is written.
+
+  `facts`, of what runs, are JSON too, and change nothing.
+
+  The highest score marks the best step; None is of a step that was not meant to
+  be saved, and stays until the next one is. The parameters are an item of their
+  own, for readers that want them alone. A UserError if anything in it is not
+  finite.
+  """
+  if names := broken(state._asdict()):
+    raise UserError(
+      f'step {step}: not finite are {", ".join(names[:3])}'
+      f'{f" and {len(names) - 3} more" if len(names) > 3 else ""}. Nothing was'
+      f' saved after the last checkpoint in {checkpoints.directory}.'
+    )
+  checkpoints.save(
+    step,
+    args=ocp.args.Composite(
+      params=ocp.args.StandardSave(state.params),
+      rest=ocp.args.StandardSave(state._replace(params={})._asdict()),
+      data=ocp.args.JsonSave(data),
+      facts=ocp.args.JsonSave(facts or {}),
+    ),
+    metrics={'score': None if score is None else float(score)},
+    custom_metadata=checksums.MARK,
+  )
+
+
+@jax.jit
+def not_finite(tree: Any) -> Any:
+  """Which arrays of a tree hold anything that is not finite: bool[]."""
+
+  def one(x):
+    if not jnp.issubdtype(x.dtype, jnp.inexact):
+      return jnp.bool_(False)
+    return ~jnp.isfinite(x).all()
+
+  return jax.tree.map(one, tree)
+
+
+def broken(tree: Any) -> list[str]:
+  """The paths of arrays that hold anything that is not finite."""
+  flags = jax.device_get(not_finite(tree))
+  return [
+    jax.tree_util.keystr(path, simple=True, separator='/')
+    for path, bad in jax.tree_util.tree_leaves_with_path(flags)
+    if bad
+  ]
+
+
+def last_step(checkpoints: ocp.CheckpointManager) -> int | None:
+  """The last step that was saved, the same one on all hosts."""
+  return hosts.once(checkpoints.latest_step)
+
+
+def restore(
+  checkpoints: ocp.CheckpointManager, like: TrainState
+) -> tuple[TrainState, dict[str, Any]]:
+  """Restores the last step into the shapes and shardings of `like`.
+
+  Returns the state, and the JSON dict that was saved with it.
+  """
+  step = last_step(checkpoints)
+  rest = abstract(like._replace(params={})._asdict())
+  out = checkpoints.restore(
+    step,
+    args=ocp.args.Composite(
+      params=ocp.args.StandardRestore(abstract(like.params)),
+      rest=ocp.args.StandardRestore(rest),
+      data=ocp.args.JsonRestore(),
+    ),
+  )
+  state = TrainState(**{**out['rest'], 'params': out['params']})
+  return state, out['data']
+
+
+def read_facts(checkpoints: ocp.CheckpointManager, step: int) -> dict[str, Any]:
+  """What was saved of what ran; nothing by an earlier version of this code."""
+  path = os.path.join(checkpoints.directory, str(step), 'facts')
+  if not hosts.once(lambda: os.path.isdir(path)):
+    return {}
+  args = ocp.args.Composite(facts=ocp.args.JsonRestore())
+  return checkpoints.restore(step, args=args)['facts']
+
+
+def restore_params(
+  checkpoints: ocp.CheckpointManager, like: Params, step: int
+) -> Params:
+  """Restores the policy of a step alone, into the shardings of `like`.
+
+  A UserError if its files are not as they were written.
+  """
+  folder = os.fspath(checkpoints.directory)
+  hosts.once(lambda: checksums.check(folder, step, ('params',)))
+  out = checkpoints.restore(
+    step,
+    args=ocp.args.Composite(params=ocp.args.StandardRestore(abstract(like))),
+  )
+  return out['params']
+
+
+def abstract(tree: Any) -> Any:
+  """The shapes, dtypes and shardings of a tree of arrays."""
+  return jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
+    tree,
+  )
+
+
+def choose(checkpoints: ocp.CheckpointManager, which: str) -> int:
+  """The step that 'last', 'best' or a number means, the same on all hosts.
+
+  A UserError if it is absent.
+  """
+  return hosts.once(lambda: _choose(checkpoints, which))
+
+
+def _choose(checkpoints: ocp.CheckpointManager, which: str) -> int:
+  steps = sorted(checkpoints.all_steps())
+  if not steps:
+    raise UserError(
+      f'{checkpoints.directory} holds no checkpoint; run the stage that'
+      ' writes it first.'
+    )
+  if which == 'last':
+    return steps[-1]
+  if which == 'best':
+    return checkpoints.best_step() or steps[-1]
+  if which.isdigit() and int(which) in steps:
+    return int(which)
+  raise UserError(
+    f'checkpoint {which!r} is not in {checkpoints.directory}; there are'
+    f' {", ".join(map(str, steps))}, and "last" and "best".'
+  )

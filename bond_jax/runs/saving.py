@@ -1,0 +1,269 @@
+"""The checkpoints of a stage that runs: going on from one, and saving.
+
+A save that fails is a line, not a traceback: the last good checkpoint stays,
+and the stage stops or goes on, as `failure` says. Saves are written by a
+thread; the step waits for one at most PATIENCE seconds, when the next is due.
+A save between may be left out so. The last step of a stage, and the step at
+which it is stopped, may not: they wait for as long as the store takes, and the
+stage ends well only when they are whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+import contextlib
+import errno
+import glob
+import logging
+import os
+import re
+import shutil
+import sys
+import time
+from typing import Any, Self
+
+from bond_jax.devices import hosts
+from bond_jax.errors import UserError
+from bond_jax.runs import checkpoint, checksums, command, configs, fingerprints
+from bond_jax.types import TrainState
+
+FAILURES = ('stop', 'go_on')
+PATIENCE = 60.0  # seconds for which a step waits for the save before
+
+
+class Saver:
+  """Saves the steps of one stage; a context, which ends when all is written."""
+
+  def __init__(
+    self,
+    folder: str,
+    stage: str,
+    failure: str,
+    facts: dict[str, Any],
+    inputs: Callable[[], dict[str, str]] = dict,
+  ):
+    """Looks at what is there: `start` is the last good step, or None.
+
+    Args:
+      folder: of the checkpoints.
+      stage: for the lines.
+      failure: what is done when a save fails, one of FAILURES.
+      facts: of what runs, saved with each step, and compared when it goes on.
+      inputs: the fingerprints of what it reads, likewise; a UserError if they
+        have changed since the last good step, and no one has accepted that.
+    """
+    if failure not in FAILURES:
+      raise UserError(
+        f'save_failure is {failure!r}; known are {", ".join(FAILURES)}.'
+      )
+    self.folder = os.path.abspath(folder)
+    hosts.once(self._clear)
+    hosts.once(lambda: checksums.set_aside(self.folder))
+    self._checkpoints = checkpoint.manager(self.folder)
+    self.start = checkpoint.last_step(self._checkpoints)
+    self._stage, self._failure, self._facts = stage, failure, facts
+    self._writing: int | None = None  # the step whose save has not been seen
+    self._read, self._inputs = inputs, inputs()
+    configs.agree({'inputs': self._inputs})
+    self._before: dict[str, Any] = {}
+    if self.start is not None:
+      self._before = checkpoint.read_facts(self._checkpoints, self.start)
+      then = self._before.pop('inputs', self._inputs)
+      lines = fingerprints.changed(then, self._inputs)
+      fingerprints.accept(f'{stage}, which goes on after {self.start},', lines)
+
+  def __enter__(self) -> Self:
+    for name in ('absl', 'asyncio'):
+      logging.getLogger(name).addFilter(_no_traces)
+    if sys.unraisablehook is not _no_echoes:
+      _no_echoes.hook, sys.unraisablehook = sys.unraisablehook, _no_echoes
+    return self
+
+  def __exit__(self, kind, *_) -> None:
+    if kind is None:
+      self.finish()
+    with contextlib.suppress(Exception):  # what was raised matters more
+      self._checkpoints.close()
+
+  def restore(self, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
+    """The state and the data of the last good step; says what has changed."""
+    state, data = checkpoint.restore(self._checkpoints, like)
+    hosts.say(f'{self._stage}: goes on after step {self.start}')
+    now = self._facts if self._before else {}
+    if changed := configs.differences(self._before, now):
+      hosts.say(
+        f'{self._stage}: changed since it was saved: {"; ".join(changed)}'
+      )
+    return state, data
+
+  def best(self, like: Any) -> tuple[int, Any]:
+    """The best step, and its parameters."""
+    step = checkpoint.choose(self._checkpoints, 'best')
+    return step, checkpoint.restore_params(self._checkpoints, like, step)
+
+  def look(self) -> None:
+    """Sees whether a save has failed; several hosts see it at the next."""
+    busy = self._checkpoints.is_saving_in_progress
+    if self._writing is not None and hosts.count() == 1 and not busy():
+      self._settle()
+
+  def save(
+    self,
+    step: int,
+    state: TrainState,
+    data: dict[str, Any],
+    score: float | None,
+    rows: Callable[[], None],
+    *,
+    must: bool = False,
+  ) -> None:
+    """Saves a step, when `rows()` has written the metrics up to it.
+
+    Where the save before is not written in PATIENCE seconds, the step is left
+    out. One that `must` be saved, the last of a stage, is on disk when this
+    returns, or a UserError says why not, whatever `failure` is.
+    """
+    if must:
+      self._wait_for_it()
+    elif not self._wait(PATIENCE):
+      _warn(
+        f'{self._stage}: step {self._writing} is still being written, after'
+        f' waiting {PATIENCE:.0f} s for it, so step {step} is not saved. The'
+        f' last good checkpoint is {self._last_good()}.'
+      )
+      return
+    self._settle()
+    self._failure = 'stop' if must else self._failure
+    error = None
+    try:
+      rows()
+    except OSError as e:
+      error = e
+    if error := _first(error):
+      self._fail(step, error)
+      return
+    self._writing = step
+    self._inputs, changed = fingerprints.steady(self._inputs, self._read())
+    if changed:
+      _warn(
+        f'{self._stage}: step {step}: changed while the stage runs:'
+        f' {"; ".join(changed[:3])}. What is read next is of the changed files.'
+      )
+    facts = {**self._facts, 'inputs': self._inputs}
+    try:
+      checkpoint.save(self._checkpoints, step, state, data, score, facts)
+    except UserError:
+      raise
+    except Exception as e:  # pylint: disable=broad-except
+      if hosts.count() > 1:  # the others are in it, and do not know
+        raise UserError(f'step {step} could not be saved: {_brief(e)}') from e
+      self._fail(step, _brief(e))
+    if must:
+      self.finish()
+
+  def finish(self) -> None:
+    """Waits until the last save is whole; a UserError if it is not."""
+    self._wait_for_it()
+    self._failure = 'stop'
+    self._settle()
+
+  def _wait_for_it(self) -> None:
+    while not self._wait(PATIENCE):
+      hosts.say(f'{self._stage}: step {self._writing} is still being written')
+
+  def _wait(self, seconds: float) -> bool:
+    """Whether, on all hosts, the save before is written or has failed."""
+    until = time.monotonic() + seconds
+    busy = self._checkpoints.is_saving_in_progress
+    while busy() and time.monotonic() < until:
+      time.sleep(0.02)
+    return not any(hosts.gather(busy()))
+
+  def _settle(self) -> None:
+    """Takes in how the save before has ended."""
+    error = None
+    try:
+      self._checkpoints.wait_until_finished()
+    except Exception as e:  # pylint: disable=broad-except
+      error = e
+    step, self._writing = self._writing, None
+    if error := _first(error):
+      self._fail(step, error)
+
+  def _clear(self) -> None:
+    """Makes room of what was never finished: nobody else writes here."""
+    for path in glob.glob(os.path.join(self.folder, '*.orbax-checkpoint-tmp*')):
+      shutil.rmtree(path, ignore_errors=True)
+
+  def _fail(self, step: int, error: str) -> None:
+    self._writing = None
+    command.leave_threads()  # some of Orbax's wait for the others for ever
+    hosts.once(self._clear)
+    with contextlib.suppress(Exception):  # it may think that it still saves
+      self._checkpoints.close()
+    self._checkpoints = checkpoint.manager(self.folder)
+    line = (
+      f'{self._stage}: step {step} could not be saved ({error}). The last good'
+      f' checkpoint is {self._last_good()}.'
+    )
+    if self._failure == 'stop':
+      raise hosts.Disagreement(
+        f'{line} Make room, or let it write there, and start the same command'
+        " again; with save_failure 'go_on' it would train on."
+      )
+    _warn(line)
+
+  def _last_good(self) -> str:
+    steps = [s for s in checksums.steps(self.folder) if s != self._writing]
+    return f'of step {steps[-1]} in {self.folder}' if steps else 'none yet'
+
+
+@contextlib.contextmanager
+def on_disk(workdir: str) -> Iterator[None]:
+  """Where a disk is full or may not be written, a UserError says so."""
+  try:
+    yield
+  except OSError as e:
+    if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG):
+      raise
+    raise UserError(
+      f'cannot write to {e.filename or workdir}: {e.strerror}. Make room, or'
+      ' let it write there, and start the same command again.'
+    ) from e
+
+
+def _first(error: Exception | None) -> str | None:
+  """The first error of all hosts."""
+  told = hosts.gather(_brief(error) if error else None)
+  return next(filter(None, told), None)
+
+
+def _brief(error: Exception) -> str:
+  """An error of a library on a line: what the system says, if it does."""
+  if isinstance(error, OSError) and error.strerror:
+    return ': '.join(filter(None, (error.strerror, error.filename)))
+  text = ' '.join(f'{type(error).__name__}: {error}'.split())
+  if code := re.search(r"os_error_code='(\d+)'", text):  # tensorstore's
+    return os.strerror(int(code[1]))
+  return text[:200]
+
+
+def _warn(line: str) -> None:
+  if hosts.first():
+    print(f'\nWARNING: {line}', file=sys.stderr, flush=True)
+
+
+def _no_traces(record: logging.LogRecord) -> bool:
+  """Leaves out Orbax's own tracebacks of what a line tells here.
+
+  Until the process ends: its threads may be later than the line.
+  """
+  if record.name == 'asyncio':
+    return 'exception was never retrieved' not in record.getMessage()
+  return not (record.exc_info and f'{os.sep}orbax{os.sep}' in record.pathname)
+
+
+def _no_echoes(event: Any) -> None:
+  """Leaves out what tensorstore says of writes that nobody waits for now."""
+  if str(event.exc_value) != 'Event loop is closed':
+    _no_echoes.hook(event)

@@ -1,0 +1,152 @@
+"""A stage of a run: done once, by all hosts, in a folder that it holds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+import json
+import os
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+import ml_collections
+
+import bond_jax
+from bond_jax.devices import hosts
+from bond_jax.errors import UserError
+from bond_jax.runs import (
+  configs,
+  environment,
+  fields,
+  files,
+  fingerprints,
+  lock,
+  metrics,
+  paths,
+  saving,
+  stopping,
+)
+
+
+def check_stage(
+  name: str, config: ml_collections.ConfigDict, workdir: str
+) -> None:
+  """Refuses a stage that this run does not have."""
+  fields.check(config.to_dict(), needed=fields.NEEDED)
+  if name not in config:
+    raise UserError(
+      f'this config has no {name} section: what {config.task} trains on needs'
+      ' no such stage.'
+    )
+  start = configs.reference_dir(config, workdir)
+  if name in ('sft', 'reward_model') and start != os.path.normpath(workdir):
+    raise UserError(
+      f'this config starts from the sft and reward stages of {start}: its'
+      f' {name} stage is run there, not in {workdir}.'
+    )
+
+
+def begin(
+  name: str,
+  config: ml_collections.ConfigDict,
+  path: str,
+  workdir: str,
+  asked: Mapping[str, str],
+) -> bool:
+  """Joins the other hosts of a stage; whether there is work to do for it.
+
+  A UserError if they are not about to do the same, or if the workdir is
+  another config's. `path` is the summary that marks the stage as done.
+  """
+  hosts.start()
+  environment.configure_jax()
+  environment.keep_compilations(jax.default_backend())
+  configs.agree(
+    {
+      'stage': name,
+      'config': json.loads(config.to_json_best_effort()),
+      'flags': dict(asked),
+      'versions': environment.versions(),
+      'code': fingerprints.of_code(os.path.dirname(bond_jax.__file__)),
+    }
+  )
+
+  def finished() -> bool:
+    configs.check_workdir(workdir, config)
+    if not os.path.exists(path):
+      return False
+    done = {k: v for k, v in files.read_json(path).items() if k in asked}
+    if changed := configs.differences(done, asked):
+      raise UserError(
+        f'{path} is there, with {"; ".join(changed)} asked for now. Nothing was'
+        f' changed; move away what the {name} stage wrote to run it again.'
+      )
+    return True
+
+  if done := hosts.once(finished):
+    hosts.say(f'{name}: finished already, see {path}')
+  return not done
+
+
+def claim(config: ml_collections.ConfigDict, workdir: str, folder: str) -> None:
+  """Makes the workdir this config's, and `folder` in it, on all hosts."""
+
+  def make() -> None:
+    configs.claim_workdir(workdir, config)
+    os.makedirs(folder, exist_ok=True)
+
+  hosts.once(make)
+  hosts.check_shared(folder)
+
+
+def stage(
+  name: str,
+  work: Callable[..., dict[str, Any]],
+  config: ml_collections.ConfigDict,
+  workdir: str,
+  *,
+  folder: str,
+  check: Callable[[ml_collections.ConfigDict], Mesh],
+  table: Callable[[dict[str, Any]], list[tuple]] = metrics.scalars,
+  **asked: str,
+) -> None:
+  """Runs a stage once: `<workdir>/<folder>/summary.json` marks it done.
+
+  Args:
+    name: of the stage, for people.
+    work: (config, workdir, **asked) -> the summary.
+    config: of the run.
+    workdir: of the run.
+    folder: in which the summary goes.
+    check: config -> its mesh; a UserError if some stage could not work with it.
+    table: what of the summary is shown at the end.
+    **asked: flags beside the config; the summary repeats them.
+  """
+  workdir = paths.expanded(workdir)
+  path = os.path.normpath(os.path.join(workdir, folder, 'summary.json'))
+  if not begin(name, config, path, workdir, asked):
+    return
+  with stopping.listening():
+    _work(name, work, config, workdir, path, check, table, asked)
+    stopping.hear(hosts.gather(stopping.asked()))
+    if stopping.due():  # no stage after it shall start
+      raise stopping.stopped(name, None)
+
+
+def _work(name, work, config, workdir, path, check, table, asked) -> None:
+  """Runs a stage that is not finished; see `stage`."""
+  check_stage(name, config, workdir)
+  mesh = check(config)
+  hosts.check_mesh(mesh)
+  with lock.held(workdir, name):
+    claim(config, workdir, os.path.dirname(path))
+    devices = f'{mesh.size} {jax.default_backend()} device(s)'
+    if hosts.count() > 1:
+      devices += f' of {hosts.count()} hosts'
+    hosts.say(f'{name}: {config.model.name} on {devices}, into {workdir}')
+    with saving.on_disk(workdir):
+      summary = work(config, workdir, **asked)
+      summary = {**summary, **asked, 'versions': environment.versions()}
+      if hosts.first():
+        files.write_json(path, summary)
+        metrics.table(table(summary), f'{name}: done, see {path}')

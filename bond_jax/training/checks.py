@@ -1,0 +1,78 @@
+"""Refuses a config that some stage could not work with, before the first."""
+
+from __future__ import annotations
+
+import math
+
+from jax.sharding import Mesh
+import ml_collections
+
+from bond_jax.devices import sharding
+from bond_jax.errors import UserError
+from bond_jax.runs import (
+  configs,
+  fields,
+)
+from bond_jax.training import setups
+from bond_jax.weights import load
+
+
+def check(config: ml_collections.ConfigDict) -> Mesh:
+  """The mesh of a config; a UserError for what no stage could work with."""
+  fields.check(config.to_dict(), fields.NEEDED)
+  settings = config.train
+  if not config.model.temperature:
+    raise UserError('model.temperature is 0, the greedy law, which is for'
+                    ' bond_jax.sample; training needs more.')  # fmt: skip
+  mesh = sharding.make_mesh(**config.mesh)
+  drawn_on = sharding.reshaped(mesh, **config.sampling_mesh)
+  parts = settings.micro_batches
+  sharding.check_batch('train.batch', settings.batch, mesh, parts)
+  # Each part of the mesh draws whole prompts.
+  sharding.check_batch('train.batch', settings.batch, drawn_on, 1)
+  algorithm = setups.make_algorithm(config)
+  steps = settings.rollouts * settings.epochs
+  if steps > 1 and algorithm.num_policy:
+    raise UserError(
+      f"algorithm {config.algorithm.name} trains on the policy's completions,"
+      ' which one update makes stale; set train.rollouts and train.epochs to 1.'
+    )
+  for name in ('steps', 'save_every'):
+    if settings[name] % steps:
+      raise UserError(
+        f'train.{name} ({settings[name]}) must be a multiple of'
+        f' train.rollouts x train.epochs = {steps}: a checkpoint holds no half'
+        ' iteration.'
+      )
+  setups.task(config).check(config, mesh)
+  if 'reward_model' in config:
+    check_reward_model(config, mesh)
+  return mesh
+
+
+def check_reward_model(config: ml_collections.ConfigDict, mesh) -> None:
+  """Refuses a reward_model section that the stage could not work with."""
+  settings = config.reward_model
+  if settings.kind == 'ridge':
+    vocab_size = config.tokenizer.vocab_size
+    if settings.order * math.log2(vocab_size + 1) >= 63:
+      raise UserError(
+        f'reward_model.order is {settings.order}: n-grams of {vocab_size}'
+        ' pieces that long do not fit 63 bits; use a smaller order.'
+      )
+    return
+  sharding.check_batch('reward_model.batch', settings.batch, mesh, 1)
+  if settings.weights == 'sft':
+    if 'sft' not in config:
+      raise UserError(
+        "reward_model.weights is 'sft', and this config has no sft stage; name"
+        " a checkpoint, or 'random'."
+      )
+    if 'model' in settings or 'tokenizer' in settings:
+      raise UserError(
+        "reward_model.weights is 'sft': the reward model is the sft stage's,"
+        ' and has no model or tokenizer of its own. Drop these, or take'
+        " 'random' or a checkpoint."
+      )
+  mine = configs.of_reward_model(config)
+  load.make_policy(mine.model, mine.tokenizer.vocab_size, full=True)

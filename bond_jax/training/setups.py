@@ -1,0 +1,69 @@
+"""The algorithm and the setup of a step, from a config."""
+
+from __future__ import annotations
+
+import importlib
+import os
+
+import ml_collections
+
+from bond_jax import algorithms
+from bond_jax.devices import sharding
+from bond_jax.errors import UserError
+from bond_jax.runs import (
+  fields,
+)
+from bond_jax.training import enumerable, text_task
+from bond_jax.training import optimizer as optimizer_lib
+from bond_jax.training import step as step_lib
+from bond_jax.types import (
+  Policy,
+)
+from bond_jax.weights import load
+
+
+def make_algorithm(config: ml_collections.ConfigDict):
+  """The algorithm whose file in `algorithms/` bears `config.algorithm.name`."""
+  name = config.algorithm.name
+  folder = os.path.dirname(algorithms.__file__)
+  known = sorted(
+    f[:-3] for f in os.listdir(folder) if f.endswith('.py') and f[0] != '_'
+  )
+  if name not in known:
+    said = f'algorithm.name is {name!r}; known are {", ".join(known)}.'
+    raise UserError(said)
+  module = importlib.import_module(f'bond_jax.algorithms.{name}')
+  args = config.algorithm.args.to_dict()
+  rules = {'algorithm': {'args': fields.of_arguments(module.make)}}
+  fields.check({'algorithm': {'args': args}}, rules=rules)
+  try:
+    return module.make(**args)
+  except ValueError as e:
+    raise UserError(f'algorithm {name}: {e}; args are {args}.') from e
+
+
+def make_setup(
+  config: ml_collections.ConfigDict, policy: Policy, stop, mesh
+) -> step_lib.Setup:
+  """The setup that a config describes, of a policy on a mesh."""
+  settings = config.train
+  return step_lib.Setup(
+    policy=policy,
+    algorithm=load.with_anchor(make_algorithm(config), config.model),
+    optimizer=optimizer_lib.adam(steps=settings.steps, **settings.optimizer),
+    length=config.length,
+    stop=stop,
+    rollouts=settings.rollouts,
+    epochs=settings.epochs,
+    micro_batches=settings.micro_batches,
+    chunk=config.chunk,
+    slots=config.slots,
+    buckets=settings.buckets,
+    mesh=mesh,
+    sampling_mesh=sharding.reshaped(mesh, **config.sampling_mesh),
+  )
+
+
+def task(config: ml_collections.ConfigDict):
+  """The module that `config.task` names."""
+  return {'text': text_task, 'enumerable': enumerable}[config.task]

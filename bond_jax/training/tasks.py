@@ -1,0 +1,34 @@
+"""What is trained on: prompts, a reward and a probe."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+import types
+from typing import Any, NamedTuple
+
+from bond_jax.models import stops
+from bond_jax.rewards import calling
+from bond_jax.types import (
+  Frozen,
+  Policy,
+  Prompts,
+  Rollout,
+)
+
+
+class Task(NamedTuple):
+  """What the train stage trains on, and how it is watched.
+
+  Built by the module that `config.task` names, from `make(config, workdir,
+  mesh)`; its `check(config, mesh)` refuses a config before any stage starts.
+  """
+
+  policy: Policy
+  frozen: Frozen  # the reference, and what is under it, in their shards
+  stop: stops.Stop
+  batches: Any  # iterator of Prompts, with get_state() and set_state(state)
+  reward: Callable[[Prompts, Rollout], calling.Scored]  # on the host
+  # frozen -> probe, a function from params, and one that gives all of frozen,
+  # to validation numbers, among them win_rate/reference and kl/reference
+  make_probe: Callable[[Frozen], Callable[..., dict[str, float]]]
+  facts: Mapping[str, Any] = types.MappingProxyType({})  # for the summary

@@ -1,0 +1,271 @@
+"""What the text stages train on: prompts of the data, a reward on text.
+
+Named by `config.task`; `tasks.Task` says what a task is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+import itertools
+from typing import Any, NamedTuple
+
+import jax
+import ml_collections
+import numpy as np
+
+from bond_jax.data import examples, preferences, sources
+from bond_jax.data import tokenizer as tokenizer_lib
+from bond_jax.devices import hosts, sharding, shares
+from bond_jax.errors import UserError
+from bond_jax.measures import comparisons
+from bond_jax.models import lora, sampling, stops
+from bond_jax.models.log_probs import log_probs
+from bond_jax.models.sampling import sample
+from bond_jax.rewards import calling
+from bond_jax.rewards import make as making
+from bond_jax.runs import (
+  configs,
+  fields,
+)
+from bond_jax.training import tasks
+from bond_jax.types import (
+  Context,
+  Prompts,
+  Rollout,
+)
+from bond_jax.weights import load
+
+NEEDED = ('data', 'weights', 'tokenizer', 'prompt', 'stop', 'reward', 'gold',
+          'evaluate', 'train.probe_prompts',
+          'train.probe_completions')  # fmt: skip
+
+
+def check(config: ml_collections.ConfigDict, mesh) -> None:
+  """Refuses what some stage could not work with.
+
+  A wrong setting of a late stage must not cost the early ones.
+  """
+  fields.check(config.to_dict(), NEEDED)
+  drawn_on = sharding.reshaped(mesh, **config.sampling_mesh)
+  for name, batch in (
+    ('train.probe_prompts', config.train.probe_prompts),
+    ('evaluate.prompts', config.evaluate.prompts),
+  ):
+    sharding.check_batch(name, batch, mesh, 1)
+    sharding.check_batch(name, batch, drawn_on, 1)
+  if 'sft' in config:
+    sharding.check_batch('sft.batch', config.sft.batch, mesh, 1)
+  policy = load.make_policy(config.model, config.tokenizer.vocab_size)
+  parts = drawn_on.shape['data']
+  stop = stops.make((), [b''], config.stop)  # the ids come with a vocabulary
+  sampling.check(policy, config.length, stop, config.slots, parts)
+  for name in ('reward', 'gold'):
+    making.check_reward(config[name], name)
+  rows = {split: sources.rows(config, split) for split in preferences.SPLITS}
+  sources.check_apart(rows, ('train', 'validation'), ('train', 'test'))
+
+
+def make(config: ml_collections.ConfigDict, workdir: str, mesh) -> tasks.Task:
+  """The task of a run whose sft stage has finished."""
+  tokenizer = load.load_tokenizer(config, workdir)
+  stop = stops.of(tokenizer, config.stop)
+  encode = load.make_encoder(config, tokenizer)
+  # A bad row shows before weights are loaded, also one that is used later.
+  rows, held_out = (sources.rows(config, s) for s in ('train', 'validation'))
+  whole = load.make_encoder(config, tokenizer, longer='drop')
+  facts = look_at(rows, whole, config.prompt)
+  prompts = examples.fixed_prompts(
+    held_out,
+    encode,
+    length=config.prompt.length,
+    count=config.train.probe_prompts,
+  )
+  for part in sources.parts(sources.rows(config, 'test')):
+    made = sources.each(part.rows, encode)
+    list(itertools.islice(made, config.evaluate.prompts))
+  policy = load.make_policy(config.model, config.tokenizer.vocab_size)
+  frozen = load.load_frozen(config, policy, workdir, mesh)
+  ask, ask_gold = (
+    making.make_ask(config, name, workdir) for name in ('reward', 'gold')
+  )
+
+  def scored(prompts, drawn):
+    return ask(*texts(config, tokenizer, rows, prompts, drawn))
+
+  def make_probe(frozen):
+    on_mesh = sharding.put_batch(prompts, mesh)
+    probe = probe_programs(config, policy, stop, mesh)
+    key, base = configs.key(config.seed, 'probe'), frozen.base
+    draw = lambda params, stream: probe.draw(
+      params, base, on_mesh, jax.random.fold_in(key, stream)
+    )
+    log_ratio = lambda frozen, drawn: shares.fetch(
+      probe.score(frozen, on_mesh, drawn)
+    )
+    fetched = lambda drawn: texts(
+      config, tokenizer, held_out, prompts, shares.fetch(drawn)
+    )
+    own = shares.own(mesh, config.train.probe_prompts)
+    return probe_of(
+      draw, log_ratio, ask, ask_gold, fetched, frozen.reference, own
+    )
+
+  return tasks.Task(
+    policy=policy,
+    frozen=frozen,
+    stop=stop,
+    batches=examples.prompts(
+      rows,
+      encode,
+      length=config.prompt.length,
+      batch=config.train.batch,
+      seed=config.seed,
+    ),
+    reward=scored,
+    make_probe=make_probe,
+    facts=facts,
+  )
+
+
+def look_at(
+  rows: examples.Source, make: examples.Make, prompt
+) -> dict[str, int]:
+  """Says, once, what of the data is not used, and how much.
+
+  `make` drops prompts that are too long; where `prompt`, the settings of the
+  prompts, is None, it makes none.
+  """
+  bad = []
+  counts = examples.count_left_out(rows, make, bad=bad)
+  looked_at = sum(count.looked_at for count in counts)
+  facts, lines = {'rows_looked_at': looked_at}, []
+  if prompt:
+    kept = prompt.kind != 'opening' and prompt.longer == 'cut'
+    facts = {
+      'prompts_looked_at': looked_at,
+      'prompts_cut' if kept else 'prompts_left_out': sum(
+        count.left_out for count in counts
+      ),
+    }
+    lines = examples.describe(counts, prompt.kind, prompt.length, prompt.longer)
+  if empty := sources.empty_lines(rows):
+    lines.append(f'data: {empty:,} empty lines are skipped')
+  if bad:
+    lines.append(sources.skipped(bad, looked_at, 'data'))
+  if lines:
+    hosts.say('\n'.join(lines))
+  return {**facts, 'bad_rows': len(bad), 'empty_lines': empty}
+
+
+class Probe(NamedTuple):
+  """The jitted functions of a probe.
+
+  Apart, since the reference is not needed, nor there, while the policy draws.
+  """
+
+  draw: Callable[..., Any]  # params, base, prompts, key -> rollout
+  score: Callable[..., Any]  # frozen, prompts, rollout -> log-ratio f32[B, K]
+
+
+def probe_programs(config, policy, stop, mesh) -> Probe:
+  sampling_mesh = sharding.reshaped(mesh, **config.sampling_mesh)
+
+  def draw(params, base, prompts, key):
+    return sample(
+        lora.over(policy, base), params, prompts, key,
+        num=config.train.probe_completions, length=config.length,
+        stop=stop, slots=config.slots, mesh=sampling_mesh,
+    )  # fmt: skip
+
+  def score(frozen, prompts, drawn):
+    log_reference = log_probs(
+        lora.over(policy, frozen.base), frozen.reference, prompts,
+        drawn.completion, drawn.mask, chunk=config.chunk,
+    )  # fmt: skip
+    return (drawn.log_prob - log_reference).sum(-1)
+
+  rows = sharding.by_row(mesh)
+  return Probe(
+    jax.jit(draw, out_shardings=rows), jax.jit(score, out_shardings=rows)
+  )
+
+
+def probe_of(draw, log_ratio, ask, ask_gold, read, reference, own):
+  """How the policy does against the reference on fixed validation prompts.
+
+  The reference's completions are drawn once, with a key of their own, so that
+  the curve moves with the policy alone. `read` makes of completions the texts
+  that `ask` calls the reward with; a judge compares them with the reference's.
+  Where the reward rises and gold, which nothing is trained on, falls, the
+  policy has learnt the reward's mistakes. Both are asked about the rows that
+  this host owns.
+  """
+
+  def judge(ask, texts) -> tuple[calling.Scored, np.ndarray]:
+    """What the reward and gold say of the texts of all hosts."""
+    found = None
+    if len(own):
+      mine = calling.some(own, *texts)
+      found = ask(*mine), ask_gold(*mine)
+    told = hosts.gather((own, found))
+    of = lambda i: calling.join([(rows, x and x[i]) for rows, x in told])
+    return of(0), of(1).value
+
+  theirs = read(draw(reference, 1))
+  before, gold_before = judge(ask, theirs)
+  if gold_before.ndim == 3:
+    raise UserError(
+      'gold compares pairs; it must be a reward, a number for each completion.'
+    )
+  pairs = before.value.ndim == 3
+
+  def ask_against(*mine) -> calling.Scored:
+    return calling.against(ask, mine, calling.some(own, *theirs))
+
+  def probe(params, whole) -> dict[str, Any]:
+    drawn = draw(params, 2)
+    after, gold = judge(ask_against if pairs else ask, read(drawn))
+    kept = (before.weight > 0) & (after.weight > 0)
+    if not kept.any():
+      raise UserError(
+        "the reward gave no validation prompt a number for the policy's"
+        " completions and for the reference's, so that nothing can be compared:"
+        ' see why it fails, or set a larger train.probe_prompts.'
+      )
+    mine = after.value[kept]
+    return {
+      'win_rate/reference': float(mine.mean())
+      if pairs
+      else comparisons.win_rate(mine, before.value[kept]),
+      'kl/reference': float(log_ratio(whole(), drawn).mean()),
+      'reward/validation': float(mine.mean()),
+      'win_rate/gold': comparisons.win_rate(gold, gold_before),
+      'gold/validation': float(gold.mean()),
+    }
+
+  return probe
+
+
+def texts(
+  config: ml_collections.ConfigDict,
+  tokenizer: tokenizer_lib.Tokenizer,
+  rows: examples.Source,
+  prompts: Prompts,
+  drawn: Rollout,
+) -> tuple[list[str], list[list[str]], Context]:
+  """What a reward is called with; `rows` are the data, arrays on the host.
+
+  Prompts are quoted by `examples.last_words`, an opening as the model saw it.
+  """
+  some = [rows[int(i)] for i in prompts.id]
+  if config.prompt.kind == 'opening':
+    said = [tokenizer.decode(row) for row in prompts.tokens]
+  else:
+    said = [examples.last_words(row, config.prompt.kind) for row in some]
+  tokens = [
+    [y[m].tolist() for y, m in zip(ys, masks, strict=True)]
+    for ys, masks in zip(drawn.completion, drawn.mask, strict=True)
+  ]
+  cut = stops.of(tokenizer, config.stop).cut(drawn.completion, drawn.mask)
+  context = Context(some, tokens, ~cut, config.prompt.kind == 'turn')
+  return said, [[tokenizer.decode(y) for y in ys] for ys in tokens], context

@@ -1,0 +1,154 @@
+"""The policy of a finished run, as a folder that others read."""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import Any
+
+from absl import flags
+import jax
+import ml_collections
+
+from bond_jax.devices import sharding
+from bond_jax.errors import UserError
+from bond_jax.models import lora
+from bond_jax.runs import (
+  command,
+  configs,
+  environment,
+  files,
+  metrics,
+  paths,
+)
+from bond_jax.weights import load, official
+from bond_jax.weights.huggingface import adapter, reader, writer
+
+FORMATS = ('hf', 'adapter', 'official')
+
+
+def export(
+  workdir: str, out: str, which: str, form: str, dtype: str
+) -> dict[str, Any]:
+  """Writes the policy of a run's train stage; returns the summary.
+
+  Args:
+    workdir: of the run.
+    out: the folder to make.
+    which: the checkpoint, 'last', 'best' or a step; 'reference' is what
+      training started from.
+    form: one of FORMATS.
+    dtype: of the weights; an official checkpoint keeps that of the run.
+  """
+  if '://' in out or os.path.lexists(out):
+    why = 'is no local folder' if '://' in out else 'exists'
+    raise UserError(f'--out={out} {why}; name a local one that does not exist.')
+  config = configs.read_config(workdir)
+  if 'tokenizer' not in config or 'model' not in config:
+    raise UserError(f'{workdir} trains no language model: nothing to export.')
+  settings = config.model.lora
+  if form == 'adapter' and not settings.rank:
+    raise UserError(
+      f'{workdir} was trained without LoRA: all its weights have changed;'
+      ' export with --format=hf.'
+    )
+  # Of this machine, which need not be the one that trained.
+  mesh = sharding.make_mesh(data=-1, model=1)
+  sizes = None  # the tree is the gemma library's own
+  if form != 'official' or not load.is_library(config.model):
+    sizes = load.make_sizes(config.model, config.tokenizer.vocab_size)
+  policy = load.make_policy(config.model, config.tokenizer.vocab_size)
+  frozen = None
+  if which == 'reference' or (settings.rank and form != 'adapter'):
+    frozen = load.load_frozen(config, policy, workdir, mesh)
+  if which == 'reference':
+    trained, step = frozen.reference, 0
+  else:
+    trained = load.load_policy(config, policy, workdir, which, mesh, alone=True)
+    step = load.find_step(workdir, 'train', which)
+  params, adapters = trained, None
+  if settings.rank:
+    adapters = trained
+  if form == 'adapter':
+    base = paths.expanded(config.get('weights') or '')
+    base = base or configs.reference_dir(config, workdir)
+    adapter.export_adapter(adapters, sizes, out, base=base)
+  else:
+    if adapters is not None:
+      params = frozen.base
+    if form == 'hf':
+      writer.export(
+        params,
+        sizes,
+        out,
+        dtype=dtype,
+        tokenizer_path=tokenizer_path(config, workdir),
+        source=source_of(config),
+        lora=adapters,
+        temperature=config.model.temperature,
+      )
+    else:
+      params = lora.merge(sizes, params, adapters) if adapters else params
+      official.save_official(params, sizes, out)
+  return {
+    'workdir': os.path.abspath(workdir),
+    'model': config.model.name,
+    'checkpoint': which,
+    'step': step,
+    'format': form,
+    'parameters': sum(x.size for x in jax.tree.leaves(params)),
+    'bytes': size_of(out),
+  }
+
+
+def tokenizer_path(config: ml_collections.ConfigDict, workdir: str) -> str:
+  """The SentencePiece model of a run."""
+  folder = configs.reference_dir(config, workdir)
+  return config.tokenizer.path or os.path.join(folder, 'tokenizer.model')
+
+
+def source_of(config: ml_collections.ConfigDict) -> str | None:
+  """The Hugging Face folder that a run started from, if it is one."""
+  path = paths.expanded(config.get('weights') or '')
+  if os.path.isdir(path):
+    return path if os.path.exists(os.path.join(path, 'config.json')) else None
+  return reader.resolve(path) if '@' in path else None
+
+
+def size_of(folder: str) -> int:
+  """Bytes of all files below a folder."""
+  return sum(
+    os.path.getsize(os.path.join(where, name))
+    for where, _, names in os.walk(folder)
+    for name in names
+  )
+
+
+def main(workdir: str, out: str, which: str, form: str, dtype: str) -> None:
+  environment.configure_jax()
+  start = time.perf_counter()
+  print(f'export: {workdir}, checkpoint {which}, as {form}', flush=True)
+  summary = export(workdir, out, which, form, dtype)
+  summary['seconds'] = round(time.perf_counter() - start, 3)
+  summary['versions'] = environment.versions()
+  path = os.path.join(out, 'summary.json')
+  files.write_json(path, summary)
+  metrics.table(metrics.scalars(summary), f'export: done, see {path}')
+
+
+def run(doc: str) -> None:
+  """The command, with its flags; `doc` is its help."""
+  workdir = paths.flag('workdir', None, 'A finished run.', required=True)
+  out = paths.flag('out', None, 'The folder to make.', required=True)
+  which = command.checkpoint_flag()
+  form = flags.DEFINE_enum('format', 'hf', FORMATS, 'What others are to read.')
+  dtype = flags.DEFINE_enum(
+    'dtype', 'bfloat16', ['bfloat16', 'float32'], 'Of the weights, with hf.'
+  )
+
+  def export_it():
+    started = configs.check_version(workdir.value)
+    paths.go_to(paths.home(workdir.value, started))
+    main(workdir.value, out.value, which.value, form.value, dtype.value)
+
+  command.execute(export_it, doc)

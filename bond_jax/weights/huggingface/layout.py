@@ -1,0 +1,133 @@
+"""Gemma's tensors as Hugging Face names them and lays them out.
+
+A matrix there is [out, in], and axes that belong together are one: `q_proj` is
+[N H, D] where our `q_einsum/w` is [N, D, H]. The letters are those of
+`models/gemma.py`; C counts the matrices that we keep in one array.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import NamedTuple
+
+import numpy as np
+
+from bond_jax.models.gemma import layers
+from bond_jax.models.gemma import model as gemma
+
+# Where the text model may lie in a folder: alone, and in the two generations
+# of names that there are beside an image encoder.
+PREFIXES = ('model.', 'language_model.model.', 'model.language_model.')
+
+
+class Part(NamedTuple):
+  """Where one matrix of ours lies."""
+
+  tensor: str  # without its prefix: 'layers.3.self_attn.q_proj.weight'
+  axes: str  # of ours, copies apart: 'NDH'
+  groups: tuple[str, ...]  # of theirs: 'NH', 'D'
+
+
+# leaf -> our axes, theirs, and a name for each copy.
+_MATRICES = {
+  'attn/q_einsum/w': ('NDH', ('NH', 'D'), 'self_attn.q_proj'),
+  'attn/kv_einsum/w': (
+    'CKDH', ('KH', 'D'), 'self_attn.k_proj self_attn.v_proj',
+  ),
+  'attn/qkv_einsum/w': (
+    'CNDH', ('NH', 'D'), 'self_attn.q_proj self_attn.k_proj self_attn.v_proj',
+  ),
+  'attn/attn_vec_einsum/w': ('NHD', ('D', 'NH'), 'self_attn.o_proj'),
+  'mlp/gating_einsum': ('CDF', ('F', 'D'), 'mlp.gate_proj mlp.up_proj'),
+  'mlp/linear': ('FD', ('D', 'F'), 'mlp.down_proj'),
+  'attn/_query_norm/scale': ('H', ('H',), 'self_attn.q_norm'),
+  'attn/_key_norm/scale': ('H', ('H',), 'self_attn.k_norm'),
+  'pre_attention_norm/scale': ('D', ('D',), 'input_layernorm'),
+  'post_attention_norm/scale': ('D', ('D',), 'post_attention_layernorm'),
+  'pre_ffw_norm/scale': ('D', ('D',), 'pre_feedforward_layernorm'),
+  'post_ffw_norm/scale': ('D', ('D',), 'post_feedforward_layernorm'),
+}  # fmt: skip
+_LORA = re.compile(r'(.+/)(?:(\w+)_)?lora_(\w+)')
+
+
+def parts(config: gemma.Config, name: str) -> list[Part]:
+  """Where the array of that nested name lies, one part for each copy."""
+  if name == 'embedder/input_embedding':
+    return [Part('embed_tokens.weight', 'VD', ('V', 'D'))]
+  if name == 'final_norm/scale':
+    return [Part('norm.weight', 'D', ('D',))]
+  layer, leaf = name.removeprefix('layer_').split('/', 1)
+  axes, groups, modules = _MATRICES[leaf]
+  if leaf == 'mlp/gating_einsum' and config.gating_transposed:
+    axes = 'CFD'
+  if leaf == 'pre_ffw_norm/scale' and not config.post_norms:
+    modules = 'post_attention_layernorm'  # Gemma 1's name for it
+  return [
+    Part(f'layers.{layer}.{module}.weight', axes.removeprefix('C'), groups)
+    for module in modules.split()
+  ]
+
+
+def weight_of(name: str) -> tuple[str, str] | None:
+  """The weight that an adapter's leaf is for, and 'a', 'b' or 'delta'."""
+  match = _LORA.fullmatch(name)
+  return match and (match[1] + (match[2] or 'w'), match[3])
+
+
+def lora_parts(config: gemma.Config, name: str) -> list[Part]:
+  """As `parts`, of `.../lora_a` or `.../lora_b`: theirs [r, in], [out, r]."""
+  weight, letter = weight_of(name)
+  found = []
+  for part in parts(config, weight):
+    out, into = part.groups
+    a, b = layers.lora_axes(into, part.axes)
+    axes, groups = (a, ('r', into)) if letter == 'a' else (b, (out, 'r'))
+    module = part.tensor.removesuffix('.weight')
+    tensor = f'{module}.lora_{letter.upper()}.weight'
+    found.append(Part(tensor, axes, groups))
+  return found
+
+
+def shape(part: Part, size: dict[str, int]) -> tuple[int, ...]:
+  """Theirs, of the sizes of the axes."""
+  return tuple(math.prod(size[i] for i in group) for group in part.groups)
+
+
+def sizes(config: gemma.Config) -> dict[str, int]:
+  """Letter -> size."""
+  c = config
+  return dict(V=c.vocab_size, D=c.features, N=c.heads, K=c.kv_heads,
+              H=c.head_size, F=c.feed_forward)  # fmt: skip
+
+
+def to_theirs(part: Part, x: np.ndarray) -> np.ndarray:
+  """One copy of ours, in their layout."""
+  size = dict(zip(part.axes, x.shape, strict=True))
+  order = ''.join(part.groups)
+  x = x.transpose([part.axes.index(i) for i in order])
+  return x.reshape(shape(part, size))
+
+
+def slices(
+  part: Part, size: dict[str, int], index: dict[str, slice]
+) -> tuple[slice, ...]:
+  """What of theirs holds `index` of ours, for `to_ours` to cut."""
+  found = []
+  for first, *rest in part.groups:
+    step = math.prod(size[i] for i in rest)
+    found.append(slice(index[first].start * step, index[first].stop * step))
+  return tuple(found)
+
+
+def to_ours(
+  part: Part, size: dict[str, int], index: dict[str, slice], x: np.ndarray
+) -> np.ndarray:
+  """`index` of ours, from what `slices` names of theirs."""
+  full, cut = [], []
+  for first, *rest in part.groups:
+    full += [index[first].stop - index[first].start, *(size[i] for i in rest)]
+    cut += [slice(None), *(index[i] for i in rest)]
+  order = ''.join(part.groups)
+  x = x.reshape(full)[tuple(cut)]
+  return x.transpose([order.index(i) for i in part.axes])

@@ -1,0 +1,295 @@
+"""What a run starts from: its vocabulary, its model, and the weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import os
+from typing import Any
+
+import jax
+import ml_collections
+
+from bond_jax.data import examples
+from bond_jax.data import tokenizer as tokenizer_lib
+from bond_jax.devices import sharding
+from bond_jax.errors import UserError
+from bond_jax.models import library, lora
+from bond_jax.models.gemma import model as gemma
+from bond_jax.runs import checkpoint, configs, files, provenance
+from bond_jax.types import Algorithm, Frozen, Params, Policy
+from bond_jax.weights import official
+from bond_jax.weights.huggingface import adapter
+
+
+def make_sizes(
+  model: ml_collections.ConfigDict, used_vocab: int
+) -> gemma.Config:
+  """The sizes of the model that `config.model` describes.
+
+  Rows of the embedding from `used_vocab` on may be read and are never drawn.
+  """
+  if is_library(model):
+    raise UserError(
+      f'{model.name} is a model of the gemma library: LoRA, model.sizes and'
+      f' Hugging Face folders are for {", ".join(gemma.CONFIGS)} alone.'
+    )
+  if model.name not in gemma.CONFIGS:
+    raise UserError(
+      f'model.name is {model.name!r}; known are {", ".join(gemma.CONFIGS)},'
+      " and models of the gemma library, 'Gemma3n_E2B' for instance."
+    )
+  try:
+    sizes = dataclasses.replace(gemma.CONFIGS[model.name], **model.sizes)
+  except TypeError as e:
+    raise UserError(
+      f'model.sizes: {e}; known are'
+      f' {", ".join(f.name for f in dataclasses.fields(gemma.Config))}.'
+    ) from e
+  if sizes.heads % sizes.kv_heads:
+    raise UserError(
+      f'model.sizes: heads ({sizes.heads}) must be a multiple of kv_heads'
+      f' ({sizes.kv_heads}).'
+    )
+  if 'local' in sizes.pattern and not sizes.window:
+    raise UserError(
+      'model.sizes: a local layer sees window positions, which are none of'
+      f' {model.name}; set window too.'
+    )
+  if used_vocab > sizes.vocab_size:
+    raise UserError(
+      f'tokenizer.vocab_size ({used_vocab}) is larger than the'
+      f' {sizes.vocab_size} embedding rows of {model.name}.'
+    )
+  # Merging adapters needs their scale as calling the model does.
+  scale = model.lora.alpha / model.lora.rank if model.lora.rank else None
+  return dataclasses.replace(sizes, used_vocab=used_vocab, lora_scale=scale)
+
+
+def is_library(model: ml_collections.ConfigDict) -> bool:
+  """Whether the gemma library runs this model: its names begin with 'Gemma'."""
+  return model.name.startswith('Gemma')
+
+
+def make_policy(
+  model: ml_collections.ConfigDict, used_vocab: int, *, full: bool = False
+) -> Policy:
+  """The model that `config.model` describes, drawing the first tokens alone.
+
+  Its parameters are adapters where model.lora.rank is not 0, to be joined with
+  a base, unless `full` weights are asked for.
+  """
+  if model.lora.weights and not model.lora.rank:
+    raise UserError(
+      f'model.lora.weights is {model.lora.weights} and model.lora.rank is 0: to'
+      ' start from that adapter, set rank, alpha and targets as it has them.'
+    )
+  if is_library(model):
+    return _library_policy(model, used_vocab)
+  if model.remat not in gemma.REMAT:
+    raise UserError(
+      f'model.remat is {model.remat!r}; known are {", ".join(gemma.REMAT)}.'
+    )
+  sizes = make_sizes(model, used_vocab)
+  keys = 'temperature', 'dtype', 'scan', 'remat'
+  kwargs = {key: model[key] for key in keys}
+  if full or not model.lora.rank:
+    return gemma.make(sizes, **kwargs)
+  kwargs |= {key: model.lora[key] for key in ('rank', 'alpha', 'targets')}
+  return lora.make(sizes, **kwargs)
+
+
+def _library_policy(model: ml_collections.ConfigDict, used_vocab: int):
+  again = model.remat != 'none'
+  if model.lora.rank or model.sizes or again or model.scan:
+    raise UserError(
+      f'{model.name} is a model of the gemma library: set model.scan to'
+      ' False, model.remat to none, model.lora.rank to 0, and no model.sizes.'
+    )
+  policy = library.make(
+    library.model(model.name),
+    temperature=model.temperature,
+    dtype=model.dtype,
+    used_vocab=used_vocab,
+  )
+  if used_vocab > policy.vocab_size:
+    raise UserError(
+      f'tokenizer.vocab_size ({used_vocab}) is larger than the'
+      f' {policy.vocab_size} embedding rows of {model.name}.'
+    )
+  return policy
+
+
+def with_anchor(
+  algorithm: Algorithm, model: ml_collections.ConfigDict
+) -> Algorithm:
+  """The algorithm with the anchor that `model.lora.exact_anchor` asks for."""
+  if not (model.lora.rank and model.lora.exact_anchor):
+    return algorithm
+  sizes = make_sizes(model, used_vocab=1)  # embeddings have no adapters
+  view = functools.partial(lora.dense, sizes)
+  return algorithm._replace(anchor=algorithm.anchor._replace(view=view))
+
+
+def load_tokenizer(
+  config: ml_collections.ConfigDict, workdir: str
+) -> tokenizer_lib.Tokenizer:
+  """The vocabulary of `tokenizer.path`, else the one that was trained."""
+  settings = config.tokenizer
+  folder = configs.reference_dir(config, workdir)
+  if settings.path:
+    path, remedy = settings.path, {}
+  else:
+    path = os.path.join(folder, tokenizer_lib.FILE)
+    remedy = {'remedy': tokenizer_lib.OWN}
+  tokenizer = tokenizer_lib.load(path, settings.sha256, **remedy)
+  if tokenizer.vocab_size != settings.vocab_size:
+    raise UserError(
+      f'{path} has {tokenizer.vocab_size} pieces, the'
+      f' config asks for tokenizer.vocab_size {settings.vocab_size}: is it of'
+      f' another model than {config.model.name}?'
+    )
+  return tokenizer
+
+
+def has_system_turn(config: ml_collections.ConfigDict) -> bool:
+  """Whether a system may speak: of the families in Gemma 3 alone."""
+  return config.model.name.lower().startswith('gemma3')
+
+
+def make_encoder(
+  config: ml_collections.ConfigDict,
+  tokenizer: tokenizer_lib.Tokenizer,
+  longer: str | None = None,
+) -> examples.Encode:
+  """What makes a row of the data a prompt; see `examples.encoder`."""
+  return examples.encoder(
+    config.prompt.kind,
+    tokenizer,
+    length=config.prompt.length,
+    system=has_system_turn(config),
+    longer=longer or config.prompt.longer,
+  )
+
+
+def load_frozen(config, policy: Policy, workdir: str, mesh) -> Frozen:
+  """What the policy starts from: the reference, and the base under it.
+
+  The full weights are those that the sft stage left, or `config.weights` where
+  the config has no such stage. With LoRA they are the base, in the dtype of
+  the computation, and the reference is the adapter `model.lora.weights`, or
+  one that changes nothing.
+  """
+  low_rank = bool(config.model.lora.rank)
+  if 'sft' in config:
+    full = _load_sft(config, workdir, mesh)
+  else:
+    dtype = config.model.dtype if low_rank else 'float32'
+    full = load_weights(config, mesh, dtype)
+  if not low_rank:
+    return Frozen(reference=full, base={})
+  init = lambda: policy.init(configs.key(config.seed, 'lora'))
+  like = sharding.tree_structs(jax.eval_shape(init), mesh)
+  base = jax.tree.map(lambda x: x.astype(config.model.dtype), full)
+  if config.model.lora.weights:
+    sizes = make_sizes(config.model, config.tokenizer.vocab_size)
+    reference = adapter.load_adapter(config.model.lora.weights, sizes, like)
+  else:
+    shards = jax.tree.map(lambda x: x.sharding, like)
+    reference = jax.jit(init, out_shardings=shards)()
+  return Frozen(reference, base)
+
+
+def load_weights(config: ml_collections.ConfigDict, mesh, dtype) -> Params:
+  """The checkpoint `config.weights`, straight into its shards."""
+  vocab_size = config.tokenizer.vocab_size
+  policy = make_policy(config.model, vocab_size, full=True)
+  shapes = jax.eval_shape(policy.init, jax.random.key(0))
+  like = sharding.tree_structs(shapes, mesh, dtype)
+  if is_library(config.model):
+    return official.load_nested(config.weights, like)
+  return official.load(
+    config.weights, make_sizes(config.model, vocab_size), like
+  )
+
+
+def _load_sft(config, workdir: str, mesh) -> Params:
+  """The weights that the sft stage left; a UserError if of another model."""
+  folder = configs.reference_dir(config, workdir)
+  path = os.path.join(folder, 'config.json')
+  if os.path.exists(path):
+    ours = json.loads(config.to_json_best_effort())
+    rows = configs.differences(
+      _model_of(files.read_json(path)), _model_of(ours)
+    )
+    if rows:
+      raise UserError(
+        f'the reference of {folder} is of another model ({"; ".join(rows)});'
+        ' set these as there, or start from another run.'
+      )
+  policy = make_policy(config.model, config.tokenizer.vocab_size, full=True)
+  return load_params(policy, folder, 'sft', 'last', mesh)
+
+
+def _model_of(config: dict[str, Any]) -> dict[str, Any]:
+  """What of a config the parameters of its sft stage depend on in shape."""
+  model = config['model']
+  return {
+    'model': {'name': model['name'], 'sizes': model.get('sizes', {})},
+    'tokenizer': config['tokenizer'],
+  }
+
+
+def load_policy(
+  config: ml_collections.ConfigDict,
+  policy: Policy,
+  workdir: str,
+  which: str,
+  mesh,
+  *,
+  alone: bool,
+) -> Params:
+  """The policy of a run; see `provenance.check_start` and `find_step`."""
+  step = find_step(workdir, 'train', which)
+  with checkpoint.manager(_checkpoints(workdir, 'train')) as checkpoints:
+    made = checkpoint.read_facts(checkpoints, step)
+  provenance.check_start(config, workdir, made, alone)
+  return load_params(policy, workdir, 'train', str(step), mesh)
+
+
+def load_params(
+  policy: Policy, workdir: str, stage: str, which: str, mesh
+) -> Params:
+  """The parameters that a finished stage left, straight into their shards.
+
+  `which` is 'last', 'best' or a step; see `find_step`.
+  """
+  step = find_step(workdir, stage, which)
+  shapes = jax.eval_shape(policy.init, jax.random.key(0))
+  like = sharding.tree_structs(shapes, mesh)
+  with checkpoint.manager(_checkpoints(workdir, stage)) as checkpoints:
+    return checkpoint.restore_params(checkpoints, like, step)
+
+
+def find_step(workdir: str, stage: str, which: str) -> int:
+  """The step that 'last', 'best' or a number means, the same on all hosts.
+
+  A UserError where there is none; 'last' is that of a stage that has finished.
+  """
+  folder = _checkpoints(workdir, stage)
+  finished = os.path.exists(os.path.join(workdir, stage, 'summary.json'))
+  there = os.path.isdir(folder)
+  if not there or (which == 'last' and not finished):
+    other = there and stage == 'train'
+    raise UserError(
+      f'the {stage} stage has not finished in {workdir}; run "python -m'
+      f' bond_jax.{stage}" first, with the same --config and --workdir'
+      f'{", or give --checkpoint=best" if other else ""}.'
+    )
+  with checkpoint.manager(folder) as checkpoints:
+    return checkpoint.choose(checkpoints, which)
+
+
+def _checkpoints(workdir: str, stage: str) -> str:
+  return os.path.join(workdir, stage, 'checkpoints')

@@ -1,0 +1,99 @@
+"""JSON in the ways in which files have it: lines, arrays, gzip, byte orders."""
+
+import gzip
+import json
+
+import pytest
+from test_sources import says
+
+from bond_jax.data import sources
+
+ROWS = [{'text': 'one'}, {'text': 'Où? 何?', 'n': 2}, {'text': 'three'}]
+BOM = b'\xef\xbb\xbf'
+
+
+def lines(rows, end='\n'):
+  return end.join(json.dumps(r, ensure_ascii=False) for r in rows).encode()
+
+
+def array(rows, end='\n', **how):
+  text = json.dumps(rows, ensure_ascii=False, **how)
+  return text.replace('\n', end).encode()
+
+
+@pytest.mark.parametrize(
+  'name, content, numbers',
+  [
+    ('x.jsonl', lines(ROWS), (1, 2, 3)),
+    ('x.jsonl', BOM + lines(ROWS, '\r\n'), (1, 2, 3)),
+    # Files with a mark of their own, one after the other.
+    ('x.jsonl', BOM + b'\n' + lines(ROWS[:1]) + b'\n' + BOM + lines(ROWS[1:]),
+     (2, 3, 4)),
+    ('x.json', lines(ROWS), (1, 2, 3)),
+    ('x.json', array(ROWS), (1, 1, 1)),
+    ('x.json', array(ROWS, indent=1), (2, 5, 9)),
+    ('x.json', BOM + b'\r\n' + array(ROWS, '\r\n', indent=1), (3, 6, 10)),
+    ('x.jsonl', b' ' + array(ROWS), (1, 1, 1)),
+    ('x.jsonl.gz', gzip.compress(lines(ROWS), mtime=0), (1, 2, 3)),
+    (
+      'x.json.gz',
+      gzip.compress(BOM + array(ROWS, indent=1), mtime=0),
+      (2, 5, 9),
+    ),
+  ],
+)  # fmt: skip
+def test_rows_and_their_lines(tmp_path, name, content, numbers):
+  path = tmp_path / name
+  path.write_bytes(content)
+  rows = sources.source(str(path), 'train', '')
+  assert list(rows) == ROWS and rows[-1] == ROWS[2]
+  places = [rows._table.place(i) for i in range(3)]
+  assert places == [f'{path}:{number}' for number in numbers]
+
+
+def test_many_files_of_several_kinds(tmp_path):
+  (tmp_path / 'a.train.json').write_bytes(array(ROWS[:2]))
+  (tmp_path / 'b.train.json').write_bytes(lines(ROWS[2:]))
+  rows = sources.source(f'{tmp_path}/*.{{split}}.json', 'train', '')
+  assert list(rows) == ROWS
+
+
+@pytest.mark.parametrize(
+  'name, content, place, why',
+  [
+    ('x.json', b'[\n{"text": "a"},\n]', ':3', 'not JSON'),
+    ('x.json', b'[\n{"text": "a"},\n{"text": "b"', ':3', 'not JSON'),
+    ('x.json', b'[{"text": "a"}\n{"text": "b"}]', ':2', 'not JSON'),
+    ('x.json', b'\n[{"text": "a"}]\n[]', ':2', 'one array'),
+    ('x.json', b'[\n\n{"text": "a"},\n{"txt": "b"}]', ':4', 'it has txt'),
+    ('x.json', b'[\n{"text": "caf\xe9"}]', ':2', 'UTF-8'),
+    ('x.json', b'\n[' + b'[' * 100_000, ':2', 'not JSON'),
+    ('x.json', rb'[{"text": "a \ud83d"}]', ':1', 'surrogates'),
+    ('x.json', b'[ ]', ' is empty', 'one {"text": ...} per line'),
+    ('x.json', b'{\n "data": [{"text": "a"}]}', ':1', 'not JSON'),
+    ('x.jsonl', lines(ROWS).decode().encode('utf-16'), ':1', 'as UTF-8'),
+    ('x.jsonl', lines(ROWS).decode().encode('utf-16-be'), ':1', 'not JSON'),
+    (
+      'x.jsonl.gz',
+      gzip.compress(b'{"text": "a"}\n{"text"', mtime=0),
+      ':2',
+      'not JSON',
+    ),
+  ],
+)
+def test_what_is_no_json_is_named_with_its_line(
+  tmp_path, name, content, place, why
+):
+  path = tmp_path / name
+  path.write_bytes(content)
+  line = says(lambda: sources.source(str(path), 'train', ''), why)
+  assert line.startswith(f'{path}{place}')
+
+
+@pytest.mark.parametrize(
+  'content', [gzip.compress(lines(ROWS), mtime=0)[:-9], b'{}']
+)
+def test_what_is_no_gzip_is_one_line(tmp_path, content):
+  path = tmp_path / 'x.jsonl.gz'
+  path.write_bytes(content)
+  says(lambda: sources.source(str(path), 'train', ''), f'cannot read {path}')
