@@ -30,7 +30,7 @@ from benchmarks import exact_gradients, objectives
 from bond_jax.devices import sharding
 from bond_jax.evaluation.report import figures
 from bond_jax.measures import exact
-from bond_jax.runs import environment, files, metrics, paths, stages
+from bond_jax.runs import environment, files, log, paths, show, stages
 from bond_jax.training import checks, distil, enumerable
 from configs import enumerable as config_file
 
@@ -117,7 +117,7 @@ def sampled(config, workdir: str) -> np.ndarray:
   stages.stage(
     'train', distil.train, config, workdir, folder='train', check=checks.check
   )
-  rows = metrics.read_rows(os.path.join(workdir, 'train', 'metrics.jsonl'))
+  rows = log.read_rows(os.path.join(workdir, 'train', 'metrics.jsonl'))
   found = [(r['step'], r['effective_n']) for r in rows if 'effective_n' in r]
   steps, ns = np.array(found).T
   return np.stack([steps, np.log(ns)])
@@ -184,7 +184,7 @@ def main():
     os.path.join(out, 'summary.json'), {'slopes': rows, 'curves': series}
   )
   table = [(k, *row.values()) for k, row in rows.items()]
-  metrics.table(
+  show.table(
     [('', 'slope / log(1 + rate)', 'expected', 'ratio'), *table], f'in {out}'
   )
 

@@ -35,8 +35,9 @@ from bond_jax.runs import (
   configs,
   environment,
   files,
-  metrics,
+  log,
   paths,
+  show,
 )
 from bond_jax.training import text_task
 from bond_jax.weights import load
@@ -70,7 +71,7 @@ def draw_rewards(run: str) -> np.ndarray:
   key, num = configs.key(config.seed, 'calibration'), 16
   read = functools.partial(text_task.texts, config, tokenizer, rows)
   found, total = [], REFERENCE + CHOSEN_FROM + DENSITY
-  with metrics.Writer(_OUT.value, 'calibrate', total) as writer:
+  with log.Writer(_OUT.value, 'calibrate', total) as writer:
     for first in range(0, total, num):
       drawn, _, _ = draw(reference, reference, prompts, key, first, num)
       found.append(reward(*read(prompts, drawn)))
@@ -145,7 +146,7 @@ def main(_) -> None:
   out = os.path.join(_OUT.value, 'summary.json')
   files.write_json(out, {**results, 'versions': environment.versions(),
                            'device': jax.devices()[0].device_kind})  # fmt: skip
-  metrics.table(table, f'calibration: done, see {out}')
+  show.table(table, f'calibration: done, see {out}')
 
 
 if __name__ == '__main__':

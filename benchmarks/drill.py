@@ -32,7 +32,14 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from bond_jax.errors import UserError
-from bond_jax.runs import checkpoint, checksums, files, metrics, paths
+from bond_jax.runs import (
+  checkpoint,
+  checksums,
+  files,
+  log,
+  paths,
+  show,
+)
 
 _OUT = paths.flag('out', None, 'Of the runs.', required=True)
 _KILLS = flags.DEFINE_integer('kills', 200, 'Of all runs together.')
@@ -97,7 +104,7 @@ def step_of(workdir: str) -> int:
   path = os.path.join(workdir, 'train', 'metrics.jsonl')
   if not os.path.exists(path):
     return 0
-  rows = metrics.read_rows(path)
+  rows = log.read_rows(path)
   return rows[-1]['step'] if rows else 0
 
 
@@ -333,7 +340,7 @@ def main(_) -> None:
       bad.append(f'checkpoint: {how}, {told["used"]} used')
   path = os.path.join(_OUT.value, 'summary.json')
   files.write_json(path, summary | {'bad': bad})
-  metrics.table(table, f'drill: done, see {path}')
+  show.table(table, f'drill: done, see {path}')
   if bad:
     raise SystemExit(f'not as it should be: {"; ".join(bad)}')
 

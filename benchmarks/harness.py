@@ -19,7 +19,7 @@ from typing import Any
 from absl import flags
 
 from bond_jax.errors import UserError
-from bond_jax.runs import command, configs, files, metrics, paths
+from bond_jax.runs import command, configs, files, paths, show
 
 # Shots, as the first Open LLM Leaderboard had them; other tasks say their own.
 SHOTS = {'gsm8k': 5, 'hellaswag': 10, 'mmlu': 5}
@@ -183,7 +183,7 @@ def main(
     'seconds': round(time.perf_counter() - start, 3),
   }
   files.write_json(path, summary)
-  metrics.table(rows, f'lm_eval: done, see {path}')
+  show.table(rows, f'lm_eval: done, see {path}')
 
 
 def _run() -> None:

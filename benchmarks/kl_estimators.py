@@ -19,7 +19,7 @@ import optax
 from benchmarks import exact_gradients
 from bond_jax.devices import sharding
 from bond_jax.measures import tables
-from bond_jax.runs import environment, metrics
+from bond_jax.runs import environment, show
 from bond_jax.training import enumerable
 from configs import enumerable as config_file
 
@@ -64,7 +64,7 @@ def main(_) -> None:
       table.append((f'J-BOND, move {move}', *row))
   short = lambda x: f'{x:.2g}' if isinstance(x, float) else x
   table = [tuple(map(short, row)) for row in table]
-  metrics.table(table, 'Estimates of a KL, nats')
+  show.table(table, 'Estimates of a KL, nats')
 
 
 if __name__ == '__main__':

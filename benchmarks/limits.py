@@ -22,7 +22,7 @@ import optax
 
 from benchmarks import exact_gradients
 from bond_jax.evaluation.report import figures
-from bond_jax.runs import environment, files, metrics, paths, stages
+from bond_jax.runs import environment, files, log, paths, show, stages
 from bond_jax.training import checks, distil
 from configs import enumerable as config_file
 
@@ -65,7 +65,7 @@ def sampled(config, workdir: str) -> Points:
     'train', distil.train, config, workdir, folder='train', check=checks.check
   )
   path = os.path.join(workdir, 'train', 'metrics.jsonl')
-  return points(metrics.read_rows(path))
+  return points(log.read_rows(path))
 
 
 def without_noise(config, *, solved: bool) -> Points:
@@ -141,7 +141,7 @@ def main():
     os.path.join(out, 'summary.json'),
     {'win_rates': RATES, 'efficiency': table, 'curves': curves},
   )
-  metrics.table([('', *(f'at {w}' for w in RATES)), *table], f'in {out}')
+  show.table([('', *(f'at {w}' for w in RATES)), *table], f'in {out}')
 
 
 if __name__ == '__main__':

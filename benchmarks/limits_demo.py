@@ -24,7 +24,7 @@ from bond_jax.evaluation import evaluate
 from bond_jax.evaluation.report import figures
 from bond_jax.measures import curves
 from bond_jax.reward_models import stage
-from bond_jax.runs import files, metrics, paths, stages
+from bond_jax.runs import files, log, paths, show, stages
 from bond_jax.training import checks, distil, sft
 from configs import demo
 
@@ -59,7 +59,7 @@ def run(out: str, label: str) -> tuple[list[dict], dict]:
       'evaluate', evaluate.evaluate, config, workdir, folder='.',
       check=checks.check, table=evaluate.headlines, checkpoint='last',
   )  # fmt: skip
-  rows = metrics.read_rows(os.path.join(workdir, 'train', 'metrics.jsonl'))
+  rows = log.read_rows(os.path.join(workdir, 'train', 'metrics.jsonl'))
   return (
     [row for row in rows if 'kl/reference' in row],
     files.read_json(os.path.join(workdir, 'summary.json')),
@@ -98,7 +98,7 @@ def main():
     table.append((label, *way, *(summary[key] for key in END)))
   draw(found, os.path.join(args.out, 'figure.png'))
   files.write_json(os.path.join(args.out, 'summary.json'), table)
-  metrics.table(
+  show.table(
     [('', *(f'kl at {w}' for w in rates), *END), *table], f'in {args.out}'
   )
 

@@ -29,7 +29,7 @@ import numpy as np
 
 from bond_jax.devices import sharding
 from bond_jax.models.gemma import model as gemma
-from bond_jax.runs import files, metrics, paths
+from bond_jax.runs import files, paths, show
 from bond_jax.weights import official, stacks
 
 FORMATS = ('flat', 'flat, whole', 'stacked, whole', 'huggingface')
@@ -138,7 +138,7 @@ def main():
     {'model': args.model, 'config': dataclasses.asdict(config), 'rows': found},
   )
   head = ('', 'shards MB', 'largest array', 'above shards', 'ratio', 'seconds')
-  metrics.table([head, *rows], f'in {args.out}')
+  show.table([head, *rows], f'in {args.out}')
 
 
 if __name__ == '__main__':

@@ -28,7 +28,7 @@ from bond_jax.devices import sharding
 from bond_jax.models.gemma import model as gemma
 from bond_jax.models.stops import Stop
 from bond_jax.rewards import calling
-from bond_jax.runs import environment, files, metrics, paths
+from bond_jax.runs import environment, files, paths, show
 from bond_jax.training import distil, tasks
 from bond_jax.training import optimizer as optimizer_lib
 from bond_jax.training import step as step_lib
@@ -138,7 +138,7 @@ def main():
   summary = dict(rollout_seconds=pause, pairs=pairs, ratio=ratio)
   files.write_json(os.path.join(out, 'summary.json'), summary)
   serial, overlapped = (statistics.median(x) for x in zip(*pairs, strict=True))
-  metrics.table(
+  show.table(
     [
       ('seconds', 'value'),
       ('a rollout, and the reward of one', pause),

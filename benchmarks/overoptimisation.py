@@ -24,7 +24,7 @@ import numpy as np
 from benchmarks import compare
 from bond_jax.evaluation.report import figures
 from bond_jax.measures import aggregate, curves
-from bond_jax.runs import configs, files, metrics, paths
+from bond_jax.runs import configs, files, log, paths
 from configs import demo_learned_reward, overoptimisation
 
 LABELS = {
@@ -61,7 +61,7 @@ def run(out: str, name: str) -> list[dict[str, float]]:
   flag = f'--config.reference={os.path.join(out, "start")}'
   for stage in ('train', 'evaluate'):
     compare.stage(stage, workdir, f'overoptimisation.py:run={name}', flag)
-  rows = metrics.read_rows(os.path.join(workdir, 'train', 'metrics.jsonl'))
+  rows = log.read_rows(os.path.join(workdir, 'train', 'metrics.jsonl'))
   return [dict(kl=0.0, proxy=0.5, gold=0.5)] + [
     {ours: row[theirs] for theirs, ours in KEYS.items()}
     for row in rows

@@ -24,7 +24,7 @@ from matplotlib.figure import Figure
 import numpy as np
 
 from bond_jax.evaluation.report import figures
-from bond_jax.runs import files, metrics, paths
+from bond_jax.runs import files, log, paths, show
 
 _OUT = paths.flag('out', None, 'Of the run.', required=True)
 _STEPS = flags.DEFINE_integer('steps', 20_000, 'Of the run.')
@@ -113,7 +113,7 @@ def main(_) -> None:
   if os.path.exists(workdir):
     raise SystemExit(f'{workdir} exists: a soak is one run from start to end')
   seen = run(workdir)
-  rows = metrics.read_rows(os.path.join(workdir, 'train', 'metrics.jsonl'))
+  rows = log.read_rows(os.path.join(workdir, 'train', 'metrics.jsonl'))
   phases = 'seconds/sample', 'seconds/reward', 'seconds/update'
   took = np.array([1e3 * sum(row[k] for k in phases) for row in rows])
   numbers = np.arange(1, len(rows) + 1)
@@ -134,7 +134,7 @@ def main(_) -> None:
   draw(series, os.path.join(_OUT.value, 'soak.png'))
   path = os.path.join(_OUT.value, 'summary.json')
   files.write_json(path, {'steps': len(rows), 'grew': grew, **result})
-  metrics.table(table, f'soak: {len(rows):,} steps, see {path}')
+  show.table(table, f'soak: {len(rows):,} steps, see {path}')
   if grew:
     raise SystemExit(f'grew beyond its limit: {", ".join(grew)}')
 

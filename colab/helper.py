@@ -11,9 +11,9 @@ from typing import NamedTuple
 
 from bond_jax.errors import UserError
 from bond_jax.evaluation.report import page
-from bond_jax.runs import files, metrics
+from bond_jax.runs import files, log, show
 
-# How a stage says how far it is, on stderr; see `metrics.Writer`.
+# How a stage says how far it is, on stderr; see `log.Writer`.
 _PROGRESS = re.compile(r'\w[\w ]* +\d+/\d+  ')
 
 
@@ -71,7 +71,7 @@ def summary(workdir: str) -> dict:
 
 def side_by_side(workdir: str, count: int) -> Html:
   """The first completions of the test prompts, before and after."""
-  rows = metrics.read_rows(os.path.join(workdir, 'completions.jsonl'))
+  rows = log.read_rows(os.path.join(workdir, 'completions.jsonl'))
   table = [('prompt', 'before', 'reward', 'after', 'reward')]
   for pair in page.side_by_side(rows, count):
     before, after = pair['before'], pair['after']
@@ -96,7 +96,7 @@ def compare(runs: Mapping[str, str], keys: Mapping[str, str]) -> Html:
   """
   found = {name: summary(workdir) for name, workdir in runs.items()}
   rows = [
-    (label, *(metrics.text(x.get(key)) for x in found.values()))
+    (label, *(show.text(x.get(key)) for x in found.values()))
     for key, label in keys.items()
   ]
   return html_table([('', *found), *rows])

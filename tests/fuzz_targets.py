@@ -40,7 +40,7 @@ from bond_jax.data import (
 from bond_jax.devices import sharding
 from bond_jax.evaluation import evaluate, sweep
 from bond_jax.rewards import calling, http, judge, ridge, serve
-from bond_jax.runs import command, configs, metrics
+from bond_jax.runs import command, configs, log
 from bond_jax.training import checks
 from bond_jax.weights import official
 from bond_jax.weights.huggingface import adapter as hf_adapter
@@ -625,7 +625,7 @@ def sweep_whole(folder: Path) -> Target:
 def completions_jsonl(folder: Path) -> Target:
   def read(content):
     path = _write(folder / 'completions.jsonl', content)
-    evaluate.summarise(str(folder), metrics.read_rows(path))
+    evaluate.summarise(str(folder), log.read_rows(path))
 
   seed = _lines(test_aggregate.best_of_n_records(2, prompts=3, size=2))
   return Target('completions.jsonl', 'lines', [seed], read, 0.2)
@@ -635,7 +635,7 @@ def stages(folder: Path, stage: str, file: str, form: str) -> Target:
   config = toy.get_config(str(folder))
 
   def read(run):
-    own = metrics.read_rows(str(run / 'evaluate' / 'metrics.jsonl'))
+    own = log.read_rows(str(run / 'evaluate' / 'metrics.jsonl'))
     evaluate.throughput(own)
     evaluate.history(config, str(run), own)
 

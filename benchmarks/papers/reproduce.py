@@ -27,7 +27,15 @@ from bond_jax.devices import hosts, sharding
 from bond_jax.errors import UserError
 from bond_jax.evaluation.report import figures
 from bond_jax.measures import exact, tables
-from bond_jax.runs import command, environment, fields, files, metrics, stages
+from bond_jax.runs import (
+  command,
+  environment,
+  fields,
+  files,
+  log,
+  show,
+  stages,
+)
 from bond_jax.training import checks, distil, enumerable, setups
 
 LABELS = {
@@ -56,7 +64,7 @@ def run_all(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
     stages.stage(
       'train', distil.train, run, folder, folder='train', check=checks.check
     )
-    rows = metrics.read_rows(os.path.join(folder, 'train', 'metrics.jsonl'))
+    rows = log.read_rows(os.path.join(folder, 'train', 'metrics.jsonl'))
     out[config.labels[name]] = series(rows, run)
   return out
 
@@ -211,7 +219,7 @@ def reproduce(config: ml_collections.ConfigDict, workdir: str) -> None:
   wanted = {key for panel in config.figure.panels for key in panel}
   head = [k for k in next(iter(last.values())) if k in wanted or ' to ' in k]
   table = [(label, *(row[k] for k in head)) for label, row in last.items()]
-  metrics.table([('', *head), *table], f'{config.figure.title}: {workdir}')
+  show.table([('', *head), *table], f'{config.figure.title}: {workdir}')
 
 
 def what_it_took(points: Series, rate: float) -> dict[str, float | None]:

@@ -31,7 +31,7 @@ from benchmarks.papers import bandit_samples
 from bond_jax.errors import UserError
 from bond_jax.evaluation.report import figures
 from bond_jax.measures import tables
-from bond_jax.runs import metrics, paths
+from bond_jax.runs import paths, show
 from bond_jax.runs.command import execute
 from bond_jax.runs.files import write_json
 
@@ -291,7 +291,7 @@ def main(out: str, seed: int) -> None:
     path, {'asked': asked, **said, 'versions': versions, 'seconds': seconds}
   )
   rows = [('', 'value'), *said.items(), ('seconds', seconds)]
-  metrics.table(rows, f'bandit: done, see {path} ({_NOTE})')
+  show.table(rows, f'bandit: done, see {path} ({_NOTE})')
 
 
 def _run() -> None:

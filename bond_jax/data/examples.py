@@ -24,9 +24,9 @@ import numpy as np
 
 from bond_jax.data import sources
 from bond_jax.data.conversations import asked
-from bond_jax.errors import BadRow, UserError
 from bond_jax.data.sources import Row, Source, source  # noqa: F401 (for callers)
 from bond_jax.data.tokenizer import chat, Tokenizer
+from bond_jax.errors import BadRow, UserError
 from bond_jax.types import Prompts
 
 KINDS = ('opening', 'text', 'turn')  # of prompts; see `encoder`

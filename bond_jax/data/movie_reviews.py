@@ -23,8 +23,8 @@ from absl import app, flags, logging
 import numpy as np
 import tensorflow_datasets as tfds
 
-from bond_jax.runs import paths
 from bond_jax.errors import UserError
+from bond_jax.runs import paths
 
 SDIST = 'vaderSentiment-3.3.2.tar.gz'
 SHA256 = '5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9'

@@ -17,8 +17,8 @@ import numpy as np
 from bond_jax.data import sources
 from bond_jax.data.conversations import asked, Messages, transcripts
 from bond_jax.data.examples import Row, Source
-from bond_jax.errors import BadRow, UserError
 from bond_jax.data.tokenizer import chat, Tokenizer
+from bond_jax.errors import BadRow, UserError
 from bond_jax.runs import files
 
 SPLITS = ('train', 'validation', 'test')

@@ -19,8 +19,8 @@ import os
 import sentencepiece
 
 from bond_jax.devices import hosts
-from bond_jax.runs import paths
 from bond_jax.errors import BadRow, UserError
+from bond_jax.runs import paths
 
 # What begins and ends a turn, up to Gemma 3 and from Gemma 4 on.
 TURNS = ('<start_of_turn>', '<end_of_turn>'), ('<|turn>', '<turn|>')

@@ -22,7 +22,7 @@ from bond_jax.models import lora, sampling
 from bond_jax.models.log_probs import log_probs
 from bond_jax.models.stops import Stop
 from bond_jax.rewards import calling
-from bond_jax.runs import files, fingerprints, metrics
+from bond_jax.runs import files, fingerprints, log
 from bond_jax.types import Params, Policy, Prompts
 
 Row = dict[str, Any]
@@ -117,7 +117,7 @@ def calls(sides: Sequence[Side], at_once: int) -> list[tuple[Side, int, int]]:
 
 def collect(
   path: str, sides: Sequence[Side], judge, prompts: Prompts, *, at_once: int,
-  writer_of: Callable[[int | None], metrics.Writer],
+  writer_of: Callable[[int | None], log.Writer],
 ) -> list[Row]:  # fmt: skip
   """Writes the rows of all calls to `path`, less those that are there.
 
@@ -149,7 +149,7 @@ def collect(
         append(path, list(rows))
       drawn += num
       writer.write(drawn, {'tokens/decoded': rollout.mask.sum()})
-  return metrics.read_rows(path) if hosts.first() else []
+  return log.read_rows(path) if hosts.first() else []
 
 
 def make_judge(judges: Mapping[str, Any], read, own: np.ndarray):

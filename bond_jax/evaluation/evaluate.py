@@ -26,9 +26,10 @@ from bond_jax.runs import (
   environment,
   files,
   fingerprints,
-  metrics,
+  log,
   paths,
   provenance,
+  show,
   stages,
 )
 from bond_jax.training import checks, text_task
@@ -115,11 +116,11 @@ def evaluate(
     path, sides,
     completions.make_judge(judges, read, own), prompts,
     at_once=settings.at_once,
-    writer_of=lambda done: metrics.Writer(own_rows, 'evaluate', total, done),
+    writer_of=lambda done: log.Writer(own_rows, 'evaluate', total, done),
   )  # fmt: skip
 
   def told() -> dict[str, Any]:
-    watched = metrics.read_rows(os.path.join(own_rows, 'metrics.jsonl'))
+    watched = log.read_rows(os.path.join(own_rows, 'metrics.jsonl'))
     summary = summarise(where, rows) | throughput(watched)
     summary |= history(config, workdir, watched)
     summary |= {'checkpoint': checkpoint, 'against': against}
@@ -207,7 +208,7 @@ def throughput(rows: list[dict[str, Any]]) -> dict[str, Any]:
   rates = [
     tokens / seconds
     for tokens, seconds in pairs
-    if all(map(metrics.is_number, (tokens, seconds))) and seconds > 1e-6
+    if all(map(log.is_number, (tokens, seconds))) and seconds > 1e-6
   ]
   rate, reason = None, None
   if len(rates) < 3:
@@ -226,8 +227,8 @@ def history(config, workdir: str, own) -> dict[str, Any]:
   start = configs.reference_dir(config, workdir)
   trained = stage_rows(workdir, 'train')
   phases = {
-    **{f'train/{k}': v for k, v in metrics.phase_seconds(trained).items()},
-    **{f'evaluate/{k}': v for k, v in metrics.phase_seconds(own).items()},
+    **{f'train/{k}': v for k, v in log.phase_seconds(trained).items()},
+    **{f'evaluate/{k}': v for k, v in log.phase_seconds(own).items()},
   }
   row = {}
   keys = ('steps', 'anchor_drift', 'signal_fires',
@@ -252,7 +253,7 @@ def history(config, workdir: str, own) -> dict[str, Any]:
       for key in ('test_pearson', 'accuracy')
       if key in reward
     }
-  phases = {k: v for k, v in phases.items() if metrics.is_number(v)}
+  phases = {k: v for k, v in phases.items() if log.is_number(v)}
   row['seconds'] = round(sum(phases.values()), 3)
   return {**row, 'phase_seconds': {k: round(v, 3) for k, v in phases.items()}}
 
@@ -275,7 +276,7 @@ def summary_of(workdir: str, stage: str, *keys: str) -> dict[str, Any]:
 
 
 def stage_rows(workdir: str, stage: str) -> list[dict[str, Any]]:
-  return metrics.read_rows(os.path.join(workdir, stage, 'metrics.jsonl'))
+  return log.read_rows(os.path.join(workdir, stage, 'metrics.jsonl'))
 
 
 def draw_report(config, workdir: str, folder: str, rows, summary) -> None:
@@ -297,7 +298,7 @@ def draw_report(config, workdir: str, folder: str, rows, summary) -> None:
 
 def headlines(summary: dict[str, Any]) -> list[tuple]:
   """The table of the measures that the report opens with."""
-  shown = {**summary, 'seconds': metrics.clock(summary['seconds'])}
+  shown = {**summary, 'seconds': show.clock(summary['seconds'])}
   rows = [
     (
       label.replace('the reference', page.opponent(summary)),

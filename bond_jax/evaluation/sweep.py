@@ -20,7 +20,7 @@ import numpy as np
 from bond_jax.errors import UserError
 from bond_jax.evaluation.report import figures
 from bond_jax.measures import curves
-from bond_jax.runs import files, metrics
+from bond_jax.runs import files, log, show
 
 
 class Points(NamedTuple):
@@ -65,7 +65,7 @@ def sweep(pattern: str, out: str | None) -> None:
   files.write_json(os.path.join(out, 'summary.json'), summary)
   for folder, why in skipped.items():
     print(f'sweep: {folder} is left out, because {why}')
-  metrics.table(table(summary), f'sweep: done, see {path}')
+  show.table(table(summary), f'sweep: done, see {path}')
 
 
 def watched(folder: str) -> Points:
@@ -74,7 +74,7 @@ def watched(folder: str) -> Points:
   A number that was not finite is null there, and its checkpoint is left out.
   """
   path = os.path.join(folder, 'train', 'metrics.jsonl')
-  rows = metrics.read_rows(path) if os.path.exists(path) else []
+  rows = log.read_rows(path) if os.path.exists(path) else []
   found = [[row.get(k) for k in KEYS] for row in rows]
   kept = [values for values in found if None not in values]
   for values in kept:
@@ -112,7 +112,7 @@ def _check_evaluation(path: str, told: dict[str, Any]) -> None:
 
 def _check_numbers(path: str, values: dict[str, Any]) -> None:
   for key, value in values.items():
-    if not metrics.is_number(value) or abs(value) > _MOST:
+    if not log.is_number(value) or abs(value) > _MOST:
       raise UserError(
         f'{path}: {key} is {value!r:.60}, expected a number; the file was'
         ' changed or is of another version: restore it, or move it away.'

@@ -12,7 +12,7 @@ from bond_jax.data import preferences, sources
 from bond_jax.devices import hosts
 from bond_jax.reward_models import report as reward_report
 from bond_jax.reward_models import train
-from bond_jax.runs import configs, fields, metrics, stages
+from bond_jax.runs import configs, fields, show, stages
 from bond_jax.training import checks, text_task
 
 
@@ -23,7 +23,7 @@ def main(config: ml_collections.ConfigDict, workdir: str) -> None:
   check_splits(config)
   work, table = train.train, reward_report.headlines
   if config.reward_model.kind == 'ridge':
-    work, table = ridge, metrics.scalars
+    work, table = ridge, show.scalars
   stages.stage(
     'reward_model', work, config, workdir, folder='reward', check=checks.check,
     table=table,

@@ -31,7 +31,7 @@ from bond_jax.rewards import gemma as reward_lib
 from bond_jax.runs import (
   configs,
   files,
-  metrics,
+  log,
   provenance,
   saving,
   stopping,
@@ -243,7 +243,7 @@ def _fit(config, folder, batches, held_out, state, update, score, mesh):
     state, position = saver.restore(state)
     batches.set_state(position)
   show = ('loss', 'validation_accuracy')
-  writer = metrics.Writer(folder, 'reward', settings.steps, start, show)
+  writer = log.Writer(folder, 'reward', settings.steps, start, show)
   with stopping.deferred(), writer, saver:
     for step in range((start or 0) + 1, settings.steps + 1):
       with writer.phase('update'):
@@ -320,8 +320,8 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
     _keep_tokenizer(tokenizer, folder)
     files.write_json(path, described)
   path = os.path.join(folder, 'metrics.jsonl')
-  rows = hosts.once(lambda: metrics.read_rows(path))
-  phases = metrics.phase_seconds(rows)
+  rows = hosts.once(lambda: log.read_rows(path))
+  phases = log.phase_seconds(rows)
   return {
     'loss': settings.loss,
     'steps': settings.steps,

@@ -1,11 +1,12 @@
-"""Files of ours, written whole or not at all: JSON and named arrays."""
+"""Files written whole or not at all: text, JSON and named arrays."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+import contextlib
 import json
 import os
-from typing import Any, TypeVar
+from typing import Any, IO, TypeVar
 import zipfile
 import zlib
 
@@ -16,15 +17,21 @@ from bond_jax.errors import UserError
 _RESTORE = 'it was cut or changed: restore it, or move it away'
 
 
+@contextlib.contextmanager
+def whole(path: str, mode: str = 'w') -> Iterator[IO]:
+  """A file to write to, which replaces `path` when the block succeeds."""
+  encoding = None if 'b' in mode else 'utf-8'
+  with open(path + '.tmp', mode, encoding=encoding) as f:
+    yield f
+    f.flush()
+    os.fsync(f.fileno())  # a summary means that a stage is done
+  os.replace(path + '.tmp', path)
+
+
 def write_json(path: str, value: Any) -> None:
-  """Writes JSON whole or not at all: to a temporary name, then renamed."""
-  temporary = path + '.tmp'
-  with open(temporary, 'w', encoding='utf-8') as f:
+  with whole(path) as f:
     json.dump(value, f, indent=2)
     f.write('\n')
-    f.flush()
-    os.fsync(f.fileno())  # a summary says that a stage is done
-  os.replace(temporary, path)
 
 
 def read_json(path: str, remedy: str = _RESTORE) -> dict[str, Any]:
@@ -46,11 +53,10 @@ T = TypeVar('T')
 
 
 def write(path: str, arrays: Mapping[str, np.ndarray]) -> None:
-  """Puts the arrays into a file, in the place of what was there."""
+  """Writes named arrays; makes the folder if it is missing."""
   os.makedirs(os.path.dirname(path), exist_ok=True)
-  with open(path + '.tmp', 'wb') as f:
+  with whole(path, 'wb') as f:
     np.savez(f, **arrays)
-  os.replace(path + '.tmp', path)
 
 
 def read(
@@ -59,10 +65,10 @@ def read(
   what: str,
   remedy: str,
 ) -> T:
-  """What `use` makes of the arrays of a file that `write` made.
+  """Reads a file of `write`, and returns what `use` makes of its arrays.
 
-  A FileNotFoundError if it is not there. A UserError, "path is not `what`;
-  `remedy`", if it is any other file, or `use` raises a KeyError or ValueError.
+  A FileNotFoundError if it is absent. A UserError, "path is not `what`;
+  `remedy`", if it is another file, or `use` raises a KeyError or ValueError.
   """
   try:
     with np.load(path, allow_pickle=False) as f:
@@ -70,13 +76,8 @@ def read(
   except FileNotFoundError:
     raise
   except (
-    OSError,
-    KeyError,
-    ValueError,
-    EOFError,
+    OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile, zlib.error,
     MemoryError,  # of a size that the file claims
-    NotImplementedError,  # of a way to pack it
-    zipfile.BadZipFile,
-    zlib.error,
-  ) as e:
+    NotImplementedError,  # of an unknown compression
+  ) as e:  # fmt: skip
     raise UserError(f'{path} is not {what} ({e}); {remedy}.') from e

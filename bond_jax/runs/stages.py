@@ -21,9 +21,9 @@ from bond_jax.runs import (
   files,
   fingerprints,
   lock,
-  metrics,
   paths,
   saving,
+  show,
   stopping,
 )
 
@@ -107,7 +107,7 @@ def stage(
   *,
   folder: str,
   check: Callable[[ml_collections.ConfigDict], Mesh],
-  table: Callable[[dict[str, Any]], list[tuple]] = metrics.scalars,
+  table: Callable[[dict[str, Any]], list[tuple]] = show.scalars,
   **asked: str,
 ) -> None:
   """Runs a stage once: `<workdir>/<folder>/summary.json` marks it done.
@@ -149,4 +149,4 @@ def _work(name, work, config, workdir, path, check, table, asked) -> None:
       summary = {**summary, **asked, 'versions': environment.versions()}
       if hosts.first():
         files.write_json(path, summary)
-        metrics.table(table(summary), f'{name}: done, see {path}')
+        show.table(table(summary), f'{name}: done, see {path}')

@@ -15,7 +15,7 @@ import ml_collections
 
 from bond_jax.devices import sharding
 from bond_jax.errors import UserError
-from bond_jax.runs import command, environment, fields, files, metrics
+from bond_jax.runs import command, environment, fields, files, show
 from bond_jax.sizing import chips, hlo, programs
 from bond_jax.training import setups, text_task
 from bond_jax.training import step as step_lib
@@ -195,7 +195,7 @@ def tables(found: dict[str, Any]) -> None:
     if name == 'reference' and not found['reference_on_chip']
     else 'chips'
   )
-  metrics.table(
+  show.table(
     [
       ('kept all the time', f'{unit} per chip', 'on'),
       *((k, shown(v), where(k)) for k, v in found['resident_bytes'].items()),
@@ -222,10 +222,10 @@ def tables(found: dict[str, Any]) -> None:
     (name, '', '', '', f'> {shown(least)}', shown(found['hbm_bytes']), '')
     for name, least in found['too_much'].items()
   ]
-  metrics.table([head, *rows], 'memory')
-  metrics.table(_sent(found), 'sent between chips, and the largest at one time')
+  show.table([head, *rows], 'memory')
+  show.table(_sent(found), 'sent between chips, and the largest at one time')
   if seconds := _seconds(found):
-    metrics.table(
+    show.table(
       seconds,
       'least seconds of a step, from published peaks; all completions at full'
       ' length',

@@ -211,7 +211,7 @@ def of_config(
 
 
 def table(costs: dict[str, Cost]) -> list[tuple[Any, ...]]:
-  """Rows for `metrics.table`, one per name."""
+  """Rows for `show.table`, one per name."""
   head = ('per prompt and update', *(x.replace('_', ' ') for x in Cost._fields))
   return [head, *((name, *found) for name, found in costs.items())]
 

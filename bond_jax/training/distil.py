@@ -17,7 +17,15 @@ import numpy as np
 
 from bond_jax.devices import hosts, sharding, shares
 from bond_jax.rewards import calling
-from bond_jax.runs import configs, metrics, provenance, saving, stages, stopping
+from bond_jax.runs import (
+  configs,
+  log,
+  progress,
+  provenance,
+  saving,
+  stages,
+  stopping,
+)
 from bond_jax.training import checks, costs, setups, tasks
 from bond_jax.training import guard as guard_lib
 from bond_jax.training import step as step_lib
@@ -163,7 +171,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
   guard = guard_lib.Guard(config, setup)
   start = saver.start
   show = ('reward/policy', 'signal/fires', 'win_rate/reference', 'kl/reference')
-  writer = metrics.Writer(folder, 'train', settings.steps, start, show)
+  writer = log.Writer(folder, 'train', settings.steps, start, show)
   key = configs.key(config.seed, 'train')
   order = configs.key(config.seed, 'order')
   compiled = []  # programs of the step compiled so far, after each iteration
@@ -210,9 +218,9 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
             )  # fmt: skip
         if ends and step < settings.steps:
           raise guard.stops or stopping.stopped('train', step)
-      compiled.append(metrics.compilations(*Programs._fields))
+      compiled.append(progress.compilations(*Programs._fields))
   path = os.path.join(folder, 'metrics.jsonl')
-  rows = hosts.once(lambda: metrics.read_rows(path))
+  rows = hosts.once(lambda: log.read_rows(path))
   compilations = compiled[-1] - compiled[0] if compiled else 0
   moves = setup.algorithm.anchor.moves
   summary = summarise(rows, compilations, moves)
@@ -242,7 +250,7 @@ def summarise(
 ) -> dict[str, Any]:
   """The numbers of the stage, from its metrics."""
   last = rows[-1]
-  phases = metrics.phase_seconds(rows)
+  phases = log.phase_seconds(rows)
   return {
     'steps': last['step'],
     'win_rate_validation': last['win_rate/reference'],

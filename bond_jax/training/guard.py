@@ -10,7 +10,7 @@ import numpy as np
 
 from bond_jax.devices import hosts
 from bond_jax.errors import UserError
-from bond_jax.runs import command, metrics
+from bond_jax.runs import command, log
 from bond_jax.training import faults, watch
 from bond_jax.training import step as step_lib
 from bond_jax.types import Frozen, TrainState
@@ -50,7 +50,7 @@ class Guard:
   def catch_up(self, folder: str) -> None:
     """Takes in the rows of a run that goes on."""
     path = os.path.join(folder, 'metrics.jsonl')
-    for row in hosts.once(lambda: metrics.read_rows(path)):
+    for row in hosts.once(lambda: log.read_rows(path)):
       self.keep(row)
 
   def broken(

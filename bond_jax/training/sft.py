@@ -16,7 +16,14 @@ from bond_jax.data import examples, sources
 from bond_jax.data import tokenizer as tokenizer_lib
 from bond_jax.devices import hosts, sharding
 from bond_jax.models.log_probs import log_probs
-from bond_jax.runs import configs, metrics, provenance, saving, stages, stopping
+from bond_jax.runs import (
+  configs,
+  log,
+  provenance,
+  saving,
+  stages,
+  stopping,
+)
 from bond_jax.training import checks, text_task
 from bond_jax.training import optimizer as optimizer_lib
 from bond_jax.training.guard import check_finite
@@ -166,7 +173,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
     state, position = saver.restore(state)
     batches.set_state(position)
   show = ('loss', 'validation_loss')
-  writer = metrics.Writer(folder, 'sft', settings.steps, start, show)
+  writer = log.Writer(folder, 'sft', settings.steps, start, show)
   with stopping.deferred(), writer, saver:
     for step in range((start or 0) + 1, settings.steps + 1):
       with writer.phase('update'):
@@ -195,8 +202,8 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
       if stop and step < settings.steps:
         raise stopping.stopped('sft', step)
   path = os.path.join(folder, 'metrics.jsonl')
-  rows = hosts.once(lambda: metrics.read_rows(path))
-  phases = metrics.phase_seconds(rows)
+  rows = hosts.once(lambda: log.read_rows(path))
+  phases = log.phase_seconds(rows)
   return {
     'steps': settings.steps,
     'parameters': sum(x.size for x in jax.tree.leaves(state.params)),

@@ -18,8 +18,8 @@ from bond_jax.runs import (
   configs,
   environment,
   files,
-  metrics,
   paths,
+  show,
 )
 from bond_jax.weights import load, official
 from bond_jax.weights.huggingface import adapter, reader, writer
@@ -133,7 +133,7 @@ def main(workdir: str, out: str, which: str, form: str, dtype: str) -> None:
   summary['versions'] = environment.versions()
   path = os.path.join(out, 'summary.json')
   files.write_json(path, summary)
-  metrics.table(metrics.scalars(summary), f'export: done, see {path}')
+  show.table(show.scalars(summary), f'export: done, see {path}')
 
 
 def run(doc: str) -> None:

@@ -20,7 +20,7 @@ from bond_jax.measures import aggregate
 from bond_jax.models.log_probs import log_probs
 from bond_jax.models.stops import Stop
 from bond_jax.rewards import make
-from bond_jax.runs import metrics
+from bond_jax.runs import log
 from bond_jax.training import text_task
 from bond_jax.types import Prompts, Rollout
 from bond_jax.weights import load as origin
@@ -150,7 +150,7 @@ def test_records_of_a_side(config, tmp_path, who, own, other, killed):
     str(path), [completions.Side(who, 3, draw)],
     completions.make_judge({'reward': judge}, read, np.arange(2)), prompts,
     at_once=2,
-    writer_of=lambda done: metrics.Writer(str(tmp_path), 'x', 3, done),
+    writer_of=lambda done: log.Writer(str(tmp_path), 'x', 3, done),
   )  # fmt: skip
   if killed == 'judge':
     with pytest.raises(KeyboardInterrupt):
@@ -161,7 +161,7 @@ def test_records_of_a_side(config, tmp_path, who, own, other, killed):
   rows = collect()
   assert asked == [(0, 2), (2, 1), *([(2, 1)] if killed else [])]
   assert rows == read_completions(str(tmp_path))
-  watched = metrics.read_rows(str(tmp_path / 'metrics.jsonl'))
+  watched = log.read_rows(str(tmp_path / 'metrics.jsonl'))
   assert [(r['step'], r['tokens/decoded']) for r in watched] == [
     (2, 10),
     (3, 5),

@@ -16,15 +16,21 @@ import toy
 
 from bond_jax.devices import sharding
 from bond_jax.errors import Stopped, UserError
-from bond_jax.runs import checkpoint, checksums, metrics, provenance, saving
+from bond_jax.runs import (
+  checkpoint,
+  checksums,
+  log,
+  provenance,
+  saving,
+)
 
 LIMIT = """
 import resource, sys
 import jax
-sys.path.insert(0, 'tests')
+sys.path[:0] = ['tests', 'tests/runs']
 import conftest, test_checkpoint
 from bond_jax.devices import sharding
-from bond_jax.runs import command, metrics, saving
+from bond_jax.runs import command, log, saving
 
 def limit(size):
   resource.setrlimit(
@@ -54,7 +60,7 @@ ROWS = (
   LIMIT
   + """
 folder = sys.argv[1]
-with metrics.Writer(folder, 'train', 9) as writer:
+with log.Writer(folder, 'train', 9) as writer:
   for step in range(1, 9):
     if step in (3, 6):
       limit(60 if step == 3 else -1)
@@ -103,7 +109,7 @@ def test_rows_that_cannot_be_written_are_written_later(tmp_path):
     done.stderr.count('WARNING: cannot write to ') <= 2
   )  # of each file once
   assert 'metrics.jsonl (File too large)' in done.stderr
-  rows = metrics.read_rows(str(tmp_path / 'metrics.jsonl'))
+  rows = log.read_rows(str(tmp_path / 'metrics.jsonl'))
   assert [row['step'] for row in rows] == list(range(1, 9))
 
 
@@ -266,14 +272,14 @@ def test_the_step_of_a_stop_is_on_a_slow_store(
   config.train.save_every = config.sft.save_every = 1
   if stage == 'train':
     toy.before('train', str(tmp_path), config)
-  write = metrics.Writer.write
+  write = log.Writer.write
 
   def signals(writer, step, row):
     if step == 3:
       os.kill(os.getpid(), signal.SIGTERM)
     return write(writer, step, row)
 
-  monkeypatch.setattr(metrics.Writer, 'write', signals)
+  monkeypatch.setattr(log.Writer, 'write', signals)
   with pytest.raises(Stopped) as e:
     toy.run(stage, config, str(tmp_path))
   step = int(re.search(r'after step (\d+), which is saved', str(e.value))[1])

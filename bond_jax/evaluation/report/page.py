@@ -24,7 +24,7 @@ from bond_jax.evaluation.report.words import (
   shown,
 )
 from bond_jax.measures import curves
-from bond_jax.runs.metrics import clock, text
+from bond_jax.runs.show import clock, text
 
 __all__ = ['HEADLINES', 'opponent', 'sentence', 'side_by_side', 'write_report']
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 import html
 from typing import Any
 
-from bond_jax.runs.metrics import text
+from bond_jax.runs.show import text
 
 Rows = Sequence[Mapping[str, Any]]
 Pair = Mapping[str, Mapping[str, Any]]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from bond_jax.runs.metrics import text
+from bond_jax.runs.show import text
 
 # Key in the summary -> the key that says why it is None.
 _REASONS = {
