@@ -1,8 +1,6 @@
-"""What every report says about a policy, computed once, in numpy float64.
+"""The numbers of an evaluation, from the rows of completions.jsonl alone.
 
-`summarise` recomputes every number from the rows of completions.jsonl: of
-comparisons, and of the Best-of-N curve of the task, here put together. Axes: X
-held-out prompts, A completions of each.
+In numpy float64. Axes: X held-out prompts, A completions of each.
 """
 
 from __future__ import annotations

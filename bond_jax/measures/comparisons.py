@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from scipy.special import binom, expit
 
 from bond_jax.measures.curves import checked, interval, levels, resampled
 
@@ -36,10 +37,7 @@ def win_rate(policy: np.ndarray, reference: np.ndarray) -> float:
 
 
 def _counts(policy, reference) -> tuple[np.ndarray, np.ndarray]:
-  """Of the reference's completions, below each of the policy's, and at most.
-
-  f64[X, A] both.
-  """
+  """How many reference completions are below, and up to, each: f64[X, A]."""
   a, b = checked(policy)[:, :, None], checked(reference)[:, None, :]
   return (b < a).sum(-1).astype(float), (b <= a).sum(-1).astype(float)
 
@@ -62,18 +60,14 @@ def win_rates_over_best_of(
     f64[X]; 1/2 if the policy is Best-of-n itself.
 
   Raises:
-    ValueError: more than there are were asked for.
+    ValueError: n is larger than S.
   """
   size = reference.shape[1]
   if not 1 <= n <= size:
     raise ValueError(f'the best of {n} cannot be taken from {size} completions')
-  chosen = 0.0
-  for count in _counts(policy, reference):
-    some = np.ones_like(count)
-    for i in range(n):  # C(count, n) / C(size, n); 0 from count - i = 0 on
-      some *= np.maximum(count - i, 0) / (size - i)
-    chosen = chosen + some / 2
-  return chosen.mean(1)
+  below, at_most = _counts(policy, reference)
+  beaten = binom(below, n) + binom(at_most, n)
+  return beaten.mean(1) / (2 * binom(size, n))
 
 
 def over_best_of(
@@ -185,8 +179,8 @@ def length_controlled(
             'length_controlled_reason': reason}  # fmt: skip
   bounds = fitted - 1.96 * error, fitted + 1.96 * error
   return {
-    name: float(_sigmoid(fitted)),
-    f'{name}_interval': [float(_sigmoid(x)) for x in bounds],
+    name: float(expit(fitted)),
+    f'{name}_interval': [float(expit(x)) for x in bounds],
     'length_controlled_reason': None,
   }
 
@@ -202,7 +196,7 @@ def _logistic(y: np.ndarray, x: np.ndarray, steps: int = 30):
   design = np.stack([np.ones_like(x), x] if with_x else [np.ones_like(x)])
   w = np.zeros(len(design))
   for _ in range(steps):  # Newton's; the loss is convex
-    p = _sigmoid(np.tensordot(w, design, 1))
+    p = expit(np.tensordot(w, design, 1))
     curvature = np.einsum('axp,bxp,xp->ab', design, design, p * (1 - p))
     step = np.linalg.solve(curvature, np.einsum('axp,xp->a', design, y - p))
     w = w + step
@@ -212,12 +206,8 @@ def _logistic(y: np.ndarray, x: np.ndarray, steps: int = 30):
       break
   else:
     return 0, 0, f'the regression on length did not settle in {steps} steps'
-  p = _sigmoid(np.tensordot(w, design, 1))
+  p = expit(np.tensordot(w, design, 1))
   score = np.einsum('axp,xp->ax', design, y - p)
   inverse = np.linalg.inv(curvature)
   spread = inverse @ score @ score.T @ inverse * len(y) / max(len(y) - 1, 1)
   return w[0], np.sqrt(spread[0, 0]), None
-
-
-def _sigmoid(x):
-  return (1 + np.tanh(np.asarray(x) / 2)) / 2

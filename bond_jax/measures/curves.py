@@ -1,4 +1,4 @@
-"""The Best-of-N curve of a task: what Best-of-N of the reference wins and pays.
+"""The Best-of-N curve of a task: win rate and KL of Best-of-N; the bootstrap.
 
 All in numpy float64. Axes: X held-out prompts, A policy completions of each, S
 reference completions of each, G points of a curve, D draws of a bootstrap.
@@ -15,10 +15,10 @@ DRAWS = 2000  # of a bootstrap over the prompts
 
 
 class Curve(NamedTuple):
-  """Best-of-N of the reference: what it wins and what it costs.
+  """Win rate and KL of Best-of-N of the reference.
 
-  The corrections are what the finite-sample bias took away: the corrected
-  value less the one that compares the sample with itself.
+  The corrections are those of the finite-sample bias: the corrected value less
+  the one that compares the sample with itself.
   """
 
   ns: np.ndarray  # [G], real, increasing, from 1
@@ -38,12 +38,11 @@ def best_of_n_curve(
   p_<=^N - p_<^N, spread within the level as the reference is; N >= 1 is real.
 
   The levels' own probabilities are estimated from the same S samples, which
-  biases both numbers by O(1 / S) (an atom the sample missed, N powers of a
-  noisy p). The jackknife takes that order out: S * all - (S - 1) * the mean
-  over leave-one-out samples. What is left grows with N. At S = 64, without
-  ties and with two or three levels, it is below 0.001 in win rate and 0.004
-  nats up to N = 16; at N = 32 it reaches 0.0036 and 0.018 nats, where 2 % of
-  the completions have all the reward.
+  biases both numbers by O(1 / S). The jackknife removes that order: S * all -
+  (S - 1) * the mean over leave-one-out samples. The bias that is left grows
+  with N. At S = 64, without ties and with two or three levels, it is below
+  0.001 in win rate and 0.004 nats up to N = 16; at N = 32 it reaches 0.0036 and
+  0.018 nats, where 2 % of the completions have all the reward.
 
   Args:
     reference_rewards: f64[X, S], S >= 2; 64 or more is advised.
@@ -131,9 +130,9 @@ def closed_form(ns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def tilt_frontier(strength: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-  """Win rate and KL of the best trade-off there is, without ties.
+  """Win rate and KL of the optimal trade-off, without ties.
 
-  At a given KL no law wins more than reference(y) * exp(strength * u(y)), u
+  At a given KL no policy wins more than reference(y) * exp(strength * u(y)), u
   the quantile of the reward, which is uniform under the reference.
 
   Args:
@@ -160,6 +159,11 @@ def effective_n(rate: float, curve: Curve) -> float | None:
   return float(np.exp(np.interp(rate, rising, np.log(curve.ns))))
 
 
+def at_n(n: float, curve: Curve, values: np.ndarray) -> float:
+  """A value f64[G] of the curve at a real N, linear in log N."""
+  return float(np.interp(np.log(n), np.log(curve.ns), values))
+
+
 def resampled(prompts: int, seed: int = 0, draws: int = DRAWS) -> np.ndarray:
   """Weights f64[D, X] of the prompts in draws of a bootstrap; rows sum to 1.
 
@@ -175,13 +179,20 @@ def interval(draws: np.ndarray) -> list[float]:
   return [float(x) for x in np.percentile(draws, [2.5, 97.5])]
 
 
+_FRONTIER = (
+    'effective_n', 'effective_n_interval', 'frontier_kl',
+    'frontier_kl_correction', 'frontier_win_rate_correction',
+    'frontier_efficiency', 'frontier_efficiency_interval',
+)  # fmt: skip
+
+
 def frontier(
   rates: np.ndarray, log_ratios: np.ndarray, curve: Curve
 ) -> dict[str, Any]:
   """How the policy's KL compares with Best-of-N's at the same win rate.
 
   The intervals resample prompts, in the policy's numbers and in the curve
-  alike: what the curve does not know of the reference is in them.
+  alike, so they include the uncertainty of the curve.
 
   Args:
     rates: f64[X], the policy's win rates.
@@ -189,10 +200,10 @@ def frontier(
     curve: of the same X prompts.
 
   Returns:
-    effective_n; frontier_kl, in nats, of Best-of-effective_n; what the two
-    bias corrections added there; frontier_efficiency = frontier_kl / KL, 1 =
-    as good as Best-of-N itself; intervals of the first and the last. All None
-    where they mean nothing, and frontier_reason says why (else it is None).
+    effective_n; frontier_kl, in nats, of Best-of-effective_n; the two bias
+    corrections there; frontier_efficiency = frontier_kl / KL, 1 = as good as
+    Best-of-N itself; intervals of the first and the last. All None where they
+    are undefined, and frontier_reason says why (else it is None).
   """
   weights = resampled(len(rates))
   rate, kl = float(rates.mean()), float(log_ratios.mean())
@@ -215,24 +226,20 @@ def frontier(
     )
   elif kl <= 2 * stderr:
     reason = f'the KL, {kl:.3g} +- {stderr:.2g} nats, does not lie above 0'
-  keys = ('effective_n', 'effective_n_interval', 'frontier_kl',
-          'frontier_kl_correction', 'frontier_win_rate_correction',
-          'frontier_efficiency', 'frontier_efficiency_interval')  # fmt: skip
   if reason:
-    return dict.fromkeys(keys) | {'frontier_reason': reason}
-  at_n = lambda values: float(np.interp(np.log(n), np.log(curve.ns), values))
+    return dict.fromkeys(_FRONTIER) | {'frontier_reason': reason}
   ns, paid = _on_resampled(weights, rates, curve)
-  best = at_n(curve.kl)
-  values = (
-    n,
-    interval(ns),
-    best,
-    at_n(curve.kl_correction),
-    at_n(curve.win_rate_correction),
-    best / kl,
-    interval(paid / (weights @ log_ratios)),
-  )
-  return dict(zip(keys, values, strict=True)) | {'frontier_reason': None}
+  best = at_n(n, curve, curve.kl)
+  return {
+    'effective_n': n,
+    'effective_n_interval': interval(ns),
+    'frontier_kl': best,
+    'frontier_kl_correction': at_n(n, curve, curve.kl_correction),
+    'frontier_win_rate_correction': at_n(n, curve, curve.win_rate_correction),
+    'frontier_efficiency': best / kl,
+    'frontier_efficiency_interval': interval(paid / (weights @ log_ratios)),
+    'frontier_reason': None,
+  }
 
 
 def _on_resampled(weights, rates, curve) -> tuple[np.ndarray, np.ndarray]:

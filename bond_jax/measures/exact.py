@@ -1,4 +1,4 @@
-"""What is said of a policy whose whole law is known: nothing is estimated.
+"""Exact measures of a policy whose whole distribution is known.
 
 Axes: X prompts, Y all completions of a prompt. Numpy, float64, laws in natural
 logarithms.
@@ -14,7 +14,7 @@ from bond_jax.measures import curves, tables
 
 
 class Known(NamedTuple):
-  """A task: the reference and the rewards, and what follows from them."""
+  """A task: the reference, the rewards, and what follows from them."""
 
   log_reference: np.ndarray  # [X, Y]
   reward: np.ndarray  # [X, Y]
@@ -51,7 +51,7 @@ def know(
 
 
 def measure(log_policy: np.ndarray, known: Known) -> dict[str, float]:
-  """Means over prompts of what a policy is and wins; nats where it is a KL.
+  """Means over prompts; nats where it is a KL.
 
   backward_kl and forward_kl are to and from the target; log_quantile is
   E[log p_<=]; effective_n the N whose Best-of-N wins as often, and
@@ -73,9 +73,9 @@ def measure(log_policy: np.ndarray, known: Known) -> dict[str, float]:
   curve = known.curve
   n = curves.effective_n(row['win_rate/reference'], curve)
   if n is not None and row['kl/reference'] > 0:
-    kl = np.interp(np.log(n), np.log(curve.ns), curve.kl)
+    best = curves.at_n(n, curve, curve.kl)
     row['effective_n'] = n
-    row['frontier_efficiency'] = kl / row['kl/reference']
+    row['frontier_efficiency'] = best / row['kl/reference']
   return {k: float(v) for k, v in row.items()}
 
 

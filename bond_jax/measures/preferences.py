@@ -1,4 +1,4 @@
-"""How good scores are, on pairs of which the better one is known.
+"""How well scores agree with pairs of which the better text is known.
 
 Axes: N texts, M pairs of them, D draws. All in float64 numpy. A `lead` is the
 score of the preferred text less that of the other; sigmoid(lead) is what the
@@ -10,8 +10,9 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from scipy.special import expit
 
-DRAWS = 2000  # of the bootstrap
+from bond_jax.measures.curves import DRAWS
 
 
 def right(lead: np.ndarray) -> np.ndarray:
@@ -20,26 +21,23 @@ def right(lead: np.ndarray) -> np.ndarray:
 
 
 def log_loss(lead: np.ndarray) -> float:
-  """The mean of -log sigmoid(lead), in nats; log 2 = it knows nothing."""
+  """The mean of -log sigmoid(lead), in nats; log 2 = chance."""
   return float(np.logaddexp(0, -np.asarray(lead, np.float64)).mean())
 
 
 def temperature(lead: np.ndarray) -> float:
-  """The T > 0 for which lead / T has the smallest log-loss.
+  """The T from 0.001 to 1000 for which lead / T has the smallest log-loss."""
+  from scipy.optimize import brentq  # importing it takes a while
 
-  Within a thousandth and a thousand: pairs that are all right ask for 0.
-  """
   lead = np.asarray(lead, np.float64)
-
-  def rises(x: float) -> bool:  # the loss at 1 / T = x, which it is convex in
-    p = (1 - np.tanh(x * lead / 2)) / 2  # sigmoid(-x lead)
-    return (lead * p).sum() < 0
-
+  # The loss is convex in 1 / T; this is its slope there, up to a factor < 0.
+  slope = lambda log_t: (lead * expit(-lead / np.exp(log_t))).mean()
   low, high = -np.log(1000), np.log(1000)
-  for _ in range(50):
-    middle = (low + high) / 2
-    low, high = (low, middle) if rises(np.exp(middle)) else (middle, high)
-  return float(np.exp(-low))
+  if slope(low) >= 0:  # all pairs are right: the smallest T
+    return float(np.exp(low))
+  if slope(high) <= 0:
+    return float(np.exp(high))
+  return float(np.exp(brentq(slope, low, high, xtol=1e-14)))
 
 
 def bootstrap(
@@ -74,11 +72,6 @@ def bootstrap(
   return np.array(found)
 
 
-def interval(draws: np.ndarray) -> list[float]:
-  """95 % percentile interval."""
-  return [float(x) for x in np.percentile(draws, [2.5, 97.5])]
-
-
 def calibration(
   lead: np.ndarray, bins: int = 10
 ) -> tuple[float, list[dict[str, Any]]]:
@@ -94,7 +87,7 @@ def calibration(
     there are no pairs.
   """
   lead = np.asarray(lead, np.float64)
-  p = 1 / (1 + np.exp(-np.abs(lead)))
+  p = expit(np.abs(lead))
   index = np.minimum(((p - 0.5) * 2 * bins).astype(int), bins - 1)
   error, table = 0.0, []
   for i in range(bins):

@@ -25,6 +25,7 @@ draw wins. The others are of Yang et al., "Faster WIND" (arXiv 2410.20727).
 from __future__ import annotations
 
 import numpy as np
+from scipy.special import log_softmax
 
 _MAX_STEPS = 3000  # of one fixed-point iteration; ours
 _MAX_GAP = 1e-11  # in the win rates of an equilibrium; ours
@@ -47,8 +48,7 @@ def normalise(log_weight: np.ndarray) -> np.ndarray:
       'a law needs an arm with positive weight, and no infinite one; policy'
       f' and reference must share arms. Largest log weights: {top.ravel()}'
     )
-  centred = log_weight - top
-  return centred - np.log(np.exp(centred).sum(-1, keepdims=True))
+  return log_softmax(log_weight, axis=-1)
 
 
 def kl(log_p: np.ndarray, log_q: np.ndarray) -> np.ndarray:

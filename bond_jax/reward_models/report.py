@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from bond_jax.data import preferences
+from bond_jax.measures import curves
 from bond_jax.measures import preferences as measures
 from bond_jax.reward_models import bag_of_words
 
@@ -44,19 +45,19 @@ def report(
     'left_out': {split: judged[split].left_out for split in preferences.SPLITS},
     'bad_rows': {split: len(judged[split].bad) for split in preferences.SPLITS},
     'accuracy': float(both[:, 0].mean()),
-    'accuracy_interval': measures.interval(draws[:, 0]),
+    'accuracy_interval': curves.interval(draws[:, 0]),
     'log_loss': measures.log_loss(lead),
     'temperature': temperature,
     'calibration_error': error,
     'calibration': table,
     'bag_of_words': {
       'accuracy': float(both[:, 1].mean()),
-      'accuracy_interval': measures.interval(draws[:, 1]),
+      'accuracy_interval': curves.interval(draws[:, 1]),
       'log_loss': measures.log_loss(word_lead),
       'c': penalty,
     },
     'lead': float((both[:, 0] - both[:, 1]).mean()),
-    'lead_interval': measures.interval(draws[:, 0] - draws[:, 1]),
+    'lead_interval': curves.interval(draws[:, 0] - draws[:, 1]),
   }
   if test.rating is not None:
     from scipy import stats  # importing it takes a second

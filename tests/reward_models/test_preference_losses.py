@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from bond_jax.measures import curves
 from bond_jax.measures import preferences as measures
 from bond_jax.reward_models import losses
 
@@ -140,7 +141,7 @@ def test_the_bootstrap_of_pairs_that_share_nothing_is_the_usual_one():
   right = (np.arange(50) < 40) * 1.0
   got = measures.bootstrap(right, units)
   assert got.std() == pytest.approx(np.sqrt(0.8 * 0.2 / 50), rel=0.1)
-  low, high = measures.interval(got)
+  low, high = curves.interval(got)
   assert 0.66 < low < 0.72 and 0.88 < high < 0.93
   both = measures.bootstrap(np.stack([right, 1 - right], 1), units)
   np.testing.assert_allclose(both.sum(1), 1)  # of the same draws
