@@ -102,7 +102,6 @@ def save(
       facts=ocp.args.JsonSave(facts or {}),
     ),
     metrics={'score': None if score is None else float(score)},
-    custom_metadata=checksums.MARK,
   )
 
 
@@ -155,10 +154,7 @@ def restore(
 
 
 def read_facts(checkpoints: ocp.CheckpointManager, step: int) -> dict[str, Any]:
-  """What was saved of what ran; nothing by an earlier version of this code."""
-  path = os.path.join(checkpoints.directory, str(step), 'facts')
-  if not hosts.once(lambda: os.path.isdir(path)):
-    return {}
+  """The `facts` that `save` was given."""
   args = ocp.args.Composite(facts=ocp.args.JsonRestore())
   return checkpoints.restore(step, args=args)['facts']
 

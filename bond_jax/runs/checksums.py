@@ -1,9 +1,7 @@
 """Checksums of checkpoints: the sha256 of every file of a step, beside them.
 
 They are written into the step's folder before that gets its final name, so
-that a whole step has them whenever the process dies; a mark in Orbax's own
-file, which is written first, tells a step that lost them from one that was
-saved before there were any.
+that a whole step has them whenever the process dies.
 """
 
 from __future__ import annotations
@@ -13,17 +11,17 @@ from concurrent import futures
 import hashlib
 import json
 import os
+import pathlib
 
 import orbax.checkpoint as ocp
 
-from bond_jax.errors import UserError
+from bond_jax.errors import one_line, UserError
+from bond_jax.runs import files
 
 NAME = 'sha256.json'
-MARK = {'checksums': NAME}  # custom metadata of a step that has them
-_OWN = '_CHECKPOINT_METADATA'
-_LATER = (NAME, _OWN, 'commit_success.txt')  # written when the sums are
+_OWN = '_CHECKPOINT_METADATA'  # Orbax's, changed after the sums are written
+_LATER = (NAME, NAME + '.tmp', _OWN, 'commit_success.txt')
 _THREADS = 4
-_TAKEN = '.damaged'
 
 
 class TemporaryPath(ocp.path.atomicity.AtomicRenameTemporaryPath):
@@ -40,13 +38,11 @@ class TemporaryPath(ocp.path.atomicity.AtomicRenameTemporaryPath):
 
 
 def write(folder: str) -> None:
-  """Writes the checksums of a step's folder, whole or not at all."""
-  path = os.path.join(folder, NAME)
-  with open(path + '.tmp', 'w', encoding='utf-8') as f:
-    json.dump(_sums(folder, _files(folder)), f, indent=1)
-    f.flush()
-    os.fsync(f.fileno())
-  os.replace(path + '.tmp', path)
+  """Writes the checksums of a step's folder."""
+  paths = (p for p in pathlib.Path(folder).rglob('*') if p.is_file())
+  names = sorted(str(p.relative_to(folder)) for p in paths)
+  names = [name for name in names if name not in _LATER]
+  files.write_json(os.path.join(folder, NAME), _sums(folder, names))
 
 
 def damage(folder: str, items: Sequence[str] | None = None) -> str | None:
@@ -56,13 +52,8 @@ def damage(folder: str, items: Sequence[str] | None = None) -> str | None:
   is read.
   """
   try:
-    path = os.path.join(folder, NAME)
-    with open(os.path.join(folder, _OWN), encoding='utf-8') as f:
-      marked = (json.load(f).get('custom_metadata') or {}).items()
-    if not (MARK.items() <= marked or os.path.exists(path)):
-      return None  # it was saved before there were checksums
-    with open(path, encoding='utf-8') as f:
-      sums = json.load(f)
+    json.loads(pathlib.Path(folder, _OWN).read_text('utf-8'))
+    sums = json.loads(pathlib.Path(folder, NAME).read_text('utf-8'))
     for name, (size, _) in sums.items():
       if (got := os.path.getsize(os.path.join(folder, name))) != size:
         return f'{name} has {got:,} bytes instead of {size:,}'
@@ -70,10 +61,10 @@ def damage(folder: str, items: Sequence[str] | None = None) -> str | None:
     found = _sums(folder, names)
   except FileNotFoundError as e:
     return f'{os.path.relpath(e.filename, folder)} is missing'
-  except (OSError, ValueError, AttributeError) as e:
-    return f'it cannot be read: {" ".join(str(e).split())}'
-  broken = [name for name in names if found[name] != sums[name]]
-  return f'{broken[0]} is not as it was written' if broken else None
+  except (OSError, TypeError, ValueError, AttributeError) as e:
+    return f'it cannot be read: {one_line(e)}'
+  changed = [name for name in names if found[name] != sums[name]]
+  return f'{changed[0]} is not as it was written' if changed else None
 
 
 def steps(folder: str) -> list[int]:
@@ -102,10 +93,9 @@ def set_aside(folder: str) -> None:
       ' from a copy, or move this folder away to begin the stage anew.'
     )
   for step, what in bad.items():
-    name = taken = f'{step}{_TAKEN}'
-    i = 1
+    name, i = f'{step}.damaged', 0
     while os.path.exists(os.path.join(folder, name)):
-      name, i = f'{taken}-{i}', i + 1
+      name, i = f'{step}.damaged-{i + 1}', i + 1
     os.rename(os.path.join(folder, str(step)), os.path.join(folder, name))
     print(
       f'DAMAGED: checkpoint {step} in {folder} ({what}). It is now {name}, and'
@@ -125,17 +115,6 @@ def check(folder: str, step: int, items: Sequence[str]) -> None:
       ' stage again, which goes on from a good one'
       + (f'; there are also {", ".join(others)}.' if others else '.')
     )
-
-
-def _files(folder: str) -> list[str]:
-  """The files below a folder, relative to it."""
-  found = []
-  for where, _, names in os.walk(folder):
-    for name in names:
-      path = os.path.relpath(os.path.join(where, name), folder)
-      if path not in _LATER and path != NAME + '.tmp':
-        found.append(path)
-  return sorted(found)
 
 
 def _sums(folder: str, names: Sequence[str]) -> dict[str, list[int | str]]:

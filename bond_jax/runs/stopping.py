@@ -3,9 +3,9 @@
 Within `deferred`, the loop of a training stage, a first signal is a request:
 the loop asks `due()` after every step, saves, and raises `stopped`. Anywhere
 else there is nothing to save, and it ends the stage at once. A second signal
-ends the process at once anywhere, and so does the clock BOUND seconds after
-the first: a thread sees to both, because Python's own handlers wait for the
-main thread, and that waits for devices and compilations.
+ends the process at once anywhere, as does a timer, BOUND seconds after the
+first. A thread does both, because Python's own handlers wait for the main
+thread, and that waits for devices and compilations.
 
 The status is 143 after SIGTERM and 130 after Ctrl-C (128 + the signal).
 """
@@ -15,43 +15,37 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 import contextlib
 import os
-import select
 import signal
+import socket
 import sys
 import threading
-import time
 from typing import NoReturn
 
 from bond_jax.devices import hosts
 from bond_jax.errors import Stopped
 
 BOUND = 300  # seconds from the first signal to the end, whatever happens
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
-_asked: int | None = None  # the signal that this host got
-_told: int | None = None  # the signal that all hosts know that one of them got
+_here: int | None = None  # the signal that this host got
+_agreed: int | None = None  # one that all hosts know of
 _deferring = False
 
 
 @contextlib.contextmanager
 def listening() -> Iterator[None]:
-  """Takes signals in this block, in the main thread; in others, nothing."""
-  global _asked, _told
+  """Takes signals in this block; outside of the main thread it does nothing."""
+  global _here, _agreed
   if threading.current_thread() is not threading.main_thread():
     yield
     return
-  _asked = _told = None
   # Children of a script that runs them in the background ignore Ctrl-C.
-  taken = [
-    s
-    for s in (signal.SIGTERM, signal.SIGINT)
-    if signal.getsignal(s) != signal.SIG_IGN
-  ]
-  ours, theirs = os.pipe()
-  for end in (ours, theirs):
-    os.set_blocking(end, False)
+  taken = [s for s in _SIGNALS if signal.getsignal(s) != signal.SIG_IGN]
+  reader, writer = socket.socketpair()
+  writer.setblocking(False)
   before = {s: signal.signal(s, _handle) for s in taken}
-  fd = signal.set_wakeup_fd(theirs, warn_on_full_buffer=False)
-  thread = threading.Thread(target=_watch, args=(ours,), daemon=True)
+  fd = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+  thread = threading.Thread(target=_watch, args=(reader,), daemon=True)
   thread.start()
   try:
     yield
@@ -59,11 +53,10 @@ def listening() -> Iterator[None]:
     signal.set_wakeup_fd(fd)
     for s, handler in before.items():
       signal.signal(s, handler)
-    os.write(theirs, b'\0')  # no signal has this number
+    writer.close()  # which ends the thread
     thread.join()
-    os.close(ours)
-    os.close(theirs)
-    _asked = _told = None
+    reader.close()
+    _here = _agreed = None
 
 
 @contextlib.contextmanager
@@ -78,14 +71,14 @@ def deferred() -> Iterator[None]:
 
 
 def asked() -> int | None:
-  """The signal that this host got, to be told to the others; see `hear`."""
-  return _asked
+  """The signal that this host got, for `hear` on all hosts."""
+  return _here
 
 
-def hear(told: Iterable[int | None]) -> None:
-  """Takes in what `asked()` was on all hosts, at one place of all of them."""
-  global _told
-  _told = next(filter(None, told), _told)
+def hear(signals: Iterable[int | None]) -> None:
+  """Takes in `asked()` of all hosts; all call this after the same step."""
+  global _agreed
+  _agreed = next(filter(None, signals), _agreed)
 
 
 def due() -> int | None:
@@ -93,11 +86,11 @@ def due() -> int | None:
 
   Of several hosts only what all have heard counts, so that they agree.
   """
-  return _asked if hosts.count() == 1 else _told
+  return _here if hosts.count() == 1 else _agreed
 
 
 def stopped(stage: str, step: int | None) -> Stopped:
-  """What to raise, on all hosts, after a step that is saved; None: the last."""
+  """What all hosts raise after a step that is saved; None is the last step."""
   number = due()
   done = 'the stage is finished, and no other one starts.'
   if step is not None:
@@ -110,8 +103,8 @@ def stopped(stage: str, step: int | None) -> Stopped:
 
 
 def _handle(number: int, _) -> None:
-  global _asked
-  _asked = _asked or number
+  global _here
+  _here = _here or number
   if _deferring:
     return
   if number == signal.SIGINT:
@@ -123,37 +116,32 @@ def _handle(number: int, _) -> None:
   )
 
 
-def _watch(fd: int) -> None:
+def _watch(reader: socket.socket) -> None:
   """Reads the numbers of signals; ends the process at the second, or late."""
-  global _asked
-  until = None
-  while True:
-    left = None if until is None else max(until - time.monotonic(), 0)
-    if not select.select([fd], [], [], left)[0]:
-      _leave(_asked, f'not at the end of a step after {BOUND} s')
-    for number in os.read(fd, 64):
-      if number == 0:
-        return
-      if number not in (signal.SIGTERM, signal.SIGINT):
+  first = 0
+  try:
+    while data := reader.recv(1):
+      number = data[0]
+      if number not in _SIGNALS:
         continue
-      if until is not None:
+      if first:
         _leave(number, 'a second signal')
-      _asked, until = number, time.monotonic() + BOUND
+      first = number
+      reader.settimeout(BOUND)
       if _deferring:
-        print(
-          f'\n{signal.Signals(number).name}: saves after this step and ends, in'
-          f' at most {BOUND} s; once more ends it at once.',
-          file=sys.stderr,
-          flush=True,
-        )
+        _print(number, f'saves after this step and ends, in at most {BOUND} s;'
+               ' once more ends it at once.')  # fmt: skip
+  except TimeoutError:
+    _leave(first, f'not at the end of a step after {BOUND} s')
 
 
 def _leave(number: int, why: str) -> NoReturn:
-  print(
-    f'\n{signal.Signals(number).name}: {why}: ended at once; the same command'
-    ' goes on from the last checkpoint.',
-    file=sys.stderr,
-    flush=True,
-  )
+  _print(number, f'{why}: ended at once; the same command goes on from the last'
+         ' checkpoint.')  # fmt: skip
   sys.stdout.flush()
   os._exit(128 + number)
+
+
+def _print(number: int, line: str) -> None:
+  name = signal.Signals(number).name
+  print(f'\n{name}: {line}', file=sys.stderr, flush=True)

@@ -1,6 +1,5 @@
 """Damaged checkpoints: found, named, set aside, and the one before is used."""
 
-import json
 import os
 import shutil
 import subprocess
@@ -11,7 +10,7 @@ from test_checkpoint import mesh, same, saved, state_of  # noqa: F401
 import toy
 
 from bond_jax.errors import UserError
-from bond_jax.runs import checkpoint, checksums, saving
+from bond_jax.runs import checksums, saving
 
 
 def saver(folder):
@@ -93,21 +92,6 @@ def test_none_is_good(tmp_path, mesh):  # noqa: F811
   assert 'step 2: params/' in str(e.value) and 'step 1: par' in str(e.value)
   assert 'move this folder away to begin the stage anew' in str(e.value)
   assert toy.listing(folder) == before
-
-
-def test_one_from_before_there_were_checksums(tmp_path, mesh):  # noqa: F811
-  folder = str(saved(tmp_path, [0.1], mesh))
-  path = f'{folder}/1/_CHECKPOINT_METADATA'
-  with open(path) as f:
-    own = json.load(f)
-  del own['custom_metadata']
-  with open(path, 'w') as f:
-    json.dump(own, f)
-  os.remove(f'{folder}/1/sha256.json')
-  with checkpoint.manager(folder) as checkpoints:
-    like = state_of(9, mesh).params
-    params = checkpoint.restore_params(checkpoints, like, 1)
-  same(params, state_of(1, mesh).params)
 
 
 KILLED = """
