@@ -1,44 +1,40 @@
 """A reward that runs elsewhere and is asked over HTTP.
 
-What is sent is a JSON object: 'prompts' [B], 'completions' [B][K], and the
-fields of `Context` by their names. What comes back is {"rewards": [B][K]}, or
-{"wins": [B][K][K]} of a judge. docs/rewards.md says it in full;
+The schema of requests and answers is in docs/rewards.md;
 `bond_jax.rewards.serve` is a server.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from concurrent import futures
-import datetime
-from email import utils
-import functools
+from collections.abc import Mapping
 import json
 import logging
 import os
 import re
-import threading
 import time
 from typing import Any, NamedTuple
 from urllib import parse
 
 import numpy as np
 import requests
+from requests import adapters
 import urllib3
 
 from bond_jax.errors import UserError
 from bond_jax.rewards import calling
 from bond_jax.rewards.answers import quote
-from bond_jax.types import Context, PreferenceFn, RewardFn
+from bond_jax.types import PreferenceFn, RewardFn
 
-# Of headers that are none it says so with a traceback.
-logging.getLogger('urllib3.connection').setLevel(logging.ERROR)
+# Its warnings hold the query of a URL, and tracebacks.
+logging.getLogger('urllib3').setLevel(logging.ERROR)
 
-KEYS = ('rewards', 'wins')  # of an answer, one of them
+KEYS = ('rewards', 'wins')  # an answer holds one of them
 
 _MOST = 64 * 2**20  # bytes of an answer, unpacked
-_LONGEST_WAIT = 60.0  # seconds; a server that asks for more is given up
+_LONGEST_WAIT = 60  # seconds between attempts, whatever Retry-After asks for
+_RETRIED = {429, *range(500, 600)}  # statuses
 _VARIABLE = re.compile(r'\$\{(\w+)\}')
+_HEADER_NAME = re.compile(r"[\w!#$%&'*+.^`|~-]+", re.ASCII)
 _HEADER = re.compile(r'[!-~]([ -~]*[!-~])?')
 
 
@@ -48,15 +44,9 @@ class Server(NamedTuple):
   url: str
   name: str  # the URL without its query, which may hold a key: for messages
   headers: dict[str, str]
-  hidden: list[str]  # what no message may repeat
+  hidden: list[str]  # secrets, which no message may repeat
   timeout: float
   retries: int
-
-
-class Answer(NamedTuple):
-  status: int
-  retry_after: str | None
-  body: bytes
 
 
 def scorer(
@@ -71,46 +61,43 @@ def scorer(
 
   Args:
     url: http:// or https://; redirects are not followed.
-    timeout: of a request, from the connection to the last byte, in seconds.
-    retries: further attempts, after 0.5, 1, 2 ... 30 seconds or the longer
-      Retry-After of the answer, where the connection failed, the time was over,
-      or the status was 429 or 5xx.
+    timeout: seconds to connect, between two bytes of an answer, and from its
+      headers to its last byte. `reward.timeout` bounds a whole call.
+    retries: further attempts where there was no answer, or its status was 429
+      or 5xx: at once, then after 1, 2, 4 ... 30 seconds, or after the answer's
+      Retry-After, of which at most 60 seconds are waited.
     concurrency: requests at a time.
     batch: prompts in one request.
     headers: further ones; ${NAME} in a value is the environment variable.
   """
-  numbers = dict(retries=(retries, 0), concurrency=(concurrency, 1),
-                 batch=(batch, 1))  # fmt: skip
-  for name, (value, least) in numbers.items():
-    if value < least:
-      raise UserError(f'{name} of an HTTP reward is {value}, at least {least}.')
-  if not timeout > 0:
-    raise UserError(f'timeout of an HTTP reward is {timeout}, more than 0.')
-  templates = dict(headers or {})
-  sent = {k: _expanded(k, v) for k, v in templates.items()}
-  secrets = [os.environ[n] for v in templates.values()
-             for n in _VARIABLE.findall(v)]  # fmt: skip
-  hidden = sorted({*sent.values(), *secrets} - {''}, key=len, reverse=True)
+  if min(concurrency, batch) < 1 or retries < 0 or not timeout > 0:
+    raise UserError(
+      f'an HTTP reward has batch {batch} and concurrency {concurrency}, at'
+      f' least 1, retries {retries}, at least 0,'
+      f' and timeout {timeout}, more than 0.'
+    )
+  sent, hidden = _expanded(headers or {})
   server = Server(url, _shown(url), sent, hidden, timeout, retries)
   submit = calling.worker(concurrency)
 
   def http_reward(prompts, completions, context):
-    parts = [slice(i, i + batch) for i in range(0, len(prompts), batch)]
-    bodies = [_body(p, prompts, completions, context) for p in parts]
-    errors, over = [], threading.Event()
+    batches, errors = [], []
+    for start in range(0, len(prompts), batch):
+      where = quote(start, prompts)
+      index = range(start, min(start + batch, len(prompts)))
+      some = calling.some(index, prompts, completions, context)
+      batches.append((_body(*some, where), len(index), where))
 
-    def ask(part: slice, body: bytes):
-      if over.is_set():
+    def ask(*request):
+      if errors:  # the call has failed: ask no more
         return None
-      where = quote(part.start, prompts)
       try:
-        return _ask(server, body, len(prompts[part]), where, over)
+        return _ask(server, *request)
       except UserError as e:
         errors.append(e)
-        over.set()  # the others stop: nothing is in flight when this call ends
         return None
 
-    asked = [submit(ask, *pair) for pair in zip(parts, bodies, strict=True)]
+    asked = [submit(ask, *request) for request in batches]
     answers = [future.result() for future in asked]
     if errors:
       raise errors[0]
@@ -122,15 +109,12 @@ def scorer(
       )
     return [row for _, values in answers for row in values]
 
-  http_reward.__name__ = server.name  # what scoring calls it
+  http_reward.__name__ = server.name  # for errors
   return http_reward
 
 
-# -- The request
-
-
 def _shown(url: str) -> str:
-  """The URL as messages show it; a UserError if it is none."""
+  """The URL as messages show it; a UserError if it is not one."""
   try:
     parts = parse.urlsplit(url)
     host, port = parts.hostname, parts.port
@@ -150,49 +134,46 @@ def _shown(url: str) -> str:
   return f'{parts.scheme}://{host}{f":{port}" if port else ""}{parts.path}'
 
 
-def _expanded(name: str, value: str) -> str:
-  """A header with its environment variables; no message repeats a value."""
-
-  def variable(match: re.Match) -> str:
-    if match[1] not in os.environ:
+def _expanded(
+  templates: Mapping[str, str],
+) -> tuple[dict[str, str], list[str]]:
+  """The headers with their environment variables, and what to hide of them."""
+  sent, secrets = {}, set()
+  for name, template in templates.items():
+    variables = _VARIABLE.findall(template)
+    for variable in variables:
+      if variable not in os.environ:
+        raise UserError(
+          f'header {name} of an HTTP reward needs the environment variable'
+          f' {variable}, which is not set; export it.'
+        )
+    value = _VARIABLE.sub(lambda match: os.environ[match[1]], template)
+    if not _HEADER_NAME.fullmatch(name):
+      raise UserError(f'{name!r} is no name of an HTTP header.')
+    if not _HEADER.fullmatch(value):
       raise UserError(
-        f'header {name} of an HTTP reward needs the environment variable'
-        f' {match[1]}, which is not set; export it.'
+        f'header {name} of an HTTP reward is empty, begins or ends with white'
+        ' space, or holds characters beyond ASCII; correct it or its variable.'
       )
-    return os.environ[match[1]]
-
-  expanded = _VARIABLE.sub(variable, value)
-  if not re.fullmatch(r"[\w!#$%&'*+.^`|~-]+", name, re.ASCII):
-    raise UserError(f'{name!r} is no name of an HTTP header.')
-  if not _HEADER.fullmatch(expanded):
-    raise UserError(
-      f'header {name} of an HTTP reward is empty, begins or ends with white'
-      ' space, or holds characters beyond ASCII; correct it or its variable.'
-    )
-  return expanded
+    sent[name] = value
+    secrets |= {value, *(os.environ[variable] for variable in variables)}
+  return sent, sorted(secrets - {''}, key=len, reverse=True)
 
 
-def _body(part: slice, prompts, completions, context: Context) -> bytes:
-  """The JSON of some of the prompts."""
-  request = {
-    'prompts': list(prompts[part]),
-    'completions': [list(ys) for ys in completions[part]],
-    'rows': [dict(row) for row in context.rows[part]],
-    'tokens': [[list(y) for y in ys] for ys in context.tokens[part]],
-    'finished': context.finished[part],
-    'turns': context.turns,
-  }
+def _body(prompts, completions, context, where: str) -> bytes:
+  """The JSON of a request."""
+  request = {'prompts': prompts, 'completions': completions}
+  request |= context._asdict()
   try:
     return json.dumps(request, default=_plain, allow_nan=False).encode()
   except (TypeError, ValueError) as e:
     raise UserError(
-      f'the rows of the data cannot be sent as JSON: {e}'
-      f' ({quote(part.start, prompts)}).'
+      f'the rows of the data cannot be sent as JSON: {e} ({where}).'
     ) from e
 
 
 def _plain(value: Any) -> Any:
-  """What JSON has in the place of numpy's numbers and of bytes."""
+  """NumPy's numbers, mappings and bytes as JSON has them."""
   if isinstance(value, np.generic | np.ndarray):
     return value.tolist()
   if isinstance(value, bytes):
@@ -200,142 +181,79 @@ def _plain(value: Any) -> Any:
   raise TypeError(f'no JSON for {type(value).__name__}')
 
 
-# -- The answer
-
-
 def _ask(
-  server: Server, body: bytes, count: int, where: str, over: threading.Event
+  server: Server, body: bytes, count: int, where: str
 ) -> tuple[str, list[Any]]:
-  """Which of KEYS was answered, and the values of `count` prompts.
-
-  A UserError at the end of its attempts, or as soon as `over` is set.
-  """
-  for attempt in range(server.retries + 1):
-    answer = None
-    try:
-      answer = _within(server.timeout, functools.partial(_post, server, body))
-    except OverflowError:
-      raise UserError(
-        f'{server.name} answers more than {_MOST >> 20} MiB, which no rewards'
-        f' are ({where}).'
-      ) from None
-    except (TimeoutError, requests.Timeout, urllib3.exceptions.TimeoutError):
-      said = f'gave no whole answer within {server.timeout:g} s'
-    except urllib3.exceptions.HTTPError:
-      said = 'cut its answer short'
-    except OSError as e:
-      said = f'gave no answer ({_cause(e)})'
-    else:
-      if 200 <= answer.status < 300:
-        return _values(server, answer.body, count, where)
-      said = f'answered {answer.status}, {_quoted(server, answer.body)}'
-      if 300 <= answer.status < 400:
-        said = f'answered {answer.status}, a redirect; give the address itself'
-      if answer.status != 429 and answer.status < 500:
-        raise UserError(f'{server.name} {said} ({where}).')
-    if attempt < server.retries:
-      wait = _wait(attempt, answer and answer.retry_after)
-      if wait > _LONGEST_WAIT:
-        raise UserError(
-          f'{server.name} {said}, and asks to wait for {wait:.0f} s, more than'
-          f' the {_LONGEST_WAIT:g} that are waited ({where}).'
-        )
-      _pause(wait, over)
-  raise UserError(
-    f'{server.name} {said}; that was attempt {server.retries + 1} of'
-    f' {server.retries + 1} ({where}).'
-  )
-
-
-def _post(server: Server, body: bytes) -> Answer:
-  """One request; an error unless all of the answer comes in time."""
-  end = time.monotonic() + server.timeout
-  with requests.post(
-    server.url,
-    data=body,
-    headers={'Content-Type': 'application/json', **server.headers},
-    auth=lambda request: request,  # else a .netrc replaces the header
-    timeout=server.timeout,
-    allow_redirects=False,  # they would carry the headers elsewhere
-    stream=True,
-  ) as response:
-    read, pieces = response.raw.read1, []  # read() waits for a whole buffer
-    left = _MOST  # however small it was packed
-    while piece := read(2**16, decode_content=True):
-      pieces.append(piece)
-      left -= len(piece)
-      if left < 0:
-        raise OverflowError
-      if time.monotonic() > end:
-        raise TimeoutError
-    later = response.headers.get('Retry-After')
-    return Answer(response.status_code, later, b''.join(pieces))
-
-
-def _within(seconds: float, work: Callable[[], Answer]) -> Answer:
-  """Calls `work`, in a thread that is left behind when its time is over.
-
-  The library's timeout is of each read alone: a server may take for ever over
-  its headers, and so may the look-up of a name.
-  """
-  future: futures.Future = futures.Future()
-
-  def run():
-    try:
-      future.set_result(work())
-    except BaseException as e:  # pylint: disable=broad-except
-      future.set_exception(e)
-
-  threading.Thread(target=run, daemon=True).start()
-  return future.result(seconds)
-
-
-def _pause(seconds: float, over: threading.Event) -> None:
-  if over.wait(seconds):
-    raise UserError('another request of the same batch has failed.')
-
-
-def _wait(attempt: int, retry_after: str | None) -> float:
-  """Seconds before the next attempt, after `attempt` (from 0) has failed."""
-  return max(min(2.0**attempt / 2, 30.0), _asked_for(retry_after))
-
-
-def _asked_for(retry_after: str | None) -> float:
-  """Retry-After in seconds: a number, or a date; 0 if it is neither."""
-  text = (retry_after or '').strip()
-  if re.fullmatch(r'\d+', text, re.ASCII):
-    return float(text)
+  """The key of an answer, one of KEYS, and its values for `count` prompts."""
+  after = f' after {server.retries + 1} attempts' if server.retries else ''
   try:
-    date = utils.parsedate_to_datetime(text)
-    now = datetime.datetime.now(date.tzinfo)
-    return (date - now).total_seconds()
-  except ValueError:
-    return 0.0
+    status, content = _post(server, body)
+  except OverflowError:
+    fault = f'answers more than {_MOST >> 20} MiB, which no rewards are'
+  except (OSError, urllib3.exceptions.HTTPError) as e:
+    fault = f'gave no whole answer{after}: {_cause(e)}'
+  else:
+    if 200 <= status < 300:
+      return _values(server, content, count, where)
+    fault = f'answered {status}, {_quoted(server, content)}'
+    if 300 <= status < 400:
+      fault = f'answered {status}, a redirect; give the address itself'
+    elif status in _RETRIED:
+      fault += after
+  raise UserError(f'{server.name} {fault} ({where}).')
+
+
+def _post(server: Server, body: bytes) -> tuple[int, bytes]:
+  """The status and the body of an answer, once all of it is there."""
+  retry = urllib3.Retry(
+    server.retries,
+    allowed_methods=None,  # POST as well
+    status_forcelist=_RETRIED,
+    backoff_factor=0.5,
+    backoff_max=30,
+    retry_after_max=_LONGEST_WAIT,
+    raise_on_status=False,
+  )
+  with requests.Session() as session:
+    for scheme in 'http://', 'https://':
+      session.mount(scheme, adapters.HTTPAdapter(max_retries=retry))
+    with session.post(
+      server.url,
+      data=body,
+      headers={'Content-Type': 'application/json', **server.headers},
+      auth=lambda request: request,  # else a .netrc replaces the header
+      timeout=server.timeout,
+      allow_redirects=False,  # they would carry the headers elsewhere
+      stream=True,
+    ) as response:
+      end, left, pieces = time.monotonic() + server.timeout, _MOST, []
+      # Not read(), which waits for a whole buffer.
+      while piece := response.raw.read1(2**16, decode_content=True):
+        pieces.append(piece)
+        left -= len(piece)
+        if left < 0:
+          raise OverflowError
+        if time.monotonic() > end:
+          raise TimeoutError(f'it took more than {server.timeout:g} s')
+      return response.status_code, b''.join(pieces)
 
 
 def _values(
   server: Server, body: bytes, count: int, where: str
 ) -> tuple[str, list[Any]]:
+  """The same as `_ask`, of the body of an answer."""
   try:
     answer = json.loads(body)
-  except (ValueError, RecursionError) as e:
-    raise UserError(
-      f'{server.name} answered no JSON, {_quoted(server, body)} ({where}).'
-    ) from e
-  found = [k for k in KEYS if isinstance(answer, dict) and k in answer]
-  if len(found) != 1:
-    raise UserError(
-      f'{server.name} answered JSON without one of {" and ".join(KEYS)},'
-      f' {_quoted(server, body)} ({where}).'
-    )
-  values = answer[found[0]]
-  if not isinstance(values, list) or len(values) != count:
-    got = len(values) if isinstance(values, list) else type(values).__name__
-    raise UserError(
-      f'{server.name} answered {got} in {found[0]!r}, expected a list of'
-      f' {count}, one for each prompt ({where}).'
-    )
-  return found[0], values
+    [key] = [k for k in KEYS if k in answer]
+    values = answer[key]
+  except (ValueError, TypeError, RecursionError):
+    values = None
+  if isinstance(values, list) and len(values) == count:
+    return key, values
+  raise UserError(
+    f'{server.name} answered {_quoted(server, body)}, expected JSON with one of'
+    f' {" and ".join(KEYS)}, a list of {count}, one for each prompt ({where}).'
+  )
 
 
 def _quoted(server: Server, body: bytes) -> str:
