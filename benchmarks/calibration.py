@@ -29,7 +29,7 @@ from bond_jax.data import examples, sources
 from bond_jax.devices import sharding
 from bond_jax.evaluation import completions
 from bond_jax.measures import aggregate
-from bond_jax.models import stops
+from bond_jax.models import policies, stops
 from bond_jax.rewards import make
 from bond_jax.runs import (
   configs,
@@ -57,7 +57,7 @@ def draw_rewards(run: str) -> np.ndarray:
   config = configs.read_config(run)
   mesh = sharding.make_mesh(**config.mesh)
   tokenizer = load.load_tokenizer(config, run)
-  policy = load.make_policy(config.model, config.tokenizer.vocab_size)
+  policy = policies.make_policy(config.model, config.tokenizer.vocab_size)
   frozen = load.load_frozen(config, policy, run, mesh)
   reference = completions.Model(policy, *frozen)
   rows = sources.rows(config, 'test')

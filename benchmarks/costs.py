@@ -6,15 +6,15 @@ Prints a table for the algorithms of configs/demo.py; the same numbers of one
 run are in its train/summary.json, under `cost`. Nothing is run.
 """
 
+from bond_jax.models import policies
 from bond_jax.training import costs, setups
-from bond_jax.weights import load
 from configs import demo
 
 
 def main():
   for i, name in enumerate(demo.ALGORITHMS):
     config = demo.get_config(f'algorithm={name}')
-    vocab_size = load.make_sizes(config.model, 1).vocab_size
+    vocab_size = policies.make_sizes(config.model, 1).vocab_size
     algorithm = setups.make_algorithm(config)
     head, *rows = costs.table(
       {name: costs.of_config(config, algorithm, vocab_size)}

@@ -7,6 +7,7 @@ inserts the collectives; the numbers do not depend on the mesh.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 import math
 import re
 from typing import Any
@@ -320,6 +321,32 @@ def check_batch(name: str, size: int, mesh: Mesh, micro_batches: int) -> None:
       f" {mesh.shape['data']} devices on mesh axis 'data' times"
       f' {micro_batches} micro-batches; use {advice}.'
     )
+
+
+def put_on(
+  struct: jax.ShapeDtypeStruct,
+  read: Callable[[tuple[slice, ...]], Callable[[], Any]],
+) -> Array:
+  """An array in the shape and the sharding of `struct`, read shard by shard.
+
+  `read(slices)` starts to read a shard and returns a function that waits for
+  its numbers. All are started first; each distinct shard is read once.
+  """
+  devices: dict[tuple, list] = {}
+  where = struct.sharding.addressable_devices_indices_map(struct.shape)
+  for device, index in where.items():
+    bounds = tuple(
+      s.indices(n)[:2] for s, n in zip(index, struct.shape, strict=True)
+    )
+    devices.setdefault(bounds, []).append(device)
+  waits = {b: read(tuple(slice(*ends) for ends in b)) for b in devices}
+  shards = []
+  for bounds, owners in devices.items():
+    found = waits.pop(bounds)()  # free again once it is on its devices
+    shards += [jax.device_put(found, device) for device in owners]
+  return jax.make_array_from_single_device_arrays(
+    struct.shape, struct.sharding, shards
+  )
 
 
 def put_batch(tree: Any, mesh: Mesh) -> Any:

@@ -18,7 +18,7 @@ from bond_jax.errors import UserError
 from bond_jax.evaluation import completions, sweep
 from bond_jax.evaluation.report import page
 from bond_jax.measures import aggregate, curves
-from bond_jax.models import stops
+from bond_jax.models import policies, stops
 from bond_jax.rewards import calling, make
 from bond_jax.runs import (
   command,
@@ -134,7 +134,7 @@ def load_sides(
   config, workdir: str, checkpoint: str, mesh
 ) -> tuple[completions.Model, completions.Model]:
   """The policy of a run, and its reference."""
-  policy = load.make_policy(config.model, config.tokenizer.vocab_size)
+  policy = policies.make_policy(config.model, config.tokenizer.vocab_size)
   params = load.load_policy(
     config, policy, workdir, checkpoint, mesh, alone=False
   )

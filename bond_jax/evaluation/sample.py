@@ -14,7 +14,7 @@ from bond_jax.data import examples
 from bond_jax.data import tokenizer as tokenizer_lib
 from bond_jax.devices import sharding
 from bond_jax.errors import UserError
-from bond_jax.models import lora, sampling, stops
+from bond_jax.models import lora, policies, sampling, stops
 from bond_jax.rewards import make
 from bond_jax.runs import command, configs, environment, fields
 from bond_jax.training import text_task
@@ -31,7 +31,7 @@ def make_draw(config: ml_collections.ConfigDict, workdir: str, which: str):
   mesh = sharding.make_mesh(**config.mesh)
   tokenizer = load.load_tokenizer(config, workdir)
   stop = stops.of(tokenizer, config.stop)
-  policy = load.make_policy(config.model, config.tokenizer.vocab_size)
+  policy = policies.make_policy(config.model, config.tokenizer.vocab_size)
   if which != 'reference':
     params = load.load_policy(config, policy, workdir, which, mesh, alone=True)
   reference, base = load.load_frozen(config, policy, workdir, mesh)

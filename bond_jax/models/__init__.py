@@ -2,5 +2,6 @@
 
 Gemma (gemma/), any model of the gemma library (library.py), LoRA, a scalar
 head; and what all of them do: sampling.py draws, log_probs.py scores, stops.py
-ends a completion. No config comes in. Start at sampling.py and log_probs.py.
+ends a completion. policies.py makes one from its settings. Start at sampling.py
+and log_probs.py.
 """

@@ -21,9 +21,8 @@ import jax
 import jax.numpy as jnp
 
 from bond_jax.errors import UserError
+from bond_jax.models.gemma.layers import MASKED
 from bond_jax.types import Array, Decoder, Params, Policy
-
-_MASKED = -2.3819763e38
 
 
 def model(name: str) -> Any:
@@ -156,7 +155,7 @@ def _logits(config, params, hidden, *, temperature, used_vocab) -> Array:
   out /= temperature
   if used_vocab is not None:
     used = jnp.arange(out.shape[-1]) < used_vocab
-    out = jnp.where(used.reshape((1,) * (out.ndim - 1) + (-1,)), out, _MASKED)
+    out = jnp.where(used.reshape((1,) * (out.ndim - 1) + (-1,)), out, MASKED)
   return out
 
 

@@ -37,9 +37,8 @@ def log_probs(
   """
   b, m, t = completion.shape
   p = prompts.tokens.shape[1]
-  completion, mask = completion.reshape(b * m, t), mask.reshape(b * m, t)
-  tokens = jnp.concatenate([jnp.repeat(prompts.tokens, m, 0), completion], 1)
-  valid = jnp.concatenate([jnp.repeat(prompts.mask, m, 0), mask], 1)
+  tokens, valid = join_rows(prompts, completion, mask)
+  completion, mask = tokens[:, p:], valid[:, p:]
   n = tokens_read(p, t)
   hidden = policy.hidden(params, tokens[:, :n], valid[:, :n])
   # [B M, T, D], at the position before each token.
@@ -60,6 +59,16 @@ def log_probs(
   out = out.reshape(-1, b * m // rows, rows, positions)
   out = out.transpose(2, 1, 0, 3).reshape(b * m, -1)[:, :t]
   return jnp.where(mask, out, 0.0).reshape(b, m, t)
+
+
+def join_rows(
+  prompts: Prompts, completion: Array, mask: Array
+) -> tuple[Array, Array]:
+  """Each completion [B, M, T] after its prompt: tokens, mask [B M, P + T]."""
+  b, m, t = completion.shape
+  completion, mask = completion.reshape(b * m, t), mask.reshape(b * m, t)
+  tokens = jnp.concatenate([jnp.repeat(prompts.tokens, m, 0), completion], 1)
+  return tokens, jnp.concatenate([jnp.repeat(prompts.mask, m, 0), mask], 1)
 
 
 def tokens_read(prompt: int, length: int) -> int:

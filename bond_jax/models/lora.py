@@ -41,6 +41,7 @@ import jax
 import jax.numpy as jnp
 
 from bond_jax.errors import UserError
+from bond_jax.models.gemma import configs
 from bond_jax.models.gemma import layers as gemma_layers
 from bond_jax.models.gemma import model as gemma
 from bond_jax.types import Array, Params, Policy
@@ -81,7 +82,7 @@ def init(
   weights = sorted(_chosen(config, targets).items())
   adapters = {}
   for i, (path, w) in enumerate(weights):
-    axes, inputs = _axes(config, path)
+    axes, inputs = configs.axes(config, _name(path))
     size = dict(zip(axes, w.shape[-len(axes) :], strict=True), r=rank)
     layers = w.shape[: -len(axes)]
     a, b = (
@@ -158,9 +159,7 @@ def _weights(config: gemma.Config) -> dict[tuple, Any]:
   """path -> shape of every weight that can have an adapter."""
   shapes = jax.eval_shape(lambda: gemma.init(config, jax.random.key(0)))
   flat = traverse_util.flatten_dict(shapes)
-  return {
-    path: w for path, w in flat.items() if _name(path) in gemma_layers.AXES
-  }
+  return {path: w for path, w in flat.items() if _name(path) in configs.WEIGHTS}
 
 
 def _chosen(config: gemma.Config, targets: str) -> dict[tuple, Any]:
@@ -186,14 +185,6 @@ def _name(path: tuple[str, ...]) -> str:
   return '/'.join(path[2 if path[0] == 'stacked_layers' else 1 :])
 
 
-def _axes(config: gemma.Config, path: tuple[str, ...]) -> tuple[str, str]:
-  """See `layers.AXES`."""
-  axes, inputs = gemma_layers.AXES[_name(path)]
-  if path[-1] == 'gating_einsum' and config.gating_transposed:
-    axes = 'CFD'
-  return axes, inputs
-
-
 def _beside(path: tuple[str, ...], leaf: str) -> tuple[str, ...]:
   """The path of an adapter's leaf, from that of its weight."""
   weight = '' if path[-1] == 'w' else f'{path[-1]}_'
@@ -213,7 +204,7 @@ def _deltas(config: gemma.Config, flat: dict[tuple, Array]) -> dict:
     if 'delta' in adapter:
       deltas[path] = adapter['delta']
       continue
-    axes, inputs = _axes(config, path)
+    axes, inputs = configs.axes(config, _name(path))
     a, b = gemma_layers.lora_axes(inputs, axes)
     # Accelerators would round the factors of a float32 product.
     deltas[path] = config.lora_scale * jnp.einsum(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from bond_jax.models.log_probs import join_rows
 from bond_jax.types import Array, Params, Policy, Prompts
 
 
@@ -38,18 +39,12 @@ def logits(
   Returns:
     f32[B, M].
   """
-  b, m, t = completion.shape
-  tokens = jnp.concatenate(
-    [jnp.repeat(prompts.tokens, m, 0), completion.reshape(b * m, t)], 1
-  )
-  valid = jnp.concatenate(
-    [jnp.repeat(prompts.mask, m, 0), mask.reshape(b * m, t)], 1
-  )
+  tokens, valid = join_rows(prompts, completion, mask)
   hidden = policy.hidden(params['model'], tokens, valid)
   last = prompts.tokens.shape[1] - 1 + mask.sum(-1).reshape(-1, 1, 1)
   hidden = jnp.take_along_axis(hidden, last, 1)[:, 0].astype(jnp.float32)
   head = params['scalar_head']
-  return (hidden @ head['w'] + head['b']).reshape(b, m)
+  return (hidden @ head['w'] + head['b']).reshape(mask.shape[:2])
 
 
 POOLS = ('last', 'mean')  # which hidden states `score` reads

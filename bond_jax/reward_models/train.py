@@ -24,7 +24,7 @@ from bond_jax.data import tokenizer as tokenizer_lib
 from bond_jax.devices import hosts, sharding
 from bond_jax.errors import UserError
 from bond_jax.measures import preferences as measures
-from bond_jax.models import scalar_head
+from bond_jax.models import policies, scalar_head
 from bond_jax.reward_models import losses as preference_losses
 from bond_jax.reward_models import report
 from bond_jax.rewards import gemma as reward_lib
@@ -286,7 +286,9 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
   batches = make_batches(
     config, judged['train'], settings.loss, tokenizer, folder
   )
-  policy = load.make_policy(mine.model, mine.tokenizer.vocab_size, full=True)
+  policy = policies.make_policy(
+    mine.model, mine.tokenizer.vocab_size, full=True
+  )
   optimizer = optimizer_lib.adam(steps=settings.steps, **settings.optimizer)
   state = init_state(config, mine, policy, optimizer, workdir, mesh)
   loss = make_loss(policy, settings.loss, settings.margin, settings.pool)
@@ -302,8 +304,8 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
   }
   found = hosts.once(lambda: report.report(scores, judged))
   sizes = None
-  if not load.is_library(mine.model):
-    sizes = load.make_sizes(mine.model, mine.tokenizer.vocab_size)
+  if not policies.is_library(mine.model):
+    sizes = policies.make_sizes(mine.model, mine.tokenizer.vocab_size)
   described = reward_lib.describe(
     sizes,
     mine.model.to_dict(),

@@ -15,6 +15,7 @@ import ml_collections
 
 from bond_jax.devices import sharding
 from bond_jax.errors import UserError
+from bond_jax.models import policies
 from bond_jax.runs import command, environment, fields, files, show
 from bond_jax.sizing import chips, hlo, programs
 from bond_jax.training import setups, text_task
@@ -116,7 +117,7 @@ def describe(compiled: programs.Compiled) -> dict[str, Any]:
 
 def check(config: ml_collections.ConfigDict, mesh: Mesh) -> None:
   """Refuses what the run would refuse, of what does not need its data."""
-  if config.task != 'text' or load.is_library(config.model):
+  if config.task != 'text' or policies.is_library(config.model):
     raise UserError(
       f'a plan is made for models in {load.__name__} that are trained on'
       f' text; this config has task {config.task}, model {config.model.name}.'

@@ -13,12 +13,11 @@ from jax.sharding import Mesh
 import ml_collections
 
 from bond_jax.devices import sharding
-from bond_jax.models import stops
+from bond_jax.models import policies, stops
 from bond_jax.sizing import hlo
 from bond_jax.training import costs, distil, setups, text_task
 from bond_jax.training import step as step_lib
 from bond_jax.types import Frozen, Params, Prompts, Rollout
-from bond_jax.weights import load
 
 
 class Program(NamedTuple):
@@ -67,7 +66,7 @@ def shapes(config, policy, setup: step_lib.Setup, mesh: Mesh):
   """The state and the frozen trees of a run, as shapes in their shards."""
   base: Params = {}
   if config.model.lora.rank:
-    full = load.make_policy(
+    full = policies.make_policy(
       config.model, config.tokenizer.vocab_size, full=True
     )
     base = sharding.tree_structs(
@@ -80,7 +79,7 @@ def shapes(config, policy, setup: step_lib.Setup, mesh: Mesh):
 
 def of_config(config: ml_collections.ConfigDict, mesh: Mesh):
   """The programs of a run on a mesh by their names, and what it keeps."""
-  policy = load.make_policy(config.model, config.tokenizer.vocab_size)
+  policy = policies.make_policy(config.model, config.tokenizer.vocab_size)
   # Stand-ins for the ids and the pieces: the shapes are the same.
   stop = stops.make((1,), [b''] * config.tokenizer.vocab_size, config.stop)
   setup = setups.make_setup(config, policy, stop, mesh)
@@ -199,7 +198,7 @@ def _kept_bytes(compiled, program: Program) -> int:
 
 def least_seconds(name, compiled, config, algorithm, kept, mesh, chip):
   """Of computing, reading memory and sending: the phases of a step alone."""
-  sizes = load.make_sizes(config.model, config.tokenizer.vocab_size)
+  sizes = policies.make_sizes(config.model, config.tokenizer.vocab_size)
   phases = costs.phases(
     algorithm, sizes, prompt=config.prompt.length, length=config.length,
     epochs=config.train.epochs, remat=config.model.remat,

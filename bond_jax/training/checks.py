@@ -9,12 +9,12 @@ import ml_collections
 
 from bond_jax.devices import sharding
 from bond_jax.errors import UserError
+from bond_jax.models import policies
 from bond_jax.runs import (
   configs,
   fields,
 )
 from bond_jax.training import setups
-from bond_jax.weights import load
 
 
 def check(config: ml_collections.ConfigDict) -> Mesh:
@@ -75,4 +75,4 @@ def check_reward_model(config: ml_collections.ConfigDict, mesh) -> None:
         " 'random' or a checkpoint."
       )
   mine = configs.of_reward_model(config)
-  load.make_policy(mine.model, mine.tokenizer.vocab_size, full=True)
+  policies.make_policy(mine.model, mine.tokenizer.vocab_size, full=True)

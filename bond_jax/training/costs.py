@@ -14,10 +14,11 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 
+from bond_jax.models import policies
+from bond_jax.models.gemma import configs
 from bond_jax.models.gemma import model as gemma
 from bond_jax.models.log_probs import tokens_read
 from bond_jax.types import Algorithm
-from bond_jax.weights import load
 
 
 class Cost(NamedTuple):
@@ -68,8 +69,8 @@ def attention(sizes: gemma.Config, queries: int, keys: int) -> float:
 
 def columns(sizes: gemma.Config, n: int) -> int:
   """Keys of n positions that are kept while decoding, over all layers."""
-  kinds = [sizes.pattern[j % len(sizes.pattern)] for j in range(sizes.layers)]
-  return sum(min(n, sizes.window) if k == 'local' else n for k in kinds)
+  kept = lambda kind: min(n, sizes.window) if kind == 'local' else n
+  return sum(kept(kind) for kind in configs.kinds(sizes))
 
 
 def num_trained(algorithm: Algorithm) -> int:
@@ -194,8 +195,8 @@ def of_config(
   """
   model, settings = config.model, config.train
   sizes = None
-  if not load.is_library(model):
-    sizes = load.make_sizes(model, 1)
+  if not policies.is_library(model):
+    sizes = policies.make_sizes(model, 1)
     sizes = dataclasses.replace(sizes, vocab_size=vocab_size)
   return cost(
     algorithm,

@@ -22,13 +22,12 @@ import numpy as np
 from bond_jax.devices import sharding, shares
 from bond_jax.errors import UserError
 from bond_jax.measures import exact
-from bond_jax.models import sampling
+from bond_jax.models import policies, sampling
 from bond_jax.models.stops import Stop
 from bond_jax.rewards import calling
 from bond_jax.runs import configs, fields
 from bond_jax.training import tasks
 from bond_jax.types import Frozen, Params, Policy, Prompts, Rollout
-from bond_jax.weights import load
 
 EOS = 1
 MOST = 3000  # completions of a prompt, so that tables of pairs fit in memory
@@ -138,7 +137,7 @@ def make_policy(config: ml_collections.ConfigDict) -> Policy:
   model = config.model.copy_and_resolve_references()
   with model.unlocked():
     model.sizes.vocab_size = settings.vocab + settings.prompts
-  return load.make_policy(model, settings.vocab)
+  return policies.make_policy(model, settings.vocab)
 
 
 def exact_law(config: ml_collections.ConfigDict, policy: Policy):

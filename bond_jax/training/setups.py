@@ -10,6 +10,7 @@ import ml_collections
 from bond_jax import algorithms
 from bond_jax.devices import sharding
 from bond_jax.errors import UserError
+from bond_jax.models import policies
 from bond_jax.runs import (
   fields,
 )
@@ -19,7 +20,6 @@ from bond_jax.training import step as step_lib
 from bond_jax.types import (
   Policy,
 )
-from bond_jax.weights import load
 
 
 def make_algorithm(config: ml_collections.ConfigDict):
@@ -49,7 +49,7 @@ def make_setup(
   settings = config.train
   return step_lib.Setup(
     policy=policy,
-    algorithm=load.with_anchor(make_algorithm(config), config.model),
+    algorithm=policies.with_anchor(make_algorithm(config), config.model),
     optimizer=optimizer_lib.adam(steps=settings.steps, **settings.optimizer),
     length=config.length,
     stop=stop,

@@ -15,6 +15,7 @@ import optax
 from bond_jax.data import examples, sources
 from bond_jax.data import tokenizer as tokenizer_lib
 from bond_jax.devices import hosts, sharding
+from bond_jax.models import policies
 from bond_jax.models.log_probs import log_probs
 from bond_jax.runs import (
   configs,
@@ -156,7 +157,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
   held_out = [next(held_out) for _ in range(settings.validation_batches)]
   batches = batches('train')
   of_data = look_at(config, tokenizer, rows)
-  policy = load.make_policy(
+  policy = policies.make_policy(
     config.model, config.tokenizer.vocab_size, full=True
   )
   optimizer = optimizer_lib.adam(steps=settings.steps, **settings.optimizer)

@@ -18,7 +18,7 @@ from bond_jax.data import tokenizer as tokenizer_lib
 from bond_jax.devices import hosts, sharding, shares
 from bond_jax.errors import UserError
 from bond_jax.measures import comparisons
-from bond_jax.models import lora, sampling, stops
+from bond_jax.models import lora, policies, sampling, stops
 from bond_jax.models.log_probs import log_probs
 from bond_jax.models.sampling import sample
 from bond_jax.rewards import calling
@@ -55,7 +55,7 @@ def check(config: ml_collections.ConfigDict, mesh) -> None:
     sharding.check_batch(name, batch, drawn_on, 1)
   if 'sft' in config:
     sharding.check_batch('sft.batch', config.sft.batch, mesh, 1)
-  policy = load.make_policy(config.model, config.tokenizer.vocab_size)
+  policy = policies.make_policy(config.model, config.tokenizer.vocab_size)
   parts = drawn_on.shape['data']
   stop = stops.make((), [b''], config.stop)  # the ids come with a vocabulary
   sampling.check(policy, config.length, stop, config.slots, parts)
@@ -83,7 +83,7 @@ def make(config: ml_collections.ConfigDict, workdir: str, mesh) -> tasks.Task:
   for part in sources.parts(sources.rows(config, 'test')):
     made = sources.each(part.rows, encode)
     list(itertools.islice(made, config.evaluate.prompts))
-  policy = load.make_policy(config.model, config.tokenizer.vocab_size)
+  policy = policies.make_policy(config.model, config.tokenizer.vocab_size)
   frozen = load.load_frozen(config, policy, workdir, mesh)
   ask, ask_gold = (
     making.make_ask(config, name, workdir) for name in ('reward', 'gold')

@@ -12,7 +12,7 @@ import ml_collections
 
 from bond_jax.devices import sharding
 from bond_jax.errors import UserError
-from bond_jax.models import lora
+from bond_jax.models import lora, policies
 from bond_jax.runs import (
   command,
   configs,
@@ -55,9 +55,9 @@ def export(
   # Of this machine, which need not be the one that trained.
   mesh = sharding.make_mesh(data=-1, model=1)
   sizes = None  # the tree is the gemma library's own
-  if form != 'official' or not load.is_library(config.model):
-    sizes = load.make_sizes(config.model, config.tokenizer.vocab_size)
-  policy = load.make_policy(config.model, config.tokenizer.vocab_size)
+  if form != 'official' or not policies.is_library(config.model):
+    sizes = policies.make_sizes(config.model, config.tokenizer.vocab_size)
+  policy = policies.make_policy(config.model, config.tokenizer.vocab_size)
   frozen = None
   if which == 'reference' or (settings.rank and form != 'adapter'):
     frozen = load.load_frozen(config, policy, workdir, mesh)

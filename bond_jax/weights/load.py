@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import functools
 import json
 import os
 from typing import Any
@@ -15,121 +13,11 @@ from bond_jax.data import examples
 from bond_jax.data import tokenizer as tokenizer_lib
 from bond_jax.devices import sharding
 from bond_jax.errors import UserError
-from bond_jax.models import library, lora
-from bond_jax.models.gemma import model as gemma
+from bond_jax.models import policies
 from bond_jax.runs import checkpoint, configs, files, provenance
-from bond_jax.types import Algorithm, Frozen, Params, Policy
+from bond_jax.types import Frozen, Params, Policy
 from bond_jax.weights import official
 from bond_jax.weights.huggingface import adapter
-
-
-def make_sizes(
-  model: ml_collections.ConfigDict, used_vocab: int
-) -> gemma.Config:
-  """The sizes of the model that `config.model` describes.
-
-  Rows of the embedding from `used_vocab` on may be read and are never drawn.
-  """
-  if is_library(model):
-    raise UserError(
-      f'{model.name} is a model of the gemma library: LoRA, model.sizes and'
-      f' Hugging Face folders are for {", ".join(gemma.CONFIGS)} alone.'
-    )
-  if model.name not in gemma.CONFIGS:
-    raise UserError(
-      f'model.name is {model.name!r}; known are {", ".join(gemma.CONFIGS)},'
-      " and models of the gemma library, 'Gemma3n_E2B' for instance."
-    )
-  try:
-    sizes = dataclasses.replace(gemma.CONFIGS[model.name], **model.sizes)
-  except TypeError as e:
-    raise UserError(
-      f'model.sizes: {e}; known are'
-      f' {", ".join(f.name for f in dataclasses.fields(gemma.Config))}.'
-    ) from e
-  if sizes.heads % sizes.kv_heads:
-    raise UserError(
-      f'model.sizes: heads ({sizes.heads}) must be a multiple of kv_heads'
-      f' ({sizes.kv_heads}).'
-    )
-  if 'local' in sizes.pattern and not sizes.window:
-    raise UserError(
-      'model.sizes: a local layer sees window positions, which are none of'
-      f' {model.name}; set window too.'
-    )
-  if used_vocab > sizes.vocab_size:
-    raise UserError(
-      f'tokenizer.vocab_size ({used_vocab}) is larger than the'
-      f' {sizes.vocab_size} embedding rows of {model.name}.'
-    )
-  # Merging adapters needs their scale as calling the model does.
-  scale = model.lora.alpha / model.lora.rank if model.lora.rank else None
-  return dataclasses.replace(sizes, used_vocab=used_vocab, lora_scale=scale)
-
-
-def is_library(model: ml_collections.ConfigDict) -> bool:
-  """Whether the gemma library runs this model: its names begin with 'Gemma'."""
-  return model.name.startswith('Gemma')
-
-
-def make_policy(
-  model: ml_collections.ConfigDict, used_vocab: int, *, full: bool = False
-) -> Policy:
-  """The model that `config.model` describes, drawing the first tokens alone.
-
-  Its parameters are adapters where model.lora.rank is not 0, to be joined with
-  a base, unless `full` weights are asked for.
-  """
-  if model.lora.weights and not model.lora.rank:
-    raise UserError(
-      f'model.lora.weights is {model.lora.weights} and model.lora.rank is 0: to'
-      ' start from that adapter, set rank, alpha and targets as it has them.'
-    )
-  if is_library(model):
-    return _library_policy(model, used_vocab)
-  if model.remat not in gemma.REMAT:
-    raise UserError(
-      f'model.remat is {model.remat!r}; known are {", ".join(gemma.REMAT)}.'
-    )
-  sizes = make_sizes(model, used_vocab)
-  keys = 'temperature', 'dtype', 'scan', 'remat'
-  kwargs = {key: model[key] for key in keys}
-  if full or not model.lora.rank:
-    return gemma.make(sizes, **kwargs)
-  kwargs |= {key: model.lora[key] for key in ('rank', 'alpha', 'targets')}
-  return lora.make(sizes, **kwargs)
-
-
-def _library_policy(model: ml_collections.ConfigDict, used_vocab: int):
-  again = model.remat != 'none'
-  if model.lora.rank or model.sizes or again or model.scan:
-    raise UserError(
-      f'{model.name} is a model of the gemma library: set model.scan to'
-      ' False, model.remat to none, model.lora.rank to 0, and no model.sizes.'
-    )
-  policy = library.make(
-    library.model(model.name),
-    temperature=model.temperature,
-    dtype=model.dtype,
-    used_vocab=used_vocab,
-  )
-  if used_vocab > policy.vocab_size:
-    raise UserError(
-      f'tokenizer.vocab_size ({used_vocab}) is larger than the'
-      f' {policy.vocab_size} embedding rows of {model.name}.'
-    )
-  return policy
-
-
-def with_anchor(
-  algorithm: Algorithm, model: ml_collections.ConfigDict
-) -> Algorithm:
-  """The algorithm with the anchor that `model.lora.exact_anchor` asks for."""
-  if not (model.lora.rank and model.lora.exact_anchor):
-    return algorithm
-  sizes = make_sizes(model, used_vocab=1)  # embeddings have no adapters
-  view = functools.partial(lora.dense, sizes)
-  return algorithm._replace(anchor=algorithm.anchor._replace(view=view))
 
 
 def load_tokenizer(
@@ -193,7 +81,7 @@ def load_frozen(config, policy: Policy, workdir: str, mesh) -> Frozen:
   like = sharding.tree_structs(jax.eval_shape(init), mesh)
   base = jax.tree.map(lambda x: x.astype(config.model.dtype), full)
   if config.model.lora.weights:
-    sizes = make_sizes(config.model, config.tokenizer.vocab_size)
+    sizes = policies.make_sizes(config.model, config.tokenizer.vocab_size)
     reference = adapter.load_adapter(config.model.lora.weights, sizes, like)
   else:
     shards = jax.tree.map(lambda x: x.sharding, like)
@@ -204,13 +92,13 @@ def load_frozen(config, policy: Policy, workdir: str, mesh) -> Frozen:
 def load_weights(config: ml_collections.ConfigDict, mesh, dtype) -> Params:
   """The checkpoint `config.weights`, straight into its shards."""
   vocab_size = config.tokenizer.vocab_size
-  policy = make_policy(config.model, vocab_size, full=True)
+  policy = policies.make_policy(config.model, vocab_size, full=True)
   shapes = jax.eval_shape(policy.init, jax.random.key(0))
   like = sharding.tree_structs(shapes, mesh, dtype)
-  if is_library(config.model):
+  if policies.is_library(config.model):
     return official.load_nested(config.weights, like)
   return official.load(
-    config.weights, make_sizes(config.model, vocab_size), like
+    config.weights, policies.make_sizes(config.model, vocab_size), like
   )
 
 
@@ -228,7 +116,9 @@ def _load_sft(config, workdir: str, mesh) -> Params:
         f'the reference of {folder} is of another model ({"; ".join(rows)});'
         ' set these as there, or start from another run.'
       )
-  policy = make_policy(config.model, config.tokenizer.vocab_size, full=True)
+  policy = policies.make_policy(
+    config.model, config.tokenizer.vocab_size, full=True
+  )
   return load_params(policy, folder, 'sft', 'last', mesh)
 
 

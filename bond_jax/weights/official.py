@@ -10,7 +10,6 @@ every array bears its nested name, 'layer_0/mlp/linear'.
 
 from __future__ import annotations
 
-import collections
 from collections.abc import Callable, Collection
 import functools
 import json
@@ -24,7 +23,7 @@ import jax
 import orbax.checkpoint as ocp
 import tensorstore as ts
 
-from bond_jax.devices.sharding import path_name
+from bond_jax.devices.sharding import path_name, put_on
 from bond_jax.errors import UserError
 from bond_jax.models.gemma import model as gemma
 from bond_jax.runs import paths
@@ -263,24 +262,8 @@ def _nested_name(key: str) -> str:
 
 def _read(store: ts.TensorStore, struct: jax.ShapeDtypeStruct) -> Array:
   """Reads an array into the shards of `struct`, and casts it there."""
-  devices = collections.defaultdict(list)
-  where = struct.sharding.addressable_devices_indices_map(struct.shape)
-  for device, index in where.items():
-    bounds = [s.indices(n)[:2] for s, n in zip(index, struct.shape)]
-    devices[tuple(bounds)].append(device)
   # All at once: shards that lie in one chunk of the file share its reading.
-  reads = collections.deque(
-    (store[tuple(slice(*b) for b in bounds)].read(), owners)
-    for bounds, owners in devices.items()
-  )
-  shards = []
-  while reads:
-    future, owners = reads.popleft()
-    shards += [jax.device_put(future.result(), d) for d in owners]
-    del future  # on the device now
-  array = jax.make_array_from_single_device_arrays(
-    struct.shape, struct.sharding, shards
-  )
+  array = put_on(struct, lambda index: store[index].read().result)
   if array.dtype == struct.dtype:
     return array
   return _cast(struct.dtype, struct.sharding)(array)

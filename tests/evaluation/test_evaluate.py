@@ -17,6 +17,7 @@ from bond_jax.devices import sharding
 from bond_jax.errors import UserError
 from bond_jax.evaluation import completions, evaluate
 from bond_jax.measures import aggregate
+from bond_jax.models import policies
 from bond_jax.models.log_probs import log_probs
 from bond_jax.models.stops import Stop
 from bond_jax.rewards import make
@@ -84,7 +85,7 @@ def test_scores_belong_to_the_texts_beside_them(config):
 def test_draws_are_scored_under_both_models(config):
   mesh = sharding.make_mesh(**config.mesh)
   tokenizer = origin.load_tokenizer(config, toy.finished())
-  policy = origin.make_policy(config.model, config.tokenizer.vocab_size)
+  policy = policies.make_policy(config.model, config.tokenizer.vocab_size)
   own, other = (
     toy.saved(toy.finished(), stage, 6)['params'] for stage in ('train', 'sft')
   )

@@ -22,7 +22,7 @@ from bond_jax.data import tokenizer
 from bond_jax.devices import sharding
 from bond_jax.errors import UserError
 from bond_jax.models import library as adapter
-from bond_jax.models import log_probs, sampling
+from bond_jax.models import log_probs, policies, sampling
 from bond_jax.models.gemma import model as gemma
 from bond_jax.models.stops import Stop
 from bond_jax.types import Prompts
@@ -240,7 +240,7 @@ def test_a_run_of_a_library_model(release):
   workdir = str(folder / 'run')
   toy.run('train', config, workdir)
   mesh = sharding.make_mesh(**config.mesh)
-  policy = load.make_policy(config.model, test_load.VOCAB)
+  policy = policies.make_policy(config.model, test_load.VOCAB)
   reference, base = load.load_frozen(config, policy, workdir, mesh)
   assert base == {}
   test_load.same(reference, params)
@@ -269,4 +269,4 @@ def test_a_library_model_has_limits(release, changes, says):
   config = library_config(release[0])
   config.update_from_flattened_dict(changes)
   with pytest.raises(UserError, match=says):
-    load.make_policy(config.model, config.tokenizer.vocab_size)
+    policies.make_policy(config.model, config.tokenizer.vocab_size)

@@ -14,7 +14,7 @@ import toy
 from bond_jax.data import preferences, tokenizer
 from bond_jax.devices import sharding
 from bond_jax.errors import Stopped, UserError
-from bond_jax.models import scalar_head
+from bond_jax.models import policies, scalar_head
 from bond_jax.reward_models import train
 from bond_jax.rewards import gemma as reward
 from bond_jax.runs import configs
@@ -460,7 +460,7 @@ def test_it_starts_from_the_sft_stage_and_takes_pairs(tmp_path):
   # The rate of the first step is 0: what is there is the sft stage's.
   mesh = sharding.make_mesh(1, 1)
   mine = configs.of_reward_model(config)
-  policy = load.make_policy(mine.model, 96, full=True)
+  policy = policies.make_policy(mine.model, 96, full=True)
   theirs = load.load_params(policy, workdir, 'sft', 'last', mesh)
   optimizer = train.optimizer_lib.adam(steps=2, **config.reward_model.optimizer)
   state = train.init_state(config, mine, policy, optimizer, workdir, mesh)

@@ -13,10 +13,10 @@ from bond_jax.data import sources, tokenizer
 from bond_jax.devices import sharding
 from bond_jax.errors import UserError
 from bond_jax.evaluation import evaluate
+from bond_jax.models import policies
 from bond_jax.rewards import make as making
 from bond_jax.runs import configs, paths
 from bond_jax.weights import export, official
-from bond_jax.weights import load as origin
 from bond_jax.weights.huggingface import adapter, reader
 
 
@@ -40,7 +40,7 @@ def test_a_tilde_is_replaced_as_a_shell_does_it(home):
 
 
 def load_adapter(path):
-  policy = origin.make_policy(toy.get_config('').model, 96)
+  policy = policies.make_policy(toy.get_config('').model, 96)
   return adapter.load_adapter(path, policy, None)
 
 

@@ -10,6 +10,7 @@ import toy
 
 from bond_jax.devices import sharding
 from bond_jax.errors import UserError
+from bond_jax.models import policies
 from bond_jax.rewards import make
 from bond_jax.runs import configs, environment, files, stages
 from bond_jax.training import checks, setups
@@ -196,7 +197,7 @@ def test_a_stage_that_fails_is_not_done(config, tmp_path):
 
 
 def test_params_of_an_unfinished_stage_are_refused(config, tmp_path):
-  policy = load.make_policy(config.model, config.tokenizer.vocab_size)
+  policy = policies.make_policy(config.model, config.tokenizer.vocab_size)
   mesh = sharding.make_mesh(**config.mesh)
   (tmp_path / 'sft' / 'checkpoints').mkdir(parents=True)
   with pytest.raises(UserError, match='the sft stage has not finished'):

@@ -29,7 +29,7 @@ import toy
 from bond_jax.algorithms import bond, jbond
 from bond_jax.devices import sharding
 from bond_jax.errors import UserError
-from bond_jax.models import lora
+from bond_jax.models import lora, policies
 from bond_jax.models.gemma import model as gemma
 from bond_jax.models.stops import Stop
 from bond_jax.rewards import calling
@@ -322,7 +322,7 @@ def test_the_base_is_what_sft_left(started):
   config = toy_config(exact=False)
   config.model.dtype = 'bfloat16'
   low, full = (
-    origin.make_policy(config.model, 96, full=full) for full in (False, True)
+    policies.make_policy(config.model, 96, full=full) for full in (False, True)
   )
   frozen = origin.load_frozen(config, low, workdir, sharding.make_mesh(1, 1))
   cast = jax.tree.map(lambda x: x.astype(ml_dtypes.bfloat16), left)

@@ -12,6 +12,7 @@ import toy
 
 from bond_jax.data import examples, sources
 from bond_jax.errors import UserError
+from bond_jax.models import policies
 from bond_jax.models.log_probs import log_probs
 from bond_jax.runs import configs
 from bond_jax.training import sft
@@ -32,7 +33,7 @@ def test_the_loss_is_nats_per_token_and_falls(config):
   first, *_, last = rows = toy.rows(toy.finished(), 'sft')
   assert [row['step'] for row in rows] == [1, 2, 3, 4, 5, 6]
   tokenizer = load.load_tokenizer(config, toy.finished())
-  policy = load.make_policy(config.model, config.tokenizer.vocab_size)
+  policy = policies.make_policy(config.model, config.tokenizer.vocab_size)
   batches = examples.sentences(
       sources.rows(config, 'train'), tokenizer, length=config.sft.length,
       batch=config.sft.batch, seed=config.seed,
@@ -159,7 +160,7 @@ def test_answers_are_what_is_learnt(config, workdir, tmp_path):
   rows = toy.rows(workdir, 'sft')
   assert rows[-1]['loss'] < rows[0]['loss'] - 0.1
   tokenizer = load.load_tokenizer(config, workdir)
-  policy = load.make_policy(config.model, config.tokenizer.vocab_size)
+  policy = policies.make_policy(config.model, config.tokenizer.vocab_size)
   prompts, completion, mask = next(sft.batches_of(config, tokenizer, 'train'))
   assert mask[:, 0].sum(-1).max() > 2 and (prompts.mask.sum(-1) > 1).all()
   init = policy.init(configs.key(config.seed, 'sft'))

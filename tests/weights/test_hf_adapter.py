@@ -15,7 +15,7 @@ import toy
 
 from bond_jax.devices import sharding
 from bond_jax.errors import UserError
-from bond_jax.models import lora
+from bond_jax.models import lora, policies
 from bond_jax.models.gemma import configs
 from bond_jax.weights import load as origin
 from bond_jax.weights.huggingface import adapter, layout
@@ -189,7 +189,7 @@ def test_a_run_from_an_adapter(release, tmp_path):
   folder, params = release
   config = test_load.gemma_config(folder, rank=RANK)
   config.model.lora.alpha = ALPHA
-  sizes = origin.make_sizes(config.model, test_load.VOCAB)
+  sizes = policies.make_sizes(config.model, test_load.VOCAB)
   adapters = jax.tree.map(lambda x: 0.3 * x, adapters_of(sizes))
   low = str(tmp_path / 'low')
   adapter.export_adapter(adapters, sizes, low, base=folder)
@@ -206,11 +206,11 @@ def test_a_run_from_an_adapter(release, tmp_path):
   assert abs(toy.rows(workdir, 'train')[0]['kl/reference']) < 1e-5
 
   mesh = sharding.make_mesh(**config.mesh)
-  policy = origin.make_policy(config.model, test_load.VOCAB)
+  policy = policies.make_policy(config.model, test_load.VOCAB)
   frozen = origin.load_frozen(config, policy, workdir, mesh)
   same(frozen.reference, adapters)
   same(frozen.base, params)
-  whole = origin.make_policy(config.model, test_load.VOCAB, full=True)
+  whole = policies.make_policy(config.model, test_load.VOCAB, full=True)
   tokens = np.arange(12).reshape(2, 6)
 
   def logits(policy, tree):
@@ -230,7 +230,7 @@ def test_an_adapter_needs_a_rank(name):
   config.model.name = name
   config.model.lora.weights = '/somewhere'
   with pytest.raises(UserError, match='lora.weights is /somewhere and .* 0'):
-    origin.make_policy(config.model, test_load.VOCAB)
+    policies.make_policy(config.model, test_load.VOCAB)
 
 
 # -- Folders that cannot be read
@@ -258,7 +258,7 @@ DAMAGE = {
   ),
   'no JSON': (
     lambda f: (f / CONFIG).write_text('{'),
-    'cannot read .*adapter_config.json .not JSON',
+    'cannot read .*adapter_config.json .it is not a JSON',
   ),
   'no tensors': (
     lambda f: (f / TENSORS).unlink(),

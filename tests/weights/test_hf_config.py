@@ -222,9 +222,7 @@ def test_keys_that_say_the_same_thing(name, images):
     around = dict(rope_theta=3.0, sliding_window_pattern=1, hidden_size=8)
     raw = {**around, **IMAGES, 'text_config': raw}
   c = config_json.from_json(raw, 'F')
-  kinds = ''.join(
-    {'local': 'L'}.get(k, 'G') for k in config_json.layer_kinds(c)
-  )
+  kinds = ''.join({'local': 'L'}.get(k, 'G') for k in configs.kinds(c))
   found = kinds, c.global_rope_base, c.global_rope_scale, c.local_rope_base
   assert found == expected
 

@@ -13,7 +13,7 @@ import toy
 from bond_jax.devices import sharding
 from bond_jax.errors import UserError
 from bond_jax.evaluation import sample
-from bond_jax.models import lora
+from bond_jax.models import lora, policies
 from bond_jax.models.gemma import model as gemma
 from bond_jax.training import sft
 from bond_jax.weights import load, official
@@ -27,8 +27,7 @@ VOCAB = 120  # pieces of the vocabulary with turns; the model has 128 rows
 def release(tmp_path_factory):
   """A folder as one downloads it: weights and a vocabulary."""
   folder = tmp_path_factory.mktemp('release')
-  toy.get_config('')  # which names the toy model
-  sizes = load.make_sizes(gemma_config().model, VOCAB)
+  sizes = policies.make_sizes(gemma_config().model, VOCAB)
   params = jax.jit(lambda: gemma.init(sizes, jax.random.key(5)))()
   official.save_official(params, sizes, str(folder / 'weights'))
   content = test_tokenizer.with_turns().processor.serialized_model_proto()
@@ -38,6 +37,7 @@ def release(tmp_path_factory):
 
 def gemma_config(folder='', rank=0):
   """What configs/gemma3_1b_jbond.py says, at the size of a test."""
+  toy.get_config('')  # which names the toy model
   config = gemma_jbond.get_config(
     'toy', vocab_size=VOCAB, learning_rate=1e-2, lora_rank=rank
   )
@@ -76,13 +76,13 @@ def test_a_run_from_weights(release, tmp_path, rank, exact, devices):
   for stage in ('train', 'evaluate'):
     toy.run(stage, config, workdir)
   mesh = sharding.make_mesh(**config.mesh)
-  policy = load.make_policy(config.model, VOCAB)
+  policy = policies.make_policy(config.model, VOCAB)
   reference, base = load.load_frozen(config, policy, workdir, mesh)
   saved = toy.saved(workdir, 'train', 2)
   if rank:
     same(base, params)
     assert jax.tree.structure(saved['params']) == jax.tree.structure(reference)
-    sizes = load.make_sizes(config.model, VOCAB)
+    sizes = policies.make_sizes(config.model, VOCAB)
     same(lora.merge(sizes, base, reference), params)
     # The anchor is of products: each the average of two.
     anchor = saved['rest']['anchor']
@@ -113,9 +113,9 @@ def test_a_run_from_weights(release, tmp_path, rank, exact, devices):
 def test_the_scale_is_alpha_over_rank():
   config = gemma_config(rank=4)
   config.model.lora.alpha = 6.0
-  assert load.make_sizes(config.model, VOCAB).lora_scale == 1.5
+  assert policies.make_sizes(config.model, VOCAB).lora_scale == 1.5
   config.model.lora.rank = 0
-  assert load.make_sizes(config.model, VOCAB).lora_scale is None
+  assert policies.make_sizes(config.model, VOCAB).lora_scale is None
 
 
 def test_a_conversation_with_released_weights(release, tmp_path, capsys):
@@ -139,7 +139,7 @@ def test_supervised_training_starts_from_weights(release, tmp_path):
   folder, params = release
   config = gemma_config(folder)
   mesh = sharding.make_mesh(**config.mesh)
-  policy = load.make_policy(config.model, VOCAB, full=True)
+  policy = policies.make_policy(config.model, VOCAB, full=True)
   optimizer = sft.optimizer_lib.adam(steps=2, **config.train.optimizer)
   state = sft.init_state(config, policy, optimizer, mesh)
   same(state.params, params)
@@ -176,7 +176,7 @@ def test_padding_beyond_the_vocabulary_is_cut(release, tmp_path, rank):
   """Under all weights that are trained, and under adapters."""
   _, params = release
   config = gemma_config(rank=rank)
-  sizes = load.make_sizes(config.model, VOCAB)
+  sizes = policies.make_sizes(config.model, VOCAB)
   folder = tmp_path / 'x'
   writer.export(params, sizes, str(folder), dtype='float32')
   tensors = load_file(folder / reader.SINGLE)
@@ -186,7 +186,7 @@ def test_padding_beyond_the_vocabulary_is_cut(release, tmp_path, rank):
   save_file(tensors, folder / reader.SINGLE)
   config.weights = str(folder)
   mesh = sharding.make_mesh(**config.mesh)
-  policy = load.make_policy(config.model, VOCAB)
+  policy = policies.make_policy(config.model, VOCAB)
   frozen = load.load_frozen(config, policy, str(tmp_path), mesh)
   full = frozen.base if rank else frozen.reference
   found = np.asarray(full['embedder'].pop('input_embedding'))

@@ -4,6 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 
+# The axes of a layer's weights, and those that a product sums over. C counts
+# the matrices in one array; of the other letters see layers.py.
+_AXES = {
+  'attn/q_einsum/w': ('NDH', 'D'),
+  'attn/kv_einsum/w': ('CKDH', 'D'),
+  'attn/qkv_einsum/w': ('CNDH', 'D'),
+  'attn/attn_vec_einsum/w': ('NHD', 'NH'),
+  'mlp/gating_einsum': ('CDF', 'D'),
+  'mlp/linear': ('FD', 'F'),
+}
+WEIGHTS = tuple(_AXES)
+
 
 @dataclasses.dataclass(frozen=True)
 class Config:
@@ -29,6 +41,25 @@ class Config:
   gating_transposed: bool = False  # official [2, F, D] instead of [2, D, F]
   used_vocab: int | None = None  # tokens the tokenizer knows; the rest masked
   lora_scale: float | None = None  # alpha / rank, where trees have adapters
+
+
+def kinds(config: Config) -> list[str]:
+  """'local' or 'global' of every layer, bottom up."""
+  size = len(config.pattern)
+  return [config.pattern[j % size] for j in range(config.layers)]
+
+
+def in_patterns(config: Config) -> int:
+  """Layers in whole patterns; the rest are above them."""
+  return config.layers - config.layers % len(config.pattern)
+
+
+def axes(config: Config, name: str) -> tuple[str, str]:
+  """The axes of a layer's weight, one of WEIGHTS, and those summed over."""
+  found, inputs = _AXES[name]
+  if name == 'mlp/gating_einsum' and config.gating_transposed:
+    found = 'CFD'
+  return found, inputs
 
 
 def _gemma1(**kwargs) -> Config:

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from bond_jax.models.gemma import configs
 from bond_jax.models.gemma import layers as gemma_layers
 from bond_jax.models.gemma.configs import Config
 from bond_jax.types import Array, Decoder, Params
@@ -68,9 +69,7 @@ def prepare(config: Config, dtype: str, scan: bool, params: Params) -> Params:
   cast = lambda tree: jax.tree.map(lambda x: x.astype(dtype), tree)
 
   def turn(p, name):
-    axes, inputs = gemma_layers.AXES[name]
-    if name == 'mlp/gating_einsum' and config.gating_transposed:
-      axes = 'CFD'
+    axes, inputs = configs.axes(config, name)
     into = [i for i, axis in enumerate(axes) if axis in inputs]
     rest = [i for i, axis in enumerate(axes) if axis not in inputs]
     return cast(p).transpose(*into, *rest)
@@ -97,15 +96,15 @@ def prepare(config: Config, dtype: str, scan: bool, params: Params) -> Params:
     attn = {k: projection(x, f'attn/{k}/w') for k, x in p['attn'].items()}
     return {**p, 'attn': attn, 'mlp': feed_forward(p['mlp'])}
 
+  every = list(gemma_layers.layers(config, params))
   if scan and 'stacked_layers' in params:
     stacked = params['stacked_layers']
     grouped = [stacked[f'attention_type_{i}'] for i in range(len(stacked))]
     found = Layers(
       tuple(jax.vmap(layer)(p) for p in grouped),
-      tuple(layer(p) for _, p in _rest(config, params)),
+      tuple(layer(p) for _, p in every[configs.in_patterns(config) :]),
     )
   else:
-    every = gemma_layers.layers(config, params)
     found = Layers((), tuple(layer(p) for _, p in every))
   return {
     'embedder': cast(params['embedder']),
@@ -114,17 +113,9 @@ def prepare(config: Config, dtype: str, scan: bool, params: Params) -> Params:
   }
 
 
-def _rest(config: Config, params: Params):
-  """Yields (kind, parameters) of the layers after the last whole pattern."""
-  every = list(gemma_layers.layers(config, params))
-  return every[config.layers - config.layers % len(config.pattern) :]
-
-
 def _single(config: Config, layers: Layers) -> list[str]:
   """'local' or 'global' of the layers that are in no loop, bottom up."""
-  size = len(config.pattern)
-  kinds = [config.pattern[j % size] for j in range(config.layers)]
-  return kinds[config.layers - len(layers.single) :]
+  return configs.kinds(config)[config.layers - len(layers.single) :]
 
 
 def _kept(config: Config, kind: str, columns: int) -> int:

@@ -1,8 +1,8 @@
 """The layers of Gemma 1, 2 and 3: norms, attention, feed-forward.
 
-Beside a weight its LoRA adapter may lie, which adds to its product: lora.py.
-Who asks for attention says what is attended to, `within` the sequence itself
-or, while decoding, a cache (decoder.py).
+A weight may have a LoRA adapter beside it, which adds to its product: lora.py.
+The caller gives the attention: `within` a sequence, or, while decoding, to a
+cache (decoder.py).
 
 Axes: R rows, S new positions, L keys, N heads, K key-value heads, G query
 heads per key-value head, H head size, F feed-forward size, D features.
@@ -19,19 +19,9 @@ from flax import linen as nn
 import jax
 import jax.numpy as jnp
 
-from bond_jax.models.gemma.configs import Config
+from bond_jax.models.gemma.configs import axes, Config, kinds
 from bond_jax.types import Array, Params
 
-# The axes of a layer's weights, and which of them meet those of the input; C
-# are copies, and gating_einsum is [C, F, D] where `gating_transposed`.
-AXES = {
-  'attn/q_einsum/w': ('NDH', 'D'),
-  'attn/kv_einsum/w': ('CKDH', 'D'),
-  'attn/qkv_einsum/w': ('CNDH', 'D'),
-  'attn/attn_vec_einsum/w': ('NHD', 'NH'),
-  'mlp/gating_einsum': ('CDF', 'D'),
-  'mlp/linear': ('FD', 'F'),
-}
 MASKED = -2.3819763e38  # finite: a row without any valid key must not be NaN
 
 
@@ -98,7 +88,7 @@ def turn(equation: str) -> str:
 class Einsum(nn.Module):
   """A parameter `w` and the product with it, in the dtype of x.
 
-  While decoding it is `turned`, see gemma_decoder.prepare.
+  While decoding it is `turned`, see decoder.prepare.
   """
 
   shape: tuple[int, ...]
@@ -211,7 +201,7 @@ class FeedForward(nn.Module):
     else:
       # Joined, their gradient takes half the time on CPU, or less.
       rows, of_rows = x.reshape(-1, c.features), 'N'
-      of_w = 'FD' if c.gating_transposed else 'DF'
+      of_w = axes(c, 'mlp/gating_einsum')[0][1:]
       sizes = {'D': c.features, 'F': c.feed_forward}
       init = nn.initializers.normal(c.features**-0.5)
       shape = 2, *(sizes[axis] for axis in of_w)
@@ -260,8 +250,7 @@ def embed(config: Config, params: Params, tokens: Array, dtype) -> Array:
 def layers(config: Config, params: Params):
   """Yields (kind, parameters) of every layer, bottom up."""
   size = len(config.pattern)
-  for j in range(config.layers):
-    kind = config.pattern[j % size]
+  for j, kind in enumerate(kinds(config)):
     if f'layer_{j}' in params:
       yield kind, params[f'layer_{j}']
     else:

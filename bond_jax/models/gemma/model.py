@@ -21,7 +21,7 @@ import jax.numpy as jnp
 
 from bond_jax.devices import sharding
 from bond_jax.models.gemma import decoder
-from bond_jax.models.gemma.configs import Config
+from bond_jax.models.gemma.configs import Config, in_patterns, kinds
 from bond_jax.models.gemma.configs import CONFIGS as CONFIGS
 from bond_jax.models.gemma.layers import (
   Block,
@@ -47,7 +47,7 @@ REMAT = {
 
 def init(config: Config, key: Array) -> Params:
   """Random float32 parameters in the official stacked layout."""
-  groups, rest = divmod(config.layers, len(config.pattern))
+  stacked = in_patterns(config)
 
   def block(key, kind):
     x, position = jnp.zeros((1, 1, config.features)), jnp.zeros((1, 1), int)
@@ -61,17 +61,16 @@ def init(config: Config, key: Array) -> Params:
     'embedder': {'input_embedding': embedding * config.features**-0.5},
     'final_norm': {'scale': jnp.zeros((config.features,))},
   }
-  if groups:
-    stacked = keys[: groups * len(config.pattern)].reshape(groups, -1)
+  if stacked:
+    of_group = keys[:stacked].reshape(-1, len(config.pattern))
     params['stacked_layers'] = {
       f'attention_type_{i}': jax.vmap(lambda k, kind=kind: block(k, kind))(
-        stacked[:, i]
+        of_group[:, i]
       )
       for i, kind in enumerate(config.pattern)
     }
-  for i in range(rest):
-    j = config.layers - rest + i
-    params[f'layer_{j}'] = block(keys[j], config.pattern[i])
+  for j in range(stacked, config.layers):
+    params[f'layer_{j}'] = block(keys[j], kinds(config)[j])
   return params
 
 
@@ -119,9 +118,8 @@ def hidden(
 
     if 'stacked_layers' in params:  # else fewer layers than the pattern has
       x, _ = jax.lax.scan(REMAT[remat](pattern), x, params['stacked_layers'])
-    first = config.layers - config.layers % len(config.pattern)
-    for i, j in enumerate(range(first, config.layers)):
-      x = block(config.pattern[i], params[f'layer_{j}'], x)
+    for j in range(in_patterns(config), config.layers):
+      x = block(kinds(config)[j], params[f'layer_{j}'], x)
   else:
     for kind, p in layers(config, params):
       one = functools.partial(block, kind)

@@ -9,6 +9,7 @@ import math
 from typing import Any
 
 from bond_jax.errors import UserError
+from bond_jax.models.gemma import configs
 from bond_jax.models.gemma import model as gemma
 
 # model_type -> class. Of the last, which sees images too, we take the text.
@@ -61,7 +62,7 @@ _DEFAULTS = {
 
 def family(config: gemma.Config) -> str:
   """The model_type that computes what the config says; a UserError if none."""
-  c, kinds = config, set(layer_kinds(config))
+  c, kinds = config, set(configs.kinds(config))
   plain_rope = (
     c.local_rope_base == c.global_rope_base and c.global_rope_scale == 1
   )
@@ -123,7 +124,7 @@ def to_json(config: gemma.Config, dtype: str) -> dict[str, Any]:
   out |= {
     'query_pre_attn_scalar': scalar,
     'sliding_window': c.window,
-    'layer_types': [names[kind] for kind in layer_kinds(c)],
+    'layer_types': [names[kind] for kind in configs.kinds(c)],
     'attn_logit_softcapping': c.attention_softcap,
     'final_logit_softcapping': c.final_softcap,
   }
@@ -349,12 +350,6 @@ def _pattern(raw: dict[str, Any], path: str) -> tuple[str, ...]:
   return tuple(kinds[:n])
 
 
-def layer_kinds(config: gemma.Config) -> list[str]:
-  """'local' or 'global' of every layer, bottom up."""
-  pattern = config.pattern
-  return [pattern[j % len(pattern)] for j in range(config.layers)]
-
-
 def vocab_rows(config: gemma.Config) -> int:
   """Rows of the embedding there: those that the tokenizer uses."""
   return config.used_vocab or config.vocab_size
@@ -362,7 +357,7 @@ def vocab_rows(config: gemma.Config) -> int:
 
 def essence(config: gemma.Config) -> dict[str, Any]:
   """What of a config decides on the numbers, the vocabulary's rows apart."""
-  c, kinds = config, layer_kinds(config)
+  c, kinds = config, configs.kinds(config)
   local, whole = 'local' in kinds, 'global' in kinds
   return dict(
     features=c.features,

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from bond_jax.models.gemma import layers
+from bond_jax.models.gemma import configs, layers
 from bond_jax.models.gemma import model as gemma
 
 # Where the text model may lie in a folder: alone, and in the two generations
@@ -29,24 +29,22 @@ class Part(NamedTuple):
   groups: tuple[str, ...]  # of theirs: 'NH', 'D'
 
 
-# leaf -> our axes, theirs, and a name for each copy.
-_MATRICES = {
-  'attn/q_einsum/w': ('NDH', ('NH', 'D'), 'self_attn.q_proj'),
-  'attn/kv_einsum/w': (
-    'CKDH', ('KH', 'D'), 'self_attn.k_proj self_attn.v_proj',
-  ),
+# leaf -> their axes, and the name of each copy. A norm has one axis in both.
+_MODULES = {
+  'attn/q_einsum/w': (('NH', 'D'), 'self_attn.q_proj'),
+  'attn/kv_einsum/w': (('KH', 'D'), 'self_attn.k_proj self_attn.v_proj'),
   'attn/qkv_einsum/w': (
-    'CNDH', ('NH', 'D'), 'self_attn.q_proj self_attn.k_proj self_attn.v_proj',
+    ('NH', 'D'), 'self_attn.q_proj self_attn.k_proj self_attn.v_proj',
   ),
-  'attn/attn_vec_einsum/w': ('NHD', ('D', 'NH'), 'self_attn.o_proj'),
-  'mlp/gating_einsum': ('CDF', ('F', 'D'), 'mlp.gate_proj mlp.up_proj'),
-  'mlp/linear': ('FD', ('D', 'F'), 'mlp.down_proj'),
-  'attn/_query_norm/scale': ('H', ('H',), 'self_attn.q_norm'),
-  'attn/_key_norm/scale': ('H', ('H',), 'self_attn.k_norm'),
-  'pre_attention_norm/scale': ('D', ('D',), 'input_layernorm'),
-  'post_attention_norm/scale': ('D', ('D',), 'post_attention_layernorm'),
-  'pre_ffw_norm/scale': ('D', ('D',), 'pre_feedforward_layernorm'),
-  'post_ffw_norm/scale': ('D', ('D',), 'post_feedforward_layernorm'),
+  'attn/attn_vec_einsum/w': (('D', 'NH'), 'self_attn.o_proj'),
+  'mlp/gating_einsum': (('F', 'D'), 'mlp.gate_proj mlp.up_proj'),
+  'mlp/linear': (('D', 'F'), 'mlp.down_proj'),
+  'attn/_query_norm/scale': (('H',), 'self_attn.q_norm'),
+  'attn/_key_norm/scale': (('H',), 'self_attn.k_norm'),
+  'pre_attention_norm/scale': (('D',), 'input_layernorm'),
+  'post_attention_norm/scale': (('D',), 'post_attention_layernorm'),
+  'pre_ffw_norm/scale': (('D',), 'pre_feedforward_layernorm'),
+  'post_ffw_norm/scale': (('D',), 'post_feedforward_layernorm'),
 }  # fmt: skip
 _LORA = re.compile(r'(.+/)(?:(\w+)_)?lora_(\w+)')
 
@@ -58,9 +56,8 @@ def parts(config: gemma.Config, name: str) -> list[Part]:
   if name == 'final_norm/scale':
     return [Part('norm.weight', 'D', ('D',))]
   layer, leaf = name.removeprefix('layer_').split('/', 1)
-  axes, groups, modules = _MATRICES[leaf]
-  if leaf == 'mlp/gating_einsum' and config.gating_transposed:
-    axes = 'CFD'
+  groups, modules = _MODULES[leaf]
+  axes = groups[0] if len(groups) == 1 else configs.axes(config, leaf)[0]
   if leaf == 'pre_ffw_norm/scale' and not config.post_norms:
     modules = 'post_attention_layernorm'  # Gemma 1's name for it
   return [

@@ -16,6 +16,7 @@ import jax
 import numpy as np
 from safetensors import safe_open, SafetensorError
 
+from bond_jax.devices.sharding import put_on
 from bond_jax.errors import UserError
 from bond_jax.models.gemma import model as gemma
 from bond_jax.runs import files, paths
@@ -350,25 +351,7 @@ def read_parts(
   with contextlib.ExitStack() as stack:
     stack.enter_context(_damage(found[0].file))
     files = [stack.enter_context(_slices(tensor)) for tensor in found]
-    return _place(struct, block)
-
-
-def _place(struct: jax.ShapeDtypeStruct, block) -> Array:
-  """The array of which each device holds its `block`, read once."""
-  devices: dict[tuple, list] = {}
-  where = struct.sharding.addressable_devices_indices_map(struct.shape)
-  for device, index in where.items():
-    bounds = tuple(
-      s.indices(n)[:2] for s, n in zip(index, struct.shape, strict=True)
-    )
-    devices.setdefault(bounds, []).append(device)
-  shards = []
-  for bounds, owners in devices.items():
-    x = block(tuple(slice(*b) for b in bounds))
-    shards += [jax.device_put(x, device) for device in owners]
-  return jax.make_array_from_single_device_arrays(
-    struct.shape, struct.sharding, shards
-  )
+    return put_on(struct, lambda index: functools.partial(block, index))
 
 
 @contextlib.contextmanager
