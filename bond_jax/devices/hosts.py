@@ -12,24 +12,19 @@ the same order, from their main threads.
 
 They end together. An error on one host is told to all by `together`; a thread
 of each waits for that, prints the same line and ends its process with the same
-status. A host that is killed tells nothing. Then collectives on CPUs fail at
-once; elsewhere jax notices after HEARTBEAT seconds, or at once if it was host
-0, and aborts the process from C++, which a handler of SIGABRT turns into a line
-and status 1. jax's own lines come before it, and a library that takes SIGABRT
-for itself, or a host that holds Python's lock, leaves it at those and 134.
+status. A host that is killed tells nothing: jax notices after HEARTBEAT
+seconds, and ends the processes of the others with lines of its own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 import contextlib
-import ctypes
 import io
 import itertools
 import json
 import os
 import pickle
-import signal
 import sys
 import threading
 import time
@@ -40,31 +35,26 @@ import jax
 from jax._src import clusters, distributed
 from jax.sharding import Mesh
 
-from bond_jax.errors import Stopped, UserError
+from bond_jax.errors import one_line, Stopped, UserError
 
 JOIN = 300  # seconds that hosts wait for each other at the start
 HEARTBEAT = 20  # seconds after which a silent host counts as dead
-_ANSWER = 8  # seconds in which a live host hears that another one stops
 _FOREVER = 10**10  # milliseconds
 _STOP = 'bond_jax/stop'
+_PATIENCE = 5  # seconds in which a host hears from the service in host 0
 _AGAIN = (
   'start the same command on all hosts again: it goes on from the last'
   ' checkpoint.'
 )
 
-# What numpy makes arrays and numbers of.
+# What pickled arrays and numbers of numpy name.
 _ARRAYS = {
-  ('numpy', 'ndarray'),
-  ('numpy', 'dtype'),
-  ('numpy._core.multiarray', '_reconstruct'),
-  ('numpy._core.multiarray', 'scalar'),
-  ('numpy._core.numeric', '_frombuffer'),
-}
+  'numpy ndarray', 'numpy dtype', 'numpy._core.multiarray _reconstruct',
+  'numpy._core.multiarray scalar', 'numpy._core.numeric _frombuffer',
+}  # fmt: skip
 
 _rounds = itertools.count()
 _alone = False  # inside of `once`
-_failed = False  # this host is telling the others of its own error
-_leaving = threading.Lock()
 _watcher: threading.Thread | None = None
 
 
@@ -78,18 +68,17 @@ class Disagreement(UserError):
 def start(timeout: int = JOIN) -> None:
   """Joins the other hosts, if there are any; before jax touches a device.
 
-  A UserError, or that line and status 2, if they are not there in `timeout`
-  seconds.
+  If they are not there in `timeout` seconds, jax ends the process.
   """
   global _watcher
   if _watcher or not (_client() or _several()):
     return
-  # A signal is for the command to take, not for a service that nobody asks.
+  # A signal is for the command to take, not for jax's own service.
   jax.config.update('jax_enable_preemption_service', False)
-  _take_aborts(timeout)
   number = lambda name: int(os.environ[name]) if name in os.environ else None
   try:
     if not _client():
+      print(f'joining the other hosts, for {timeout} s at most', flush=True)
       jax.distributed.initialize(
         num_processes=number('JAX_NUM_PROCESSES'),
         process_id=number('JAX_PROCESS_ID'),
@@ -98,7 +87,7 @@ def start(timeout: int = JOIN) -> None:
       )
   except Exception as e:
     raise UserError(
-      f'cannot join the other hosts ({_brief(e)}); check'
+      f'cannot join the other hosts ({one_line(e)}); check'
       ' JAX_COORDINATOR_ADDRESS=host:port, JAX_NUM_PROCESSES and'
       ' JAX_PROCESS_ID, or unset all three for one process.'
     ) from e
@@ -153,11 +142,9 @@ def say(line: str) -> None:
 def gather(value: Any) -> list[Any]:
   """The values of all hosts, which all of them get.
 
-  They are what `_loads` lets through: plain values of Python, numpy's arrays,
-  and named tuples of this package.
-
-  Two milliseconds for four processes of one machine, and two seconds if each
-  of them has ten megabytes to tell.
+  Plain values of Python, numpy's arrays, and named tuples of this package. Four
+  processes of one machine need two milliseconds for small values, and two
+  seconds for ten megabytes each.
   """
   if count() == 1 or _alone:
     return [value]
@@ -181,18 +168,18 @@ def gather(value: Any) -> list[Any]:
 class _Plain(pickle.Unpickler):
   """Reads what `gather` sends, and calls nothing else that a pickle names.
 
-  Whoever reaches the port of host 0 may put a value into its service.
+  Anyone who reaches the port of host 0 can put a value into its service.
   """
 
   def find_class(self, module: str, name: str) -> Any:
-    if (module.replace('numpy.core', 'numpy._core'), name) in _ARRAYS:
+    if f'{module.replace("numpy.core", "numpy._core")} {name}' in _ARRAYS:
       return super().find_class(module, name)
     if module.startswith('bond_jax.'):
       found = super().find_class(module, name)
       if isinstance(found, type) and issubclass(found, tuple):
         return found
     raise UserError(
-      f'a host was sent {module}.{name}, which no host of ours sends; see that'
+      f'a host received {module}.{name}, which no host of ours sends; see that'
       ' nobody else reaches the port of JAX_COORDINATOR_ADDRESS.'
     )
 
@@ -202,10 +189,10 @@ def _loads(content: bytes) -> Any:
 
 
 def once(f: Callable[[], Any]) -> Any:
-  """f(), called on host 0 alone; the others wait for what it returns.
+  """Calls f on host 0 alone; all hosts get what it returns.
 
-  For decisions, and for files that one must write. Within it there are no
-  other hosts.
+  For decisions, and for files that only one may write. Inside of f, `gather`
+  and `once` involve no other host.
   """
   global _alone
   if count() == 1 or _alone:
@@ -277,100 +264,41 @@ def _several() -> bool:
 
 
 def _watch() -> None:
-  """Waits until some host stops all; ends this one then."""
+  """Waits until some host stops all; ends this process then."""
   try:
-    told = _client().blocking_key_value_get(_STOP, _FOREVER)
+    stop = json.loads(_client().blocking_key_value_get(_STOP, _FOREVER))
   except Exception:  # the service has ended with its host
-    if _failed:
-      return
-    _leave(f'host 0 died or does not answer: {_AGAIN}', 1)
-  if (told := json.loads(told)) is not None and not _failed:
-    _leave(*_verdict(*told))  # None: all have done the work
+    stop = f'host 0 died or does not answer: {_AGAIN}', 1
+  if stop:  # None: all have done the work
+    _leave(*stop)
 
 
 def _fail(error: BaseException, debug: bool) -> NoReturn:
-  """Tells all hosts about an error on this one, and ends it."""
-  global _failed
-  _failed = True
-  message, status = f'host {index()}: {_brief(error)}', 1
+  """Tells all hosts, this one too, to end with an error of this one."""
+  line, status = f'host {index()}: {type(error).__name__}: {one_line(error)}', 1
   if isinstance(error, UserError):
-    message, status = f'host {index()}: {error}', 2
+    here = '' if isinstance(error, Disagreement) else f'host {index()}: '
+    line, status = f'{here}{error}', 2
   elif isinstance(error, Stopped):
-    message, status = str(error), error.status
+    line, status = str(error), error.status
   elif isinstance(error, KeyboardInterrupt):
-    message, status = f'interrupted; {_AGAIN}', 130
-  if isinstance(error, Disagreement):
-    message = str(error)
-  mine, told = (message, status), None
-  with contextlib.suppress(Exception):  # another host was faster, or is gone
-    _client().key_value_set(_STOP, json.dumps(mine))
-  with contextlib.suppress(Exception):
-    told = json.loads(_client().key_value_try_get(_STOP))
-  line, status = _verdict(*(told or mine))
-  if debug or (mine[1] == 1 and status == 1 and line == (told or mine)[0]):
+    line, status = f'interrupted; {_AGAIN}', 130
+  if debug or status == 1:
     traceback.print_exception(error)
+  with contextlib.suppress(Exception):  # another host was faster, or is gone
+    _client().key_value_set(_STOP, json.dumps((line, status)))
+  _watcher.join(_PATIENCE)  # it ends the process
   _leave(line, status)
-
-
-def _verdict(message: str, status: int) -> tuple[str, int]:
-  """The line and the status with which hosts end, when all have answered."""
-  client, until = _client(), time.monotonic() + _ANSWER
-  missing = [0]
-  try:
-    client.key_value_set(f'{_STOP}ped/{index()}', '', allow_overwrite=True)
-    while missing and time.monotonic() < until:
-      time.sleep(0.05)
-      heard = client.key_value_dir_get(f'{_STOP}ped/')
-      heard = {int(key.rpartition('/')[2]) for key, _ in heard}
-      missing = sorted(set(range(count())) - heard)
-  except Exception:  # host 0 is gone, and with it the service
-    missing = [0]
-  if not missing:
-    return message, status
-  return f'{names(missing)} died or does not answer ({message}): {_AGAIN}', 1
 
 
 def _leave(line: str, status: int) -> NoReturn:
   """Ends the process at once, whatever its threads do, with one line."""
-  if not _leaving.acquire(blocking=False):
-    time.sleep(60)  # another thread is about to
   print(f'error: {line}', file=sys.stderr, flush=True)
   if first():
-    time.sleep(1)  # without the service, the others would be aborted
+    time.sleep(1)  # the others read the line from a service of this process
   sys.stdout.flush()
   os._exit(status)
 
 
-def _take_aborts(timeout: int) -> None:
-  """Says what it means when jax aborts the process."""
-
-  @ctypes.CFUNCTYPE(None, ctypes.c_int)
-  def aborted(_):
-    state = distributed.global_state
-    if _watcher:
-      _leave(
-        'this host was ended because another one died, or did not answer for'
-        f' {HEARTBEAT} s (jax names it above): {_AGAIN}', 1
-      )  # fmt: skip
-    who = 'not all hosts came' if state.process_id == 0 else 'nobody answers'
-    _leave(
-      f'host {state.process_id} of {state.num_processes}: {who} at'
-      f' {state.coordinator_address} within {timeout} s. Check that the command'
-      ' runs on all hosts with the same JAX_COORDINATOR_ADDRESS, that it is'
-      " host 0's, and that its port is open.", 2
-    )  # fmt: skip
-
-  _take_aborts.handler = aborted  # C holds no reference
-  ctypes.CDLL(None).signal(signal.SIGABRT, aborted)
-
-
-def _brief(error: BaseException) -> str:
-  return ' '.join(f'{type(error).__name__}: {error}'.split())[:300]
-
-
 def names(hosts: Sequence[int]) -> str:
-  return (
-    f'host {hosts[0]}'
-    if len(hosts) == 1
-    else (f'hosts {", ".join(map(str, hosts))}')
-  )
+  return f'host{"s" * (len(hosts) > 1)} {", ".join(map(str, hosts))}'

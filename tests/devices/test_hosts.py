@@ -161,39 +161,35 @@ def test_hosts_without_a_device_in_the_mesh(tmp_path):
 ALONE = 'from bond_jax.devices import hosts; hosts.start(timeout=1)'
 
 
-@pytest.mark.parametrize(
-  'host, says', [('0', 'not all hosts came'), ('1', 'nobody answers')]
-)
-def test_a_host_that_stays_alone(host, says):
+@pytest.mark.parametrize('host', ['0', '1'])
+def test_a_host_that_stays_alone_ends(host):
   with socket.socket() as held:  # nobody else gets this port meanwhile
     held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
     held.bind(('', 0))
-    address = f'127.0.0.1:{held.getsockname()[1]}'
     done = subprocess.run(
       [sys.executable, '-c', ALONE],
       cwd=toy.ROOT,
       env={
         **os.environ,
-        'JAX_COORDINATOR_ADDRESS': address,
+        'JAX_COORDINATOR_ADDRESS': f'127.0.0.1:{held.getsockname()[1]}',
         'JAX_NUM_PROCESSES': '2',
         'JAX_PROCESS_ID': host,
       },
       capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
-  assert done.returncode == 2
-  (line,) = [x for x in done.stderr.splitlines() if x.startswith('error: ')]
-  assert f'host {host} of 2: {says} at {address} within 1 s.' in line
+  assert done.returncode
+  assert done.stdout == 'joining the other hosts, for 1 s at most\n'
 
 
 # -- during a run
 
 FAILS = """
-import os, signal, sys, time
+import os, signal, sys
 from bond_jax.runs import command
 from bond_jax.devices import hosts
 from bond_jax.errors import UserError
 
-hosts._ANSWER = 6
+hosts.HEARTBEAT = 5
 
 def main():
   hosts.start()
@@ -201,12 +197,8 @@ def main():
   how, me = sys.argv[1], hosts.index()
   if how == 'bug' and me == 1:
     {}['where']
-  if how == 'kill':
-    if me == 1:
-      os.kill(os.getpid(), signal.SIGKILL)
-    if me == 2:
-      time.sleep(1)
-      raise ValueError('a peer is gone')
+  if how == 'kill' and me == 1:
+    os.kill(os.getpid(), signal.SIGKILL)
   if how == 'two':
     raise UserError(f'the same, {me}')
   hosts.gather('for ever')
@@ -234,14 +226,10 @@ def test_errors_at_the_same_time_are_one_line(tmp_path):
   assert said in [f'host {i}: the same, {i}' for i in range(3)]
 
 
-def test_a_dead_host_is_named(tmp_path):
+def test_after_a_host_was_killed_the_others_end(tmp_path):
   ended = fails(tmp_path, 3, 'kill')
-  assert ended.status in (1, 137)
-  first, none, third = several.errors(ended)
-  assert first == third and not none
-  assert first[0].startswith(
-    'host 1 died or does not answer (host 2: ValueError: a peer is gone): start'
-  )
+  assert ended.status
+  assert ended.seconds < 60
 
 
 # -- the launcher
