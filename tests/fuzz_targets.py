@@ -38,7 +38,7 @@ from bond_jax.data import (
   tokenizer,
 )
 from bond_jax.devices import sharding
-from bond_jax.evaluation import evaluate, sweep
+from bond_jax.evaluation import evaluate, history, sweep
 from bond_jax.rewards import calling, http, judge, ridge, serve
 from bond_jax.runs import command, configs, log
 from bond_jax.training import checks
@@ -625,7 +625,7 @@ def sweep_whole(folder: Path) -> Target:
 def completions_jsonl(folder: Path) -> Target:
   def read(content):
     path = _write(folder / 'completions.jsonl', content)
-    evaluate.summarise(str(folder), log.read_rows(path))
+    evaluate.measure(str(folder), log.read_rows(path))
 
   seed = _lines(test_aggregate.best_of_n_records(2, prompts=3, size=2))
   return Target('completions.jsonl', 'lines', [seed], read, 0.2)
@@ -636,8 +636,8 @@ def stages(folder: Path, stage: str, file: str, form: str) -> Target:
 
   def read(run):
     own = log.read_rows(str(run / 'evaluate' / 'metrics.jsonl'))
-    evaluate.throughput(own)
-    evaluate.history(config, str(run), own)
+    history.throughput(own)
+    history.history(config, str(run), own)
 
   return _of_run(folder, f'{stage}/{file}', f'{stage}/{file}', form, 0.3, read)
 

@@ -1,8 +1,7 @@
 """Completions of held-out prompts, drawn, scored under both sides and judged.
 
-Rows go to a file call by call, so that an evaluation that was killed goes on
-with the call that it was at: a completion depends on the seed, its prompt and
-its number alone.
+Each call appends its rows to a file. A completion depends only on the seed, its
+prompt and its number, so a killed evaluation resumes at the call it was in.
 """
 
 from __future__ import annotations
@@ -33,31 +32,33 @@ class Model(NamedTuple):
 
   policy: Policy
   params: Params
-  base: Params  # under adapters, else {}
+  base: Params  # that adapters are added to, else {}
 
 
 def make_draw(config, stop: Stop, mesh):
   """A function that samples from `own` and scores with `other` as well.
 
-  Returns `draw(own, other, prompts, key, first, num)`: the rollout on the host,
-  of `num` completions of each prompt from number `first` on, and their summed
-  log-probs f32[B, num] under `own` and under `other`, in nats.
+  Returns `draw(own, other, prompts, key, first, num)`: the rollout of `num`
+  completions of each prompt, the first of them number `first`, and their summed
+  log-probs f32[B, num] under `own` and under `other`, in nats; on the host.
   """
   sampling_mesh = sharding.reshaped(mesh, **config.sampling_mesh)
 
   @functools.cache
   def program(own: Policy, other: Policy):
-    def evaluate(mine, theirs, prompts, key, first, num):
+    def evaluate(own_weights, other_weights, prompts, key, first, num):
+      params, base = own_weights
       drawn = sampling.sample(
-          lora.over(own, mine[1]), mine[0], prompts, key, num=num,
+          lora.over(own, base), params, prompts, key, num=num,
           length=config.length, stop=stop, first=first,
           slots=config.slots, mesh=sampling_mesh,
       )  # fmt: skip
-      there = log_probs(
-          lora.over(other, theirs[1]), theirs[0], prompts, drawn.completion,
+      params, base = other_weights
+      under_other = log_probs(
+          lora.over(other, base), params, prompts, drawn.completion,
           drawn.mask, chunk=config.chunk,
       )  # fmt: skip
-      return drawn, drawn.log_prob.sum(-1), there.sum(-1)
+      return drawn, drawn.log_prob.sum(-1), under_other.sum(-1)
 
     return jax.jit(
       evaluate, static_argnames='num', out_shardings=sharding.by_row(mesh)
@@ -71,21 +72,21 @@ def make_draw(config, stop: Stop, mesh):
   return draw
 
 
-def made_of(folder: str) -> dict[str, str]:
-  """What the rows of an evaluation depend on, as far as it was begun."""
+def inputs_of(folder: str) -> dict[str, str]:
+  """The recorded inputs of an evaluation; {} if it has not begun."""
   path = os.path.join(folder, 'inputs.json')
   return files.read_json(path) if os.path.exists(path) else {}
 
 
 def begin(path: str, folder: str, inputs: Mapping[str, str]) -> None:
-  """Records what rows are made of; sets aside those made of something else.
+  """Records the inputs of the rows; sets aside rows of other inputs.
 
   Args:
     path: of the rows.
     folder: of the record.
     inputs: as `provenance.of_evaluation`.
   """
-  lines = fingerprints.changed(made_of(folder), inputs)
+  lines = fingerprints.changed(inputs_of(folder), inputs)
   if os.path.exists(path) and lines:
     aside = f'{path}.before'
     os.replace(path, aside)
@@ -99,40 +100,35 @@ def begin(path: str, folder: str, inputs: Mapping[str, str]) -> None:
 
 
 class Side(NamedTuple):
-  """What is drawn of one side."""
+  """The completions to draw of one side."""
 
   who: str  # 'policy' or 'reference'
   count: int  # completions of each prompt
   draw: Callable[[int, int], Any]  # (first, num) -> as make_draw's
 
 
-def calls(sides: Sequence[Side], at_once: int) -> list[tuple[Side, int, int]]:
-  """All calls of an evaluation in their order: side, first, num."""
-  return [
-    (side, first, min(at_once, side.count - first))
-    for side in sides
-    for first in range(0, side.count, at_once)
-  ]
-
-
 def collect(
   path: str, sides: Sequence[Side], judge, prompts: Prompts, *, at_once: int,
   writer_of: Callable[[int | None], log.Writer],
 ) -> list[Row]:  # fmt: skip
-  """Writes the rows of all calls to `path`, less those that are there.
+  """Appends the rows of all calls that `path` lacks.
 
-  Returns all of them, on the host that wrote them.
+  Returns all rows on the first host, and none on the others.
 
   Args:
-    path: of JSON lines; the first host's.
-    sides: what to draw.
+    path: of JSON lines, on the first host.
+    sides: to draw.
     judge: (prompts, rollout) -> texts and scores, see `make_judge`.
     prompts: on all hosts.
     at_once: completions of each prompt in a call.
-    writer_of: completions per prompt that are there, or None -> the writer of
+    writer_of: completions per prompt already there, or None -> the writer of
       the stage's metrics.
   """
-  todo = calls(sides, at_once)
+  todo = [
+    (side, first, min(at_once, side.count - first))
+    for side in sides
+    for first in range(0, side.count, at_once)
+  ]
   sizes = [num * len(prompts.id) for _, _, num in todo]
   done = hosts.once(lambda: keep_whole(path, sizes))
   drawn = sum(num for _, _, num in todo[:done])
@@ -141,11 +137,11 @@ def collect(
   with writer_of(drawn or None) as writer:
     for side, first, num in todo[done:]:
       with writer.phase('sample'):
-        rollout, here, there = side.draw(first, num)
+        rollout, *under = side.draw(first, num)
       with writer.phase('judge'):
         texts, scores = judge(prompts, rollout)
       if hosts.first():
-        rows = records(side.who, prompts, rollout, here, there, texts, scores)
+        rows = records(side.who, prompts, rollout, under, texts, scores)
         append(path, list(rows))
       drawn += num
       writer.write(drawn, {'tokens/decoded': rollout.mask.sum()})
@@ -153,38 +149,35 @@ def collect(
 
 
 def make_judge(judges: Mapping[str, Any], read, own: np.ndarray):
-  """(prompts, rollout) -> what they read, and the scores f[B, num] by name.
+  """(prompts, rollout) -> the texts, and the scores f[B, num] by name.
 
-  The judges of this host are asked about the prompts in `own`.
+  The judges of this host score the prompts in `own`. A UserError if one judges
+  pairs: an evaluation reports numbers of single completions.
   """
 
   def judge(prompts: Prompts, rollout):
     texts = read(prompts, rollout)
-    mine = calling.some(own, *texts)
-    ask = lambda: {name: judge(*mine) for name, judge in judges.items()}
+    some = calling.some(own, *texts)
+    ask = lambda: {name: judge(*some) for name, judge in judges.items()}
     scores = shares.over(own, ask)
-    check_scores(scores)
+    for name, value in scores.items():
+      if value.ndim == 3:
+        raise UserError(
+          f'{name} compares pairs, and evaluation needs a number for each'
+          ' completion: with reward.opponents = 4 it is how often a completion'
+          " beats four of the reference's; gold must be a reward."
+        )
     return texts, scores
 
   return judge
 
 
-def check_scores(scores: dict[str, np.ndarray]) -> None:
-  """Refuses judges of pairs: what is reported are numbers of completions."""
-  for name, value in scores.items():
-    if value.ndim == 3:
-      raise UserError(
-        f'{name} compares pairs, and evaluation needs a number for each'
-        ' completion: with reward.opponents = 4 it is how often a completion'
-        " beats four of the reference's; gold must be a reward."
-      )
+def records(who, prompts, rollout, log_probs, texts, scores) -> Iterator[Row]:
+  """The rows of one call; `log_probs` are under its own side and the other.
 
-
-def records(who, prompts, rollout, here, there, texts, scores) -> Iterator[Row]:
-  """The rows of completions.jsonl of one call; see `measures.RECORD_KEYS`."""
-  log_policy, log_reference = (
-    (here, there) if who == 'policy' else (there, here)
-  )
+  See `aggregate.RECORD_KEYS`.
+  """
+  log_policy, log_reference = log_probs if who == 'policy' else log_probs[::-1]
   for b, prompt in enumerate(texts[0]):
     for k in range(rollout.mask.shape[1]):
       yield dict(
@@ -209,7 +202,7 @@ def append(path: str, rows: Sequence[Row]) -> None:
 
 
 def keep_whole(path: str, sizes: Sequence[int]) -> int:
-  """Cuts off what a killed call has left; returns how many calls are whole.
+  """Cuts off the rows of an unfinished call; returns the finished calls.
 
   Args:
     path: of the rows; it need not exist.

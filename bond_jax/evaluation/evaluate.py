@@ -10,12 +10,11 @@ from typing import Any
 
 import jax
 import ml_collections
-import numpy as np
 
 from bond_jax.data import examples, sources
 from bond_jax.devices import hosts, sharding, shares
 from bond_jax.errors import UserError
-from bond_jax.evaluation import completions, sweep
+from bond_jax.evaluation import completions, history, sweep
 from bond_jax.evaluation.report import page
 from bond_jax.measures import aggregate, curves
 from bond_jax.models import policies, stops
@@ -24,7 +23,6 @@ from bond_jax.runs import (
   command,
   configs,
   environment,
-  files,
   fingerprints,
   log,
   paths,
@@ -51,9 +49,9 @@ def folder_of(workdir: str, step: int, against: str) -> str:
   return os.path.join('evaluate', f'step_{step}_against_{other}_{last}')
 
 
-def rows_folder(workdir: str, folder: str) -> str:
-  """Where the metrics of an evaluation go, and what it is made of."""
-  return os.path.join(workdir, 'evaluate' if folder == '.' else folder)
+def logs_folder(folder: str) -> str:
+  """Where the metrics and the inputs of an evaluation go, below the workdir."""
+  return 'evaluate' if folder == '.' else folder
 
 
 def evaluate(
@@ -74,7 +72,7 @@ def evaluate(
   """
   settings, mesh = config.evaluate, sharding.make_mesh(**config.mesh)
   tokenizer = load.load_tokenizer(config, workdir)
-  # A bad row shows before weights are loaded.
+  # Read before weights are loaded, so that a bad row shows early.
   held_out = sources.rows(config, 'test')
   read = functools.partial(text_task.texts, config, tokenizer, held_out)
   prompts = examples.fixed_prompts(
@@ -83,10 +81,10 @@ def evaluate(
     length=config.prompt.length,
     count=settings.prompts,
   )
-  mine, reference = load_sides(config, workdir, str(checkpoint), mesh)
-  theirs = reference
+  policy, reference = load_sides(config, workdir, str(checkpoint), mesh)
+  other = reference
   if against != 'reference':
-    theirs = load_other(against, tokenizer, mesh)
+    other = load_other(against, tokenizer, mesh)
   stop = stops.of(tokenizer, config.stop)
   program = completions.make_draw(config, stop, mesh)
   key = configs.key(config.seed, 'evaluate')
@@ -95,39 +93,41 @@ def evaluate(
     of_stream = jax.random.fold_in(key, stream)
     return program(own, other, prompts, of_stream, first, num)
 
-  own = shares.own(mesh, settings.prompts)
-  opponents = functools.partial(draw, 2, reference, mine, 0)
-  judges = make_judges(config, workdir, opponents, prompts, read, own)
+  rows_of_host = shares.own(mesh, settings.prompts)
+  opponents = functools.partial(draw, 2, reference, policy, 0)
+  judges = make_judges(config, workdir, opponents, prompts, read, rows_of_host)
   sides = [
     completions.Side('policy', settings.policy_completions,
-                     functools.partial(draw, 0, mine, theirs)),
+                     functools.partial(draw, 0, policy, other)),
     completions.Side('reference', settings.reference_completions,
-                     functools.partial(draw, 1, theirs, mine)),
+                     functools.partial(draw, 1, other, policy)),
   ]  # fmt: skip
-  where = os.path.normpath(os.path.join(workdir, folder))
-  own_rows = rows_folder(workdir, folder)
-  total = sum(side.count for side in sides)
-  path = os.path.join(where, 'completions.jsonl')
-  made_of = lambda: provenance.of_evaluation(
-    config, workdir, checkpoint, against
+  out, logs = (
+    os.path.normpath(os.path.join(workdir, name))
+    for name in (folder, logs_folder(folder))
   )
-  hosts.once(lambda: completions.begin(path, own_rows, made_of()))
+  path = os.path.join(out, 'completions.jsonl')
+  inputs = functools.partial(
+    provenance.of_evaluation, config, workdir, checkpoint, against
+  )
+  hosts.once(lambda: completions.begin(path, logs, inputs()))
+  total = sum(side.count for side in sides)
   rows = completions.collect(
     path, sides,
-    completions.make_judge(judges, read, own), prompts,
+    completions.make_judge(judges, read, rows_of_host), prompts,
     at_once=settings.at_once,
-    writer_of=lambda done: log.Writer(own_rows, 'evaluate', total, done),
+    writer_of=lambda done: log.Writer(logs, 'evaluate', total, done),
   )  # fmt: skip
 
-  def told() -> dict[str, Any]:
-    watched = log.read_rows(os.path.join(own_rows, 'metrics.jsonl'))
-    summary = summarise(where, rows) | throughput(watched)
-    summary |= history(config, workdir, watched)
+  def report() -> dict[str, Any]:
+    own = log.read_rows(os.path.join(logs, 'metrics.jsonl'))
+    summary, curve = measure(out, rows)
+    summary |= history.throughput(own) | history.history(config, workdir, own)
     summary |= {'checkpoint': checkpoint, 'against': against}
-    draw_report(config, workdir, where, rows, summary)
+    draw_report(config, workdir, out, rows, summary, curve)
     return summary
 
-  return hosts.once(told)
+  return hosts.once(report)
 
 
 def load_sides(
@@ -146,31 +146,27 @@ def load_sides(
 
 
 def load_other(workdir: str, tokenizer, mesh) -> completions.Model:
-  """The last policy of another run; a UserError if it reads other pieces."""
+  """The last policy of another run; a UserError if its tokenizer differs."""
   workdir = os.path.abspath(workdir)
   started = configs.check_version(workdir)
   with contextlib.chdir(paths.home(workdir, started)):
-    return _load_other(workdir, tokenizer, mesh)
-
-
-def _load_other(workdir: str, tokenizer, mesh) -> completions.Model:
-  config = configs.read_config(workdir)
-  theirs = load.load_tokenizer(config, workdir)
-  if theirs.sha256 != tokenizer.sha256:
-    raise UserError(
-      f'--against={workdir} has another tokenizer ({theirs.vocab_size} pieces,'
-      f' {theirs.sha256[:12]}, here {tokenizer.vocab_size},'
-      f' {tokenizer.sha256[:12]}): log-probs of the same completion need the'
-      ' same pieces.'
-    )
-  return load_sides(config, workdir, 'last', mesh)[0]
+    config = configs.read_config(workdir)
+    other = load.load_tokenizer(config, workdir)
+    if other.sha256 != tokenizer.sha256:
+      raise UserError(
+        f'--against={workdir} has another tokenizer ({other.vocab_size} pieces,'
+        f' {other.sha256[:12]}, here {tokenizer.vocab_size},'
+        f' {tokenizer.sha256[:12]}): log-probs of the same completion need the'
+        ' same pieces.'
+      )
+    return load_sides(config, workdir, 'last', mesh)[0]
 
 
 def make_judges(config, workdir: str, opponents, prompts, read, own):
   """The reward, as training sees it, and gold: functions of texts, by name.
 
-  A judge of pairs compares with completions that `opponents(num)` draws of the
-  reference. No prompt may be missing here, so that a failure stops.
+  A reward that judges pairs compares with completions of the reference, which
+  `opponents(num)` draws. A prompt that fails stops the evaluation.
   """
   ask, ask_gold = (
     make.make_ask(config, name, workdir, failure='stop')
@@ -179,18 +175,18 @@ def make_judges(config, workdir: str, opponents, prompts, read, own):
   ask_reward = ask
   if config.reward.opponents:
     drawn, _, _ = opponents(config.reward.opponents)
-    theirs = calling.some(own, *read(prompts, drawn))
-    ask_reward = lambda *texts: calling.against(ask, texts, theirs)
+    others = calling.some(own, *read(prompts, drawn))
+    ask_reward = lambda *texts: calling.against(ask, texts, others)
   return {
     'reward': lambda *texts: ask_reward(*texts).value,
     'gold': lambda *texts: ask_gold(*texts).value,
   }
 
 
-def summarise(folder: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
-  """What the rows of a folder's completions.jsonl say; see `measures`."""
+def measure(folder: str, rows) -> tuple[dict[str, Any], curves.Curve]:
+  """`aggregate.measure` of the rows of a folder's completions.jsonl."""
   try:
-    return aggregate.summarise(rows)
+    return aggregate.measure(rows)
   except ValueError as e:
     path = os.path.join(folder, 'completions.jsonl')
     raise UserError(
@@ -198,98 +194,16 @@ def summarise(folder: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
     ) from e
 
 
-def throughput(rows: list[dict[str, Any]]) -> dict[str, Any]:
-  """Tokens per second of drawing and scoring, of the calls' median.
-
-  A call that compiles is slow, so that one call says nothing.
-  """
-  pairs = [(row.get('tokens/decoded'), row.get('seconds/sample'))
-           for row in rows]  # fmt: skip
-  rates = [
-    tokens / seconds
-    for tokens, seconds in pairs
-    if all(map(log.is_number, (tokens, seconds))) and seconds > 1e-6
-  ]
-  rate, reason = None, None
-  if len(rates) < 3:
-    reason = f'there were {len(rates)} calls, and those that compile are slow'
-  else:
-    rate = float(np.median(rates))
-  return {'tokens_per_second': rate, 'throughput_reason': reason}
-
-
-def history(config, workdir: str, own) -> dict[str, Any]:
-  """What the earlier stages, and this one, took and left behind.
-
-  Of a training that has not finished there is less to say. `own` are the rows
-  of this stage's metrics.
-  """
-  start = configs.reference_dir(config, workdir)
-  trained = stage_rows(workdir, 'train')
-  phases = {
-    **{f'train/{k}': v for k, v in log.phase_seconds(trained).items()},
-    **{f'evaluate/{k}': v for k, v in log.phase_seconds(own).items()},
-  }
-  row = {}
-  keys = ('steps', 'anchor_drift', 'signal_fires',
-          'compilations_after_first_step')  # fmt: skip
-  if train := summary_of(workdir, 'train', *keys):
-    row |= {key: train[key] for key in keys}
-  if 'sft' in config:
-    keys = 'phase_seconds', 'parameters', 'validation_loss'
-    sft = summary_of(start, 'sft', *keys)
-    took = (
-      sft['phase_seconds'] if isinstance(sft['phase_seconds'], dict) else {}
-    )
-    phases |= {f'sft/{k}': v for k, v in took.items()}
-    row['parameters'] = sft['parameters']
-    row['sft_validation_loss'] = sft['validation_loss']
-  if reward := summary_of(
-    start, 'reward', 'seconds'
-  ):  # one of the user's has no stage
-    phases['reward/fit'] = reward['seconds']
-    row |= {  # of preferences there is no correlation, of a ridge no share
-      f'reward_{key}': reward[key]
-      for key in ('test_pearson', 'accuracy')
-      if key in reward
-    }
-  phases = {k: v for k, v in phases.items() if log.is_number(v)}
-  row['seconds'] = round(sum(phases.values()), 3)
-  return {**row, 'phase_seconds': {k: round(v, 3) for k, v in phases.items()}}
-
-
-def summary_of(workdir: str, stage: str, *keys: str) -> dict[str, Any]:
-  """What a stage has left; nothing if it has not finished.
-
-  A UserError if it lacks one of `keys`.
-  """
-  path = os.path.join(workdir, stage, 'summary.json')
-  if not os.path.exists(path):
-    return {}
-  summary = files.read_json(path)
-  if missing := [key for key in keys if key not in summary]:
-    raise UserError(
-      f'{path} lacks {", ".join(missing)}: it was changed, or another version'
-      f' of bond_jax wrote it. Restore it, or run the {stage} stage again.'
-    )
-  return summary
-
-
-def stage_rows(workdir: str, stage: str) -> list[dict[str, Any]]:
-  return log.read_rows(os.path.join(workdir, stage, 'metrics.jsonl'))
-
-
-def draw_report(config, workdir: str, folder: str, rows, summary) -> None:
+def draw_report(config, workdir, folder, rows, summary, curve) -> None:
   """Writes report.html and its figures into `folder`."""
-  rewards_ = aggregate.grid(rows, 'reference')['reward']
   start = configs.reference_dir(config, workdir)
   path = page.write_report(
     folder,
     settings=config.to_dict(),
-    train=stage_rows(workdir, 'train'),
-    sft=stage_rows(start, 'sft') if 'sft' in config else [],
+    train=history.stage_rows(workdir, 'train'),
+    sft=history.stage_rows(start, 'sft') if 'sft' in config else [],
     summary=summary,
-    curve=curves.best_of_n_curve(rewards_),
+    curve=curve,
     samples=page.side_by_side(rows, config.evaluate.samples_shown),
   )
   print(f'\n{textwrap.fill(page.sentence(summary), 80)}')
@@ -298,13 +212,10 @@ def draw_report(config, workdir: str, folder: str, rows, summary) -> None:
 
 def headlines(summary: dict[str, Any]) -> list[tuple]:
   """The table of the measures that the report opens with."""
-  shown = {**summary, 'seconds': show.clock(summary['seconds'])}
+  shown = summary | {'seconds': show.clock(summary['seconds'])}
+  name = lambda label: label.replace('the reference', page.opponent(summary))
   rows = [
-    (
-      label.replace('the reference', page.opponent(summary)),
-      shown.get(key),
-      shown.get(extra, ''),
-    )
+    (name(label), shown.get(key), shown.get(extra, ''))
     for label, key, extra in page.HEADLINES
   ]
   return [('', 'value', 'interval or error'), *rows]
@@ -317,10 +228,10 @@ def main(
   against: str = 'reference',
 ) -> None:
   """One evaluation of one run."""
-  hosts.start()  # before anything is looked at that hosts must agree on
+  hosts.start()  # before anything that hosts must agree on
   environment.configure_jax()
   stages.check_stage('evaluate', config, workdir)
-  checks.check(config)  # a checkpoint may be there for a config that is wrong
+  checks.check(config)  # also where there is a checkpoint already
   if against != 'reference':
     against = os.path.normpath(against)
   step = load.find_step(workdir, 'train', checkpoint)
@@ -334,20 +245,20 @@ def main(
 
 
 def check_finished(config, workdir, folder, step, against) -> None:
-  """Refuses to take a finished evaluation of something else for this one."""
+  """Refuses a finished evaluation that had other inputs."""
   summary = os.path.normpath(os.path.join(workdir, folder, 'summary.json'))
   if not os.path.exists(summary):
     return
-  before = completions.made_of(rows_folder(workdir, folder))
+  before = completions.inputs_of(os.path.join(workdir, logs_folder(folder)))
   now = provenance.of_evaluation(config, workdir, step, against)
   lines = fingerprints.changed(
     {k: x for k, x in before.items() if k in now}, now if before else {}
   )
   if lines:
     raise UserError(
-      f'{summary} is there, of an evaluation of other things:'
-      f' {"; ".join(lines[:5])}. Nothing was changed; move it away to draw and'
-      ' judge anew.'
+      f'{summary} is of an evaluation with other inputs'
+      f' ({"; ".join(lines[:5])}). Nothing was changed; move it away to draw'
+      ' and judge anew.'
     )
 
 
@@ -355,12 +266,10 @@ def run(doc: str) -> None:
   """The command, with its flags; `doc` is its help."""
   given, checkpoint = command.run_flags(), command.checkpoint_flag()
   against = paths.flag(
-    'against', 'reference', 'What is compared with: "reference", or a run.'
+    'against', 'reference', 'To compare with: "reference", or a run.'
   )
-  runs = paths.flag(
-    'sweep', None, 'Runs, as "runs/*": what is known of all, in one figure.'
-  )
-  out = paths.flag('out', None, 'Of --sweep; runs/sweep by default.')
+  runs = paths.flag('sweep', None, 'Runs, as "runs/*", to draw in one figure.')
+  out = paths.flag('out', None, 'Folder of --sweep; runs/sweep by default.')
 
   def go():
     if runs.value:

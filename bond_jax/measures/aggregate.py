@@ -119,7 +119,14 @@ def _problem(key: str, value: Any) -> str:
 
 
 def summarise(records: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-  """Computes every number of a comparison from its completions alone.
+  """The summary of `measure`."""
+  return measure(records)[0]
+
+
+def measure(
+  records: Iterable[Mapping[str, Any]],
+) -> tuple[dict[str, Any], curves.Curve]:
+  """Every number of a comparison, and the Best-of-N curve of its task.
 
   Args:
     records: rows with RECORD_KEYS, the same number of policy rows for each
@@ -127,7 +134,8 @@ def summarise(records: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
 
   Returns:
     A dict, ready for JSON: rates in [0, 1], KL and entropy in nats per
-    completion, lengths in tokens; None where a `_reason` says why.
+    completion, lengths in tokens; None where a `_reason` says why. The curve is
+    that of the reference's rewards.
 
   Raises:
     ValueError: rows that do not form such a table.
@@ -172,11 +180,11 @@ def summarise(records: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
   row['quantiles'] = comparisons.quantile_histogram(
     policy['reward'], reference['reward'], row['effective_n']
   )
-  return row
+  return row, curve
 
 
 def _sides(policy, reference) -> dict[str, Any]:
-  """What is said of both sides alike, as <measure>_<side>."""
+  """The measures of either side, as <measure>_<side>."""
   # Distinct-n falls with the amount of text, so both sides get as much.
   same = min(policy['reward'].shape[1], reference['reward'].shape[1])
   row = {}

@@ -15,7 +15,7 @@ from bond_jax.data import examples, sources
 from bond_jax.data import tokenizer as tokenizer_lib
 from bond_jax.devices import sharding
 from bond_jax.errors import UserError
-from bond_jax.evaluation import completions, evaluate
+from bond_jax.evaluation import completions, evaluate, history
 from bond_jax.measures import aggregate
 from bond_jax.models import policies
 from bond_jax.models.log_probs import log_probs
@@ -307,7 +307,7 @@ def test_a_run_without_a_last_checkpoint_has_a_best_one(config, workdir):
   os.remove(f'{workdir}/train/summary.json')
   with pytest.raises(UserError, match='or give --checkpoint=best'):
     judge(config, workdir, 'last')
-  assert 'steps' not in evaluate.history(config, workdir, [])
+  assert 'steps' not in history.history(config, workdir, [])
   step = origin.find_step(workdir, 'train', 'best')
   assert evaluate.folder_of(workdir, step, 'reference') == (
     f'evaluate/step_{step}'
@@ -334,9 +334,9 @@ def test_a_tokenizer_of_another_size(config, workdir):
 def test_throughput_is_the_median_and_needs_three_calls():
   row = lambda tokens, seconds: {'tokens/decoded': tokens,
                                  'seconds/sample': seconds}  # fmt: skip
-  found = evaluate.throughput([row(60, 30.0), row(60, 2.0), row(60, 3.0)])
+  found = history.throughput([row(60, 30.0), row(60, 2.0), row(60, 3.0)])
   assert found == {'tokens_per_second': 20.0, 'throughput_reason': None}
-  found = evaluate.throughput([row(60, 30.0), row(60, 2.0)])
+  found = history.throughput([row(60, 30.0), row(60, 2.0)])
   assert found['tokens_per_second'] is None
   assert 'there were 2 calls' in found['throughput_reason']
 
@@ -358,7 +358,7 @@ def test_an_unfinished_train_stage_is_refused(config, workdir):
 def test_a_reward_of_the_user_s_own_needs_no_reward_stage(config, workdir):
   os.remove(f'{workdir}/reward/summary.json')
   own = [{'step': 1, 'seconds/sample': 2.0}]
-  found = evaluate.history(config, workdir, own)
+  found = history.history(config, workdir, own)
   assert 'reward_test_pearson' not in found
   assert found['phase_seconds']['evaluate/sample'] == 2.0
   assert found['seconds'] == pytest.approx(
@@ -368,10 +368,10 @@ def test_a_reward_of_the_user_s_own_needs_no_reward_stage(config, workdir):
 
 def test_a_reward_of_preferences_has_no_correlation(config, workdir):
   path = f'{workdir}/reward/summary.json'
-  assert evaluate.history(config, workdir, [])['reward_test_pearson'] > 0
+  assert history.history(config, workdir, [])['reward_test_pearson'] > 0
   with open(path, 'w') as f:
     json.dump({'accuracy': 0.75, 'seconds': 1.0}, f)
-  found = evaluate.history(config, workdir, [])
+  found = history.history(config, workdir, [])
   assert found['reward_accuracy'] == 0.75
   assert 'reward_test_pearson' not in found
 
@@ -393,24 +393,24 @@ def test_completions_that_are_no_table_are_one_line():
   with pytest.raises(
     UserError, match='F/completions.jsonl: completion 1 lacks'
   ):
-    evaluate.summarise('F', [{'id': 3}])
+    evaluate.measure('F', [{'id': 3}])
 
 
 def test_what_stages_have_left_and_somebody_has_changed(tmp_path):
   """A field that is gone is named; rows without numbers have no rate."""
   (tmp_path / 'train').mkdir()
   path = tmp_path / 'train' / 'summary.json'
-  assert evaluate.summary_of(str(tmp_path), 'train', 'steps') == {}
+  assert history.stage_summary(str(tmp_path), 'train', 'steps') == {}
   path.write_text('{"steps": 6}')
-  assert evaluate.summary_of(str(tmp_path), 'train', 'steps') == {'steps': 6}
+  assert history.stage_summary(str(tmp_path), 'train', 'steps') == {'steps': 6}
   with pytest.raises(UserError, match='summary.json lacks drift, fires: '):
-    evaluate.summary_of(str(tmp_path), 'train', 'steps', 'drift', 'fires')
+    history.stage_summary(str(tmp_path), 'train', 'steps', 'drift', 'fires')
   path.write_text('{"steps"')
   with pytest.raises(UserError, match='it is not a JSON object'):
-    evaluate.summary_of(str(tmp_path), 'train')
+    history.stage_summary(str(tmp_path), 'train')
   good = {'tokens/decoded': 8, 'seconds/sample': 2.0}
   strange = [{}, good | {'seconds/sample': 0}, good | {'seconds/sample': 'x'}]
-  told = evaluate.throughput([*strange, good, good, good])
+  told = history.throughput([*strange, good, good, good])
   assert told['tokens_per_second'] == 4
-  told = evaluate.throughput([good, good, *strange])
+  told = history.throughput([good, good, *strange])
   assert told['tokens_per_second'] is None
