@@ -38,8 +38,8 @@ def get_config(argument: str = 'algorithm=jbond') -> ml_collections.ConfigDict:
       pool='mean',  # the hidden states that the head reads: 'last' or 'mean'
       length=64,  # pieces of a text; rows with longer ones are left out
       dropout=0.3,  # share of the pieces that a text is read without
-      # Share of a byte-pair vocabulary's merges left out, of each text ten
-      # times over, so that words are also read by their parts.
+      # Share of a byte-pair vocabulary's merges left out, so that words are
+      # also read by their parts.
       merge_dropout=0.1,
       # Models of which the score is the mean; each has rows of its own.
       members=3,

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 import itertools
-import os
 from typing import Any, NamedTuple
 
 import grain
@@ -19,7 +18,6 @@ from bond_jax.data.conversations import asked, Messages, transcripts
 from bond_jax.data.examples import Row, Source
 from bond_jax.data.tokenizer import chat, Tokenizer
 from bond_jax.errors import BadRow, UserError
-from bond_jax.runs import files
 
 SPLITS = ('train', 'validation', 'test')
 _ROUNDS = 16  # of pairing rows that are left over from the round before
@@ -144,53 +142,23 @@ def read(
 
 def cut_anew(
   judged: Judged,
+  i: int,
   tokenizer: Tokenizer,
   *,
   drop: float,
-  times: int,
   length: int,
-  seed: int,
-) -> list[list[int]]:
-  """The pieces of all texts, cut `times` times by `Tokenizer.encode_anew`.
+  rng: np.random.Generator,
+) -> list[int]:
+  """The pieces of a text, drawn by `Tokenizer.encode_anew`.
 
-  N of the first time, then N of the second, and so on. Prompts and what marks
-  the ends stay as they are; where there would be more than `length` pieces, the
-  whole text does.
+  Its prompt and what marks the ends stay as they are; where there would be more
+  than `length` pieces, the whole text does.
   """
-  many = tokenizer.encode_anew(judged.texts * times, drop=drop, seed=seed)
-  usual = [tokenizer.encode(text) for text in judged.texts]
-
-  def again(i: int, new: list[int]) -> list[int]:
-    ids = judged.pieces[i]
-    found = [*ids[: -1 - len(usual[i])], *new, ids[-1]]
-    return found if len(found) <= length else ids
-
-  return [again(i % len(usual), new) for i, new in enumerate(many)]
-
-
-def kept(
-  path: str, count: int, make: Callable[[], list[list[int]]]
-) -> list[list[int]]:
-  """The `count` rows that `make` returned when this file was first asked for.
-
-  The seed fixes what SentencePiece draws within a process alone.
-  """
-
-  def rows(found) -> list[list[int]]:
-    if len(found['lengths']) != count:
-      raise ValueError(f'of {len(found["lengths"])} texts, not {count}')
-    ends = np.cumsum(found['lengths'])[:-1]
-    return [ids.tolist() for ids in np.split(found['ids'], ends)]
-
-  if not os.path.exists(path):
-    made = make()
-    ids = np.concatenate([np.asarray(row, np.int32) for row in made])
-    lengths = np.asarray([len(row) for row in made])
-    files.write(path, {'ids': ids, 'lengths': lengths})
-  return files.read(
-    path, rows, 'what reward_model.merge_dropout left there',
-    'delete it, and the texts are cut again, in other ways',
-  )  # fmt: skip
+  text, ids = judged.texts[i], judged.pieces[i]
+  prompt = ids[: -1 - len(tokenizer.encode(text))]
+  new = tokenizer.encode_anew(text, drop=drop, rng=rng)
+  found = [*prompt, *new, ids[-1]]
+  return found if len(found) <= length else ids
 
 
 def _last_turns(row: Row, turns: bool) -> Row:
@@ -295,7 +263,7 @@ def pack(
 
 
 def batches(
-  pieces: Sequence[Sequence[int]],
+  pieces: Callable[[int, np.random.Generator], Sequence[int]],
   groups: np.ndarray,
   target: np.ndarray,
   *,
@@ -306,11 +274,11 @@ def batches(
 ) -> grain.DatasetIterator:
   """Yields (tokens i32[B, G, L], mask bool[B, G, L], target f32[B]) for ever.
 
-  An iterator of Grain's, as those of `data`: shuffled anew each epoch, with
+  An iterator of Grain's, as those of `examples`: shuffled anew each epoch, with
   get_state() and set_state(state).
 
   Args:
-    pieces: of N texts.
+    pieces: f(i, rng), the pieces of text i.
     groups: i64[M, G], texts that are read together: pairs, or single ones.
     target: f64[M], of each group.
     length: of the longest of `pieces`.
@@ -330,7 +298,7 @@ def batches(
     return [i for i, s in zip(ids, stays, strict=True) if s]
 
   def example(i: int, rng) -> tuple[list[list[int]], Any]:
-    return [thinned(pieces[j], rng) for j in groups[i]], target[i]
+    return [thinned(pieces(j, rng), rng) for j in groups[i]], target[i]
 
   def collate(examples):
     texts, targets = zip(*examples, strict=True)

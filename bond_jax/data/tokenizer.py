@@ -9,13 +9,18 @@ between the families, and are looked up by their pieces.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from concurrent import futures
 import dataclasses
+import functools
 import hashlib
 import io
+import itertools
 import json
+import math
 import os
+import random
+import re
 
+import numpy as np
 import sentencepiece
 
 from bond_jax.devices import hosts
@@ -66,26 +71,45 @@ class Tokenizer:
     """Returns the pieces of `text`, without BOS or EOS."""
     return self.processor.encode(text)
 
+  @functools.cached_property
+  def _merges(self) -> dict[str, float]:
+    """The score of each piece that merges may make."""
+    of = self.processor
+    special = (of.is_control, of.is_unknown, of.is_byte)
+    ids = [i for i in range(self.vocab_size) if not any(f(i) for f in special)]
+    return {of.id_to_piece(i): of.get_score(i) for i in ids}
+
   def encode_anew(
-    self, texts: Sequence[str], *, drop: float, seed: int
-  ) -> list[list[int]]:
+    self, text: str, *, drop: float, rng: np.random.Generator
+  ) -> list[int]:
     """Returns smaller pieces than `encode` does, other ones each time.
 
     Of the merges that make a piece of a byte-pair vocabulary, the share `drop`
     is left out at random (BPE-dropout, arXiv 1910.13267), so that rare words
-    are read by parts that others have too. The same for the same seed, within
-    a process.
+    are read by parts that others have too. SentencePiece's own is drawn anew in
+    each process, whatever its seed.
     """
-    # SentencePiece seeds its generator once in the life of a thread.
-    sentencepiece.set_random_generator_seed(seed)
-    encode = lambda: [
-      self.processor.encode(
-        text, enable_sampling=True, alpha=drop, nbest_size=-1
-      )
-      for text in texts
-    ]
-    with futures.ThreadPoolExecutor(1) as thread:
-      return thread.submit(encode).result()
+    of, scores, found = self.processor, self._merges, []
+    draw = random.Random(rng.bytes(8)).random
+
+    def rank(a: str, b: str) -> float:
+      score = scores.get(a + b, -math.inf)
+      return score if draw() >= drop else -math.inf
+
+    for word in re.findall(' *[^ ]+| +$', text):  # no piece spans two words
+      parts = list(word.replace(' ', '▁'))
+      ranks = list(map(rank, parts, parts[1:]))
+      while ranks and (best := max(ranks)) > -math.inf:
+        i = ranks.index(best)
+        parts[i : i + 2] = [parts[i] + parts[i + 1]]
+        near = parts[max(i - 1, 0) : i + 2]
+        ranks[max(i - 1, 0) : i + 2] = map(rank, near, near[1:])
+      found += parts
+    ids = []
+    for known, some in itertools.groupby(found, scores.__contains__):
+      some = list(some)
+      ids += of.piece_to_id(some) if known else of.encode(''.join(some))
+    return ids
 
   def pieces(self) -> list[bytes]:
     """Returns what each piece adds to a text, in UTF-8.

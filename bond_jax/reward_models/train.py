@@ -8,7 +8,6 @@ bag of words fitted to the same pairs.
 
 from __future__ import annotations
 
-import functools
 import itertools
 import os
 from typing import Any
@@ -42,7 +41,6 @@ from bond_jax.types import Policy, TrainState
 from bond_jax.weights import load
 
 _BATCH = 128  # texts that are judged at a time
-_WAYS = 10  # in which a text is cut into pieces, beside the usual one
 _HELD_OUT_PARTNERS = 100  # more pairs of the same texts: less noise
 
 
@@ -181,17 +179,12 @@ def read_splits(
   return judged
 
 
-def make_batches(
-  config, train: preferences.Judged, loss: str, tokenizer, folder: str
-):
-  """Batches of pairs, or for regression of texts, with standardised targets.
-
-  Texts that are cut anew are kept in `folder`, for a run that goes on.
-  """
-  settings, pieces, ways = config.reward_model, train.pieces, 1
+def make_batches(config, train: preferences.Judged, tokenizer):
+  """Batches of pairs, or for regression of texts, with standardised targets."""
+  settings = config.reward_model
   spread = 1.0 if train.rating is None else train.rating.std()
   groups, target = train.pairs, train.gap / spread
-  if loss == 'regression':
+  if settings.loss == 'regression':
     if train.rating is None:
       raise UserError(
         "reward_model.loss 'regression' needs rows with 'text' and 'rating';"
@@ -199,24 +192,18 @@ def make_batches(
       )
     groups = np.arange(len(train.texts))[:, None]
     target = (train.rating - train.rating.mean()) / spread
-  if settings.merge_dropout:
-    ways += _WAYS
-    cut = functools.partial(
-      preferences.cut_anew,
-      train,
-      tokenizer,
-      drop=settings.merge_dropout,
-      times=_WAYS,
-      length=settings.length,
-      seed=config.seed,
+
+  def pieces(i: int, rng: np.random.Generator) -> list[int]:
+    if not (drop := settings.merge_dropout):
+      return train.pieces[i]
+    return preferences.cut_anew(
+      train, i, tokenizer, drop=drop, length=settings.length, rng=rng
     )
-    path, count = os.path.join(folder, 'cuts.npz'), _WAYS * len(train.texts)
-    pieces = pieces + hosts.once(lambda: preferences.kept(path, count, cut))
-  starts = len(train.texts) * np.arange(ways)
+
   return preferences.batches(
     pieces,
-    np.concatenate([groups + start for start in starts]),
-    np.tile(target, ways),
+    groups,
+    target,
     length=settings.length,
     batch=settings.batch * settings.members,
     dropout=settings.dropout,
@@ -283,9 +270,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
   }
   tokenizer = _tokenizer(config, mine, sources, workdir)
   judged = read_splits(config, mine, sources, tokenizer)
-  batches = make_batches(
-    config, judged['train'], settings.loss, tokenizer, folder
-  )
+  batches = make_batches(config, judged['train'], tokenizer)
   policy = policies.make_policy(
     mine.model, mine.tokenizer.vocab_size, full=True
   )
