@@ -28,7 +28,7 @@ import optax
 
 from benchmarks import exact_gradients, objectives
 from bond_jax.devices import sharding
-from bond_jax.evaluation.report import figures
+from bond_jax.evaluation import plotting
 from bond_jax.measures import exact
 from bond_jax.runs import environment, files, log, paths, show, stages
 from bond_jax.training import checks, distil, enumerable
@@ -130,19 +130,19 @@ def slope(moves: np.ndarray, log_m: np.ndarray) -> float:
 
 
 def draw(curves, path: str) -> None:
-  with mpl.rc_context(figures.style(figures.LIGHT)):
+  with mpl.rc_context(plotting.style(plotting.LIGHT)):
     figure = Figure(figsize=(5, 3.6), layout='constrained')
     ax = figure.add_subplot()
     for (label, (x, y)), colour in zip(
-      curves.items(), figures.LIGHT['colours'], strict=False
+      curves.items(), plotting.LIGHT['colours'], strict=False
     ):
       ax.plot(x, y, color=colour, label=label)
     x = np.linspace(0, 3)
     for who, start in (('anchor', 0.0), ('policy', np.log(2))):
-      ax.plot(x, x + start, ':', color=figures.LIGHT['ink'], lw=1)
+      ax.plot(x, x + start, ':', color=plotting.LIGHT['ink'], lw=1)
       ax.annotate(f'theory, {who}', (1.9, 1.9 + start), ha='right', fontsize=7)
     for level in LINEAR:
-      ax.axhline(level, color=figures.LIGHT['faint'], lw=1)
+      ax.axhline(level, color=plotting.LIGHT['faint'], lw=1)
     ax.set(
       xlabel='moves x log(1 + rate)', ylabel='log m', xlim=(0, 3), ylim=(0, 3)
     )

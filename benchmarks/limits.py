@@ -21,7 +21,7 @@ import numpy as np
 import optax
 
 from benchmarks import exact_gradients
-from bond_jax.evaluation.report import figures
+from bond_jax.evaluation import plotting
 from bond_jax.runs import environment, files, log, paths, show, stages
 from bond_jax.training import checks, distil
 from configs import enumerable as config_file
@@ -97,8 +97,8 @@ def efficiency_at(rate: float, found: Points) -> float | None:
 
 
 def draw(curves: dict[str, Points], path: str) -> None:
-  look = figures.LIGHT
-  with mpl.rc_context(figures.style(look)):
+  look = plotting.LIGHT
+  with mpl.rc_context(plotting.style(look)):
     figure = Figure(figsize=(6.4, 4.2), layout='constrained')
     ax = figure.add_subplot()
     blue, orange, *_ = look['colours']

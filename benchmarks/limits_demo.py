@@ -20,8 +20,7 @@ from matplotlib.figure import Figure
 import numpy as np
 
 from benchmarks import compare
-from bond_jax.evaluation import evaluate
-from bond_jax.evaluation.report import figures
+from bond_jax.evaluation import evaluate, plotting
 from bond_jax.measures import curves
 from bond_jax.reward_models import stage
 from bond_jax.runs import files, log, paths, show, stages
@@ -67,8 +66,8 @@ def run(out: str, label: str) -> tuple[list[dict], dict]:
 
 
 def draw(found: dict[str, tuple[list[dict], dict]], path: str) -> None:
-  look = figures.LIGHT
-  with mpl.rc_context(figures.style(look)):
+  look = plotting.LIGHT
+  with mpl.rc_context(plotting.style(look)):
     figure = Figure(figsize=(6.4, 4.2), layout='constrained')
     ax = figure.add_subplot()
     rate, kl = curves.closed_form(np.geomspace(1, 20))

@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 import numpy as np
 
 from benchmarks import compare
-from bond_jax.evaluation.report import figures
+from bond_jax.evaluation import plotting
 from bond_jax.measures import aggregate, curves
 from bond_jax.runs import configs, files, log, paths
 from configs import demo_learned_reward, overoptimisation
@@ -147,9 +147,9 @@ def at(points: list[dict], kl: float, key: str) -> float | None:
 
 def draw(curves: dict[str, list[dict]], path: str) -> None:
   """Proxy and gold against KL, side by side."""
-  look = figures.LIGHT
+  look = plotting.LIGHT
   titles = {'proxy': 'the learnt reward (proxy)', 'gold': 'VADER (gold)'}
-  with mpl.rc_context(figures.style(look)):
+  with mpl.rc_context(plotting.style(look)):
     figure = Figure(figsize=(9, 3.8), layout='constrained')
     axes = figure.subplots(1, 2, sharey=True)
     for ax, (key, title) in zip(axes, titles.items(), strict=True):

@@ -23,7 +23,7 @@ import matplotlib as mpl
 from matplotlib.figure import Figure
 import numpy as np
 
-from bond_jax.evaluation.report import figures
+from bond_jax.evaluation import plotting
 from bond_jax.runs import files, log, paths, show
 
 _OUT = paths.flag('out', None, 'Of the run.', required=True)
@@ -96,8 +96,8 @@ def parts(steps: np.ndarray, values: np.ndarray) -> tuple[float, float]:
 
 
 def draw(series, path: str) -> None:
-  look = figures.LIGHT
-  with mpl.rc_context(figures.style(look)):
+  look = plotting.LIGHT
+  with mpl.rc_context(plotting.style(look)):
     figure = Figure(figsize=(8.4, 5.2), layout='constrained')
     for ax, (name, (x, y)) in zip(
       figure.subplots(2, 2).flat, series.items(), strict=True

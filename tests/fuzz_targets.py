@@ -599,7 +599,7 @@ def _of_run(folder: Path, name: str, file: str, form: str, share: float, read):
 
 
 def _told(run: Path) -> None:
-  runs = {str(run): sweep.watched(str(run))}
+  runs = {str(run): sweep.checkpoints(str(run))}
   if len(runs[str(run)].step):
     sweep.table(sweep.summarise(runs))
 

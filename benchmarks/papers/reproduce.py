@@ -25,7 +25,7 @@ import numpy as np
 from bond_jax.algorithms.parts import quantiles
 from bond_jax.devices import hosts, sharding
 from bond_jax.errors import UserError
-from bond_jax.evaluation.report import figures
+from bond_jax.evaluation import plotting
 from bond_jax.measures import exact, tables
 from bond_jax.runs import (
   command,
@@ -129,8 +129,8 @@ def quantile_curves() -> dict[str, Series]:
 
 def draw(config, runs: dict[str, Series], beside: Series, path: str) -> None:
   """The panels, side by side."""
-  look, panels = figures.LIGHT, config.figure.panels
-  with mpl.rc_context(figures.style(look)):
+  look, panels = plotting.LIGHT, config.figure.panels
+  with mpl.rc_context(plotting.style(look)):
     figure = Figure(figsize=(4.3 * len(panels), 3.6), layout='constrained')
     axes = np.atleast_1d(figure.subplots(1, len(panels)))
     for ax, (x, y) in zip(axes, panels, strict=True):

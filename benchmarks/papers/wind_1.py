@@ -29,7 +29,7 @@ import numpy as np
 
 from benchmarks.papers import bandit_samples
 from bond_jax.errors import UserError
-from bond_jax.evaluation.report import figures
+from bond_jax.evaluation import plotting
 from bond_jax.measures import tables
 from bond_jax.runs import paths, show
 from bond_jax.runs.command import execute
@@ -191,7 +191,7 @@ def draw(panels: dict[str, Any], seed: int, path: str) -> None:
   """Draws the four panels into a PNG."""
   s = SETTINGS
   titles = {'axes.titlesize': 10, 'axes.titlelocation': 'left'}
-  with mpl.rc_context({**figures.style(figures.LIGHT), **titles}):
+  with mpl.rc_context({**plotting.style(plotting.LIGHT), **titles}):
     figure = Figure(figsize=(9.2, 7.2), layout='constrained')
     a, b, c, d = figure.subplots(2, 2).ravel()
     _ways(a, panels['a'])
@@ -223,7 +223,7 @@ def _positive(values: Sequence[float]) -> np.ndarray:
 
 
 # Blue is iterative Best-of-N and orange WIND as it stands, in every panel.
-_BLUE, _ORANGE, _GREEN, _PURPLE, _OLIVE = figures.LIGHT['colours']
+_BLUE, _ORANGE, _GREEN, _PURPLE, _OLIVE = plotting.LIGHT['colours']
 
 
 def _ways(ax, ways):
@@ -259,7 +259,7 @@ def _errors(ax, errors):
     low, high = np.min(error, -1), np.max(error, -1)
     ax.fill_between(m, low, high, color=colour, alpha=0.12, lw=0)
   guide = mean[-1] * m[-1] / m
-  ax.plot(m, guide, color=figures.LIGHT['ink'], lw=0.9, ls=':', label='1 / M')
+  ax.plot(m, guide, color=plotting.LIGHT['ink'], lw=0.9, ls=':', label='1 / M')
   ax.set(xscale='log', yscale='log', xlabel='comparisons per step, M')
   ax.set_ylabel('KL(equilibrium || policy), nats')
   ax.legend(loc='lower left')

@@ -1,10 +1,11 @@
-"""Many runs in one figure: what each wins, for the KL that it pays.
+"""Many runs in one figure: the win rate of each against the KL it pays.
 
     python -m bond_jax.evaluate --sweep='runs/*' --out=runs/sweep
 
-Draws nothing: it reads what the runs have left. A point is a checkpoint on the
-validation prompts, as training saw it, or an evaluation on the test prompts.
-Writes sweep.png and summary.json; as BOND's Figures 5 to 7.
+Draws no completions: it reads the metrics and summaries of the runs. A point is
+a checkpoint on the validation prompts, as training measured it, or an
+evaluation on the test prompts. Writes sweep.png and summary.json; as BOND's
+Figures 5 to 7.
 """
 
 from __future__ import annotations
@@ -18,9 +19,19 @@ from matplotlib.figure import Figure
 import numpy as np
 
 from bond_jax.errors import UserError
-from bond_jax.evaluation.report import figures
+from bond_jax.evaluation import plotting
 from bond_jax.measures import curves
 from bond_jax.runs import files, log, show
+
+_LARGEST = 1e100  # sums and squares of numbers as large are still finite
+KEYS = 'step', 'kl/reference', 'win_rate/reference', 'reward/validation'
+# Of an evaluation: what must be a number, and what the table repeats.
+_NUMBERS = 'kl', 'kl_stderr', 'win_rate', 'reward_policy'
+_MAYBE = 'effective_n', 'frontier_efficiency'
+_REPEATED = (
+  'checkpoint', 'kl', 'kl_stderr', 'win_rate', 'win_rate_interval',
+  'reward_policy', *_MAYBE, 'frontier_reason',
+)  # fmt: skip
 
 
 class Points(NamedTuple):
@@ -32,10 +43,6 @@ class Points(NamedTuple):
   reward: np.ndarray
 
 
-_MOST = 1e100  # sums and squares of numbers as large still are numbers
-KEYS = 'step', 'kl/reference', 'win_rate/reference', 'reward/validation'
-
-
 def sweep(pattern: str, out: str | None) -> None:
   """Reads all runs that a pattern matches, and writes figure and table."""
   folders = [
@@ -43,21 +50,20 @@ def sweep(pattern: str, out: str | None) -> None:
     for path in sorted(glob.glob(pattern))
     if os.path.exists(os.path.join(path, 'config.json'))
   ]
-  runs, skipped = {}, {}
-  for path in folders:
-    found = watched(path)
-    if len(found.step):
-      runs[path] = found
-    else:
-      skipped[path] = 'it has no checkpoint with a win rate and a KL'
+  found = {path: checkpoints(path) for path in folders}
+  runs = {path: points for path, points in found.items() if len(points.step)}
+  skipped = {
+    path: 'it has no checkpoint with a win rate and a KL'
+    for path in folders
+    if path not in runs
+  }
   if not runs:
     why = f'{len(skipped)} without checkpoints' if skipped else 'no runs'
     raise UserError(
       f'--sweep={pattern} names {why}; it needs folders in which the train'
       ' stage has saved a checkpoint, and quotes around a pattern.'
     )
-  summary = summarise(runs)
-  summary |= {'pattern': pattern, 'skipped': skipped}
+  summary = summarise(runs) | {'pattern': pattern, 'skipped': skipped}
   out = out or os.path.join(os.path.dirname(folders[0]), 'sweep')
   os.makedirs(out, exist_ok=True)
   path = os.path.join(out, 'sweep.png')
@@ -68,10 +74,10 @@ def sweep(pattern: str, out: str | None) -> None:
   show.table(table(summary), f'sweep: done, see {path}')
 
 
-def watched(folder: str) -> Points:
-  """What training has seen of each checkpoint that it saved.
+def checkpoints(folder: str) -> Points:
+  """The measures of each saved checkpoint, from the metrics of training.
 
-  A number that was not finite is null there, and its checkpoint is left out.
+  A checkpoint with a null, that is a number that was not finite, is left out.
   """
   path = os.path.join(folder, 'train', 'metrics.jsonl')
   rows = log.read_rows(path) if os.path.exists(path) else []
@@ -84,35 +90,34 @@ def watched(folder: str) -> Points:
 
 def evaluations(folder: str) -> list[dict[str, Any]]:
   """The summaries of a run's evaluations against its reference."""
-  paths = [os.path.join(folder, 'summary.json')]
-  paths += sorted(
+  below = sorted(
     glob.glob(os.path.join(folder, 'evaluate', '*', 'summary.json'))
   )
   found = []
-  for path in filter(os.path.exists, paths):
-    told = files.read_json(path)
-    if told.get('against', 'reference') == 'reference':
-      _check_evaluation(path, told)
-      found.append(told)
+  for path in (os.path.join(folder, 'summary.json'), *below):
+    if not os.path.exists(path):
+      continue
+    summary = files.read_json(path)
+    if summary.get('against', 'reference') == 'reference':
+      _check_evaluation(path, summary)
+      found.append(summary)
   return found
 
 
-def _check_evaluation(path: str, told: dict[str, Any]) -> None:
-  """A UserError unless a summary has what is drawn of it."""
-  interval = told.get('win_rate_interval')
+def _check_evaluation(path: str, summary: dict[str, Any]) -> None:
+  """A UserError unless a summary has the numbers that are drawn of it."""
+  interval = summary.get('win_rate_interval')
   if not isinstance(interval, list) or len(interval) != 2:
     interval = [None, None]
-  ends = dict(zip(('win_rate_interval[0]', 'win_rate_interval[1]'), interval))
-  drawn = ('kl', 'kl_stderr', 'win_rate', 'reward_policy')
-  _check_numbers(path, {key: told.get(key) for key in drawn} | ends)
-  for key in ('effective_n', 'frontier_efficiency'):
-    if told.get(key) is not None:
-      _check_numbers(path, {key: told[key]})
+  numbers = {key: summary.get(key) for key in _NUMBERS}
+  numbers |= {f'win_rate_interval[{i}]': x for i, x in enumerate(interval)}
+  numbers |= {k: summary[k] for k in _MAYBE if summary.get(k) is not None}
+  _check_numbers(path, numbers)
 
 
 def _check_numbers(path: str, values: dict[str, Any]) -> None:
   for key, value in values.items():
-    if not log.is_number(value) or abs(value) > _MOST:
+    if not log.is_number(value) or abs(value) > _LARGEST:
       raise UserError(
         f'{path}: {key} is {value!r:.60}, expected a number; the file was'
         ' changed or is of another version: restore it, or move it away.'
@@ -132,14 +137,16 @@ def summarise(runs: dict[str, Points]) -> dict[str, Any]:
   grid = np.linspace(0, limit, 2001)
   rows = {}
   for name, run in runs.items():
-    best = int(run.win_rate.argmax())
     rows[name] = {
       'checkpoints': len(run.step),
       'last': _point(run, -1),
-      'best': _point(run, best),
+      'best': _point(run, int(run.win_rate.argmax())),
       'front_area': front_area(run.kl, run.win_rate, limit),
       'front': [int(i) for i in run.step[on_front(run.kl, run.win_rate)]],
-      'evaluations': [_evaluation(x) for x in evaluations(name)],
+      'evaluations': [
+        {key: x[key] for key in _REPEATED if key in x}
+        for x in evaluations(name)
+      ],
     }
   return {
     'kl_limit': limit,
@@ -149,14 +156,7 @@ def summarise(runs: dict[str, Points]) -> dict[str, Any]:
 
 
 def _point(run: Points, i: int) -> dict[str, float]:
-  return {key: float(value[i]) for key, value in run._asdict().items()}
-
-
-def _evaluation(x: dict[str, Any]) -> dict[str, Any]:
-  keys = ('checkpoint', 'kl', 'kl_stderr', 'win_rate', 'win_rate_interval',
-          'reward_policy', 'effective_n', 'frontier_efficiency',
-          'frontier_reason')  # fmt: skip
-  return {key: x[key] for key in keys if key in x}
+  return {key: float(values[i]) for key, values in run._asdict().items()}
 
 
 def on_front(kl: np.ndarray, win_rate: np.ndarray) -> np.ndarray:
@@ -170,7 +170,7 @@ def on_front(kl: np.ndarray, win_rate: np.ndarray) -> np.ndarray:
 def front_area(kl: np.ndarray, win_rate: np.ndarray, limit: float) -> float:
   """The mean win rate of the staircase under the front, from KL 0 to limit."""
   front = on_front(kl, win_rate)
-  # An estimate may be a little below 0; and none counts less than no training.
+  # An estimated KL may be a little below 0; a win rate below 1/2 counts as 1/2.
   starts = np.clip([0, *kl[front], limit], 0, limit)
   heights = np.maximum.accumulate([0.5, *win_rate[front]])
   if not limit:
@@ -185,11 +185,10 @@ def table(summary: dict[str, Any]) -> list[tuple]:
   rows = []
   by_area = lambda item: -item[1]['front_area']
   for name, row in sorted(summary['runs'].items(), key=by_area):
-    told = row['evaluations'][0] if row['evaluations'] else {}
+    evaluation = row['evaluations'][0] if row['evaluations'] else {}
     rows.append(
       (name, row['checkpoints'], row['front_area'], row['best']['win_rate'],
-       row['best']['kl'], told.get('effective_n'),
-       told.get('frontier_efficiency'))
+       row['best']['kl'], *(evaluation.get(key) for key in _MAYBE))
     )  # fmt: skip
   free = ('Best-of-N, no ties', '', summary['best_of_n_area'], *[''] * 4)
   return [head, *rows, free]
@@ -197,8 +196,8 @@ def table(summary: dict[str, Any]) -> list[tuple]:
 
 def draw(runs: dict[str, Points], summary: dict[str, Any], path: str) -> None:
   """Win rate and reward against KL, side by side, with all evaluations."""
-  look = figures.LIGHT
-  with mpl.rc_context(figures.style(look)):
+  look = plotting.LIGHT
+  with mpl.rc_context(plotting.style(look)):
     figure = Figure(figsize=(9.2, 4.2), layout='constrained')
     left, right = figure.subplots(1, 2)
     rate, kl = curves.closed_form(np.geomspace(1, 1e4, 400))
@@ -206,23 +205,18 @@ def draw(runs: dict[str, Points], summary: dict[str, Any], path: str) -> None:
               label='Best-of-N, no ties')  # fmt: skip
     markers = 'osD^vP'
     for i, (name, run) in enumerate(runs.items()):
-      colour = look['colours'][i % len(look['colours'])]
-      turn = i // len(look['colours'])
-      style = dict(
-        color=colour, marker=markers[turn % len(markers)], ms=3, lw=1
-      )
+      turn, place = divmod(i, len(look['colours']))
+      marker, colour = markers[turn % len(markers)], look['colours'][place]
+      line = dict(color=colour, marker=marker, ms=3, lw=1)
       order = np.argsort(run.kl)
-      left.plot(run.kl[order], run.win_rate[order], label=name, **style)
-      right.plot(run.kl[order], run.reward[order], **style)
-      for told in summary['runs'][name]['evaluations']:
-        rate, (low, high) = told['win_rate'], told['win_rate_interval']
-        left.errorbar(
-          told['kl'], rate, xerr=1.96 * abs(told['kl_stderr']),
-          # A mean that rounding puts outside its interval is drawn as well.
-          yerr=[[max(rate - low, 0)], [max(high - rate, 0)]],
-          fmt='*', ms=9, color=colour, elinewidth=1,
-        )  # fmt: skip
-        right.plot(told['kl'], told['reward_policy'], '*', ms=9, color=colour)
+      left.plot(run.kl[order], run.win_rate[order], label=name, **line)
+      right.plot(run.kl[order], run.reward[order], **line)
+      star = dict(fmt='*', ms=9, color=colour, elinewidth=1)
+      for x in summary['runs'][name]['evaluations']:
+        bars = plotting.error_bars(x['win_rate'], *x['win_rate_interval'])
+        left.errorbar(x['kl'], x['win_rate'], xerr=1.96 * abs(x['kl_stderr']),
+                      yerr=bars[:, None], **star)  # fmt: skip
+        right.errorbar(x['kl'], x['reward_policy'], **star)
     edge = 1.06 * summary['kl_limit'] or 1.0
     for ax in (left, right):
       ax.set(xlabel='KL to the reference, nats per completion',

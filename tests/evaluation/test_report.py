@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import report_page
 
+from bond_jax.evaluation import plotting
 from bond_jax.evaluation.report import figures
 from bond_jax.evaluation.report import page as report
 from bond_jax.evaluation.report import style as report_style
@@ -88,7 +89,7 @@ def test_text_is_escaped(page):
 
 def test_page_follows_the_colour_scheme_and_the_width(page):
   _, text = page
-  assert text.count('prefers-color-scheme: dark') == len(figures.CAPTIONS) + 1
+  assert text.count('prefers-color-scheme: dark') == len(figures.FIGURES) + 1
   assert 'name="viewport"' in text
 
 
@@ -129,11 +130,9 @@ def test_cards_have_their_values_and_errors(page):
 def test_every_figure_is_a_file_of_its_own(page):
   folder, _ = page
   names = {path.name for path in folder.iterdir()}
-  assert names == {f'{draw.__name__}.png' for draw in figures.CAPTIONS} | {
-    'report.html'
-  }
-  for draw in figures.CAPTIONS:
-    data = (folder / f'{draw.__name__}.png').read_bytes()
+  assert names == {f'{name}.png' for name in figures.FIGURES} | {'report.html'}
+  for name in figures.FIGURES:
+    data = (folder / f'{name}.png').read_bytes()
     assert data.startswith(b'\x89PNG')
 
 
@@ -210,7 +209,7 @@ def axes(draw, **changes):
   ax = Figure().add_subplot()
   summary = report_page.MORE | changes
   data = figures.Data(report_page.train_rows(), [], summary, None)
-  assert draw(ax, data, figures.LIGHT)
+  assert draw(ax, data, plotting.LIGHT)
   return ax
 
 
@@ -280,7 +279,7 @@ def test_text_of_the_page_can_be_read_on_both_papers(scheme):
       assert contrast(colours[ink], colours[paper]) >= 4.5, (ink, paper)
 
 
-@pytest.mark.parametrize('look', [figures.LIGHT, figures.DARK])
+@pytest.mark.parametrize('look', [plotting.LIGHT, plotting.DARK])
 def test_figures_can_be_read_on_both_papers(look):
   assert contrast(look['ink'], look['paper']) >= 4.5
   _, orange, *_ = look['colours']  # N is written in it

@@ -133,13 +133,13 @@ def test_a_row_that_was_changed_is_one_line(tmp_path, key):
     folder = tmp_path / f'{type(value)}{len(str(value))}'
     one(folder, [ROW, ROW | {key: value}])
     with pytest.raises(UserError, match=f'{key} is .*expected a number'):
-      sweep.watched(str(folder))
+      sweep.checkpoints(str(folder))
 
 
 def test_a_checkpoint_without_a_finite_number_is_left_out(tmp_path):
   rows = [ROW | {key: None} for key in ROW]
   one(tmp_path, [*rows, {'step': 1}, ROW | {'step': 4}])
-  assert sweep.watched(str(tmp_path)).step.tolist() == [4]
+  assert sweep.checkpoints(str(tmp_path)).step.tolist() == [4]
 
 
 @pytest.mark.parametrize(
