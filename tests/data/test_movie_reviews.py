@@ -104,10 +104,6 @@ def test_splits_are_stable_and_about_80_10_10():
     (b'1\t0.5\tfine\r\n\r\n3\t1\tok', 2, 'not enough values'),
     (b'x\t0.5\tfine', 1, 'invalid literal'),
     (b'1\tgood\tfine', 1, 'could not convert'),
-    (b'1\tnan\tfine', 1, 'within -4 and 4'),
-    (b'1\t7\tfine', 1, 'within -4 and 4'),
-    (b'1\t1\t  ', 1, 'no text'),
-    (b'1\t1\ta\r\n1\t1\tb', 2, 'id was there'),
     (b'1\t1\ta\r\n2\t1\tcaf\xe9', 2, 'utf-8'),
     (b'1\t1\ta\tb', 1, 'too many values'),
   ],
@@ -118,12 +114,6 @@ def test_malformed_line_is_named(lines, line, why):
   assert str(e.value).startswith(f'ratings.txt:{line}: ')
   assert why in str(e.value)
   assert '\n' not in str(e.value)
-
-
-@pytest.mark.parametrize('content', [b'', b'\r\n'])
-def test_empty_file_is_said(content):
-  with pytest.raises(UserError, match='ratings.txt is empty'):
-    list(movie_reviews.parse(content, 'ratings.txt'))
 
 
 def test_malformed_line_leaves_nothing_that_looks_finished(tmp_path):

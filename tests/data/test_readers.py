@@ -30,16 +30,11 @@ def array(rows, end='\n', **how):
     ('x.jsonl', BOM + b'\n' + lines(ROWS[:1]) + b'\n' + BOM + lines(ROWS[1:]),
      (2, 3, 4)),
     ('x.json', lines(ROWS), (1, 2, 3)),
-    ('x.json', array(ROWS), (1, 1, 1)),
-    ('x.json', array(ROWS, indent=1), (2, 5, 9)),
-    ('x.json', BOM + b'\r\n' + array(ROWS, '\r\n', indent=1), (3, 6, 10)),
-    ('x.jsonl', b' ' + array(ROWS), (1, 1, 1)),
+    ('x.json', array(ROWS), None),
+    ('x.json', BOM + b'\r\n' + array(ROWS, '\r\n', indent=1), None),
+    ('x.jsonl', b' ' + array(ROWS), None),
     ('x.jsonl.gz', gzip.compress(lines(ROWS), mtime=0), (1, 2, 3)),
-    (
-      'x.json.gz',
-      gzip.compress(BOM + array(ROWS, indent=1), mtime=0),
-      (2, 5, 9),
-    ),
+    ('x.json.gz', gzip.compress(BOM + array(ROWS), mtime=0), None),
   ],
 )  # fmt: skip
 def test_rows_and_their_lines(tmp_path, name, content, numbers):
@@ -48,7 +43,8 @@ def test_rows_and_their_lines(tmp_path, name, content, numbers):
   rows = sources.source(str(path), 'train', '')
   assert list(rows) == ROWS and rows[-1] == ROWS[2]
   places = [rows._table.place(i) for i in range(3)]
-  assert places == [f'{path}:{number}' for number in numbers]
+  named = [f'{path}, row {i}' for i in range(3)]  # of an array
+  assert places == [f'{path}:{n}' for n in numbers] if numbers else named
 
 
 def test_many_files_of_several_kinds(tmp_path):
@@ -64,11 +60,11 @@ def test_many_files_of_several_kinds(tmp_path):
     ('x.json', b'[\n{"text": "a"},\n]', ':3', 'not JSON'),
     ('x.json', b'[\n{"text": "a"},\n{"text": "b"', ':3', 'not JSON'),
     ('x.json', b'[{"text": "a"}\n{"text": "b"}]', ':2', 'not JSON'),
-    ('x.json', b'\n[{"text": "a"}]\n[]', ':2', 'one array'),
-    ('x.json', b'[\n\n{"text": "a"},\n{"txt": "b"}]', ':4', 'it has txt'),
-    ('x.json', b'[\n{"text": "caf\xe9"}]', ':2', 'UTF-8'),
-    ('x.json', b'\n[' + b'[' * 100_000, ':2', 'not JSON'),
-    ('x.json', rb'[{"text": "a \ud83d"}]', ':1', 'surrogates'),
+    ('x.json', b'\n[{"text": "a"}]\n[]', ':3', 'not JSON'),
+    ('x.json', b'[\n\n{"text": "a"},\n{"txt": "b"}]', ', row 1', 'has txt'),
+    ('x.json', b'[\n{"text": "caf\xe9"}]', ': ', 'UTF-8'),
+    ('x.json', b'\n[' + b'[' * 100_000, ': ', 'not JSON'),
+    ('x.json', rb'[{"text": "a \ud83d"}]', ', row 0', 'surrogates'),
     ('x.json', b'[ ]', ' is empty', 'one {"text": ...} per line'),
     ('x.json', b'{\n "data": [{"text": "a"}]}', ':1', 'not JSON'),
     ('x.jsonl', lines(ROWS).decode().encode('utf-16'), ':1', 'as UTF-8'),

@@ -198,16 +198,12 @@ def test_a_hundred_thousand_lines(tmp_path):
     rows[100_000]
 
 
-def test_a_file_keeps_its_rows_out_of_memory(tmp_path):
+def test_a_file_may_change_while_its_rows_are_used(tmp_path):
   path = tmp_path / 'x.jsonl'
   path.write_text('{"text": "a"}\n\n{"text": "b", "n": 1}\n')
   rows = sources.source(str(path), 'train', '')
-  assert rows[1] is not rows[1]
-  # Overwritten while it is in use: said, not read as something else.
   path.write_bytes(b'{"text": "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa"}\n')
-  says(lambda: rows[1], f'{path}:3', 'not JSON')
-  path.unlink()
-  says(lambda: rows[1], f'cannot read {path}')
+  assert rows[1] == {'text': 'b', 'n': 1} and rows[1] is not rows[1]
 
 
 @pytest.mark.parametrize(
@@ -216,7 +212,7 @@ def test_a_file_keeps_its_rows_out_of_memory(tmp_path):
     (b'\n{"text": "a"}\r\n \n{"text"', ':4', 'not JSON'),
     (b'\n{"text": "caf\xe9"}', ':2', 'not JSON in UTF-8'),
     (rb'{"text": "a \ud83d"}', ':1', 'surrogates'),
-    (b'[' * 100_000, ':1', 'not JSON'),
+    (b'[' * 100_000, ': ', 'not JSON'),
     (b'{"txt": "a"}', ':1', 'it has txt'),
     (b'{"messages": []}', ':1', '"messages", a list'),
     (b'{"text": "a", "chosen": "b"}', ':1', '"chosen" and "rejected"'),
@@ -445,8 +441,8 @@ def test_what_an_encoder_refuses_has_a_place(tmp_path, name):
   given = [{'text': 'a'}, {'text': 'bad'}, {'text': 'c'}]
   path, place = str(tmp_path / name), ':2: '
   if name == 'x.json':
-    pathlib.Path(path).write_text(json.dumps(given, indent=1))
-    place = ':5: '
+    pathlib.Path(path).write_text(json.dumps(given))
+    place = ', row 1: '
   elif name == 'x.parquet':
     pa.parquet.write_table(pa.Table.from_pylist(given), path)
     place = ', row 1: '
