@@ -1,18 +1,16 @@
-"""What files hold, in a few characters: to see that a path is what it was.
+"""Fingerprints of files: the size and a sha256, to see what has changed.
 
-A path in a config stays the same when the file behind it does not. A
-fingerprint is one line of text: the size, and the sha256 of all bytes, or for a
-large file of samples, with the time of its last change.
+A path in a config stays the same when the file behind it does not.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-import datetime
 import hashlib
 import importlib
-import importlib.util
+import inspect
 import os
+import pathlib
 import sys
 import types
 
@@ -21,129 +19,103 @@ from absl import flags
 from bond_jax.devices import hosts
 
 WHOLE = 256 * 2**20  # bytes; of a larger file samples are hashed
-_SAMPLES, _SAMPLE = (
-  16,
-  2**16,
-)  # so many, of so many bytes, the first and last too
+_SAMPLES = 16  # of a large file, the first and the last bytes included
+_SAMPLE = 2**16  # bytes
 _MOST = 5000  # files of a folder that are looked at
-_SINCE = ', modified '
 WRITTEN = 'written during the run'
 
 
 def of_file(path: str) -> str:
-  """The fingerprint of one file."""
   size = os.path.getsize(path)
   with open(path, 'rb') as f:
     if size <= WHOLE:
       sha = hashlib.file_digest(f, 'sha256').hexdigest()
       return f'{size:,} bytes, sha256 {sha[:16]}'
-    found = hashlib.sha256()
+    samples = hashlib.sha256()
     for i in range(_SAMPLES):
       f.seek(i * (size - _SAMPLE) // (_SAMPLES - 1))
-      found.update(f.read(_SAMPLE))
-    changed = datetime.datetime.fromtimestamp(os.fstat(f.fileno()).st_mtime)
-  return (
-    f'{size:,} bytes, sha256 of samples {found.hexdigest()[:16]}'
-    f'{_SINCE}{changed.isoformat(" ", "seconds")}'
-  )
+      samples.update(f.read(_SAMPLE))
+  return f'{size:,} bytes, sha256 of samples {samples.hexdigest()[:16]}'
 
 
 def of_files(paths: Iterable[str], folder: str) -> str:
-  """The fingerprint of some files of a folder, by their names in it."""
+  """Fingerprints some files of a folder, and their names in it."""
   paths = sorted(paths)[:_MOST]
   parts = [(os.path.relpath(p, folder), of_file(p)) for p in paths]
-  # The time of a large file counts for nothing that a copy does not keep.
-  text = repr([(name, part.partition(_SINCE)[0]) for name, part in parts])
-  sha = hashlib.sha256(text.encode('utf-8', 'surrogateescape')).hexdigest()
-  return f'{len(parts)} files, sha256 {sha[:16]}'
+  text = repr(parts).encode('utf-8', 'surrogateescape')
+  return f'{len(parts)} files, sha256 {hashlib.sha256(text).hexdigest()[:16]}'
 
 
 def of_path(path: str, deep: bool = True) -> str | None:
-  """That of a file or a folder; None if it is neither.
+  """Fingerprints a file or a folder; None if it is neither.
 
-  `deep`: of a folder all files below it, else those in it alone.
+  `deep`: of a folder all files below it, else only those directly in it.
   """
   if os.path.isfile(path):
     return of_file(path)
   if not os.path.isdir(path):
     return None
-  found = []
-  for where, folders, names in os.walk(path):
-    folders[:] = sorted(folders) if deep else []
-    found += [os.path.join(where, name) for name in sorted(names)]
-    if len(found) > _MOST:
-      break
-  return of_files(filter(os.path.isfile, found), path)
+  found = pathlib.Path(path).glob('**/*' if deep else '*')
+  return of_files((str(p) for p in found if p.is_file()), path)
 
 
 def of_modules(name: str) -> dict[str, str]:
-  """Those of a module and of what it imports of the user's own, by name.
+  """Fingerprints a module, and the user's own modules that it imports.
 
-  Packages that are installed, Python's and ours are left out below the first.
-  So is one that cannot be imported.
+  A module that cannot be imported is left out: whoever calls it reports that.
   """
-  todo, found = [name] if name else [], {}
+  todo, found = [name], {}
   while todo:
     name = todo.pop()
     try:
       module = sys.modules.get(name) or importlib.import_module(name)
-    except ImportError:  # whoever calls it says so
+    except (ImportError, ValueError):
       continue
-    path = getattr(module, '__file__', None)
-    if name in found or not path or not path.endswith('.py'):
-      continue
-    found[name] = of_file(path)
-    todo += [other for other in _imported(module) if _is_own(other)]
+    path = getattr(module, '__file__', None) or ''
+    if name not in found and path.endswith('.py'):
+      found[name] = of_file(path)
+      todo += filter(_is_own, _imported(module))
   return found
 
 
 def _imported(module: types.ModuleType) -> set[str]:
   """The modules that a module's names are, or come from."""
   values = list(vars(module).values())
-  return {
-    value.__name__
-    if isinstance(value, types.ModuleType)
-    else getattr(value, '__module__', None)
-    for value in values
-  } - {None, module.__name__}
+  names = (
+    x.__name__ if inspect.ismodule(x) else getattr(x, '__module__', None)
+    for x in values
+  )
+  return {name for name in names if isinstance(name, str)}
 
 
 def _is_own(name: str) -> bool:
   """Whether a module is the user's: not installed, not Python's, not ours."""
-  if not isinstance(name, str) or name.partition('.')[0] in (
-    'bond_jax',
-    *sys.stdlib_module_names,
-  ):
-    return False
   path = getattr(sys.modules.get(name), '__file__', None) or ''
-  return path.endswith('.py') and 'site-packages' not in path.split(os.sep)
+  others = 'bond_jax', *sys.stdlib_module_names
+  installed = 'site-packages' in path.split(os.sep)
+  own = name.partition('.')[0] not in others and not installed
+  return own and path.endswith('.py')
 
 
 def of_code(folder: str) -> dict[str, str]:
-  """Of every .py file below a folder: what it is called, and its hash."""
-  found = {}
-  for where, _, names in os.walk(folder):
-    for name in sorted(n for n in names if n.endswith('.py')):
-      path = os.path.join(where, name)
-      with open(path, 'rb') as f:
-        found[os.path.relpath(path, folder)] = hashlib.sha256(
-          f.read()
-        ).hexdigest()[:12]
-  return found
+  """Hashes every .py file below a folder, by its path in it."""
+  return {
+    str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest()[:12]
+    for p in sorted(pathlib.Path(folder).rglob('*.py'))
+  }
 
 
 def changed(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
   """The inputs that are not what they were, a line each.
 
-  The time of a change alone does not count, nor does a file that was not there
-  and is no data, nor one that was written during the run.
+  A new file does not count if it is not data, nor one that was written during
+  the run.
   """
   lines = []
   for name in sorted({*before, *now}):
-    old, new = (x.get(name, 'absent').partition(_SINCE)[0]
-                for x in (before, now))  # fmt: skip
+    old, new = (x.get(name, 'absent') for x in (before, now))
     new_file = old == 'absent' and not name.startswith('data.')
-    if old != new and old != WRITTEN and not new_file:
+    if old not in (new, WRITTEN) and not new_file:
       lines.append(f'{name} ({old} -> {new})')
   return lines
 
@@ -151,19 +123,18 @@ def changed(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
 def steady(
   before: Mapping[str, str], now: Mapping[str, str]
 ) -> tuple[dict[str, str], list[str]]:
-  """What to record of inputs that were looked at again during a run.
+  """What to record of inputs that are looked at again during a run.
 
   Files in the arguments of a reward that have changed are the reward's own
   output. Returns the record, and the other inputs that have changed.
   """
-  lines = changed(before, now)
+  lines = {line.partition(' (')[0]: line for line in changed(before, now)}
   own = {
     name: WRITTEN
-    for name in (line.partition(' (')[0] for line in lines)
+    for name in lines
     if '.args.' in name and ' module ' not in name
   }
-  others = [line for line in lines if line.partition(' (')[0] not in own]
-  return {**before, **own}, others
+  return {**before, **own}, [x for name, x in lines.items() if name not in own]
 
 
 def accept(what: str, lines: Sequence[str]) -> None:
@@ -174,11 +145,11 @@ def accept(what: str, lines: Sequence[str]) -> None:
   if not lines:
     return
   more = f' and {len(lines) - 3} more' if len(lines) > 3 else ''
-  said = f'{what} reads what has changed: {"; ".join(lines[:3])}{more}'
+  line = f'{what} reads what has changed: {"; ".join(lines[:3])}{more}'
   if 'accept_changes' in flags.FLAGS and flags.FLAGS['accept_changes'].value:
-    hosts.say(f'{said}. It goes on, with --accept_changes.')
+    hosts.say(f'{line}. It goes on, with --accept_changes.')
     return
   raise hosts.Disagreement(
-    f'{said}. Put back what was there, give another --workdir to begin anew, or'
+    f'{line}. Put back what was there, give another --workdir to begin anew, or'
     ' go on all the same with --accept_changes.'
   )

@@ -17,15 +17,17 @@ import bond_jax
 from bond_jax.devices import hosts
 from bond_jax.runs import configs, environment, fingerprints
 
-# Which splits a stage reads, and which parts of the run that it starts from.
-_SPLITS = dict(sft=('train', 'validation'), train=('train', 'validation'),
-               reward=('train', 'validation', 'test'), evaluate=('test',),
-               sample=())  # fmt: skip
-_PARTS = dict(sft=(), reward=('sft',), train=('sft', 'reward'),
-              evaluate=('sft', 'reward'), sample=('sft',))  # fmt: skip
-_OF_RUN = dict(sft=('checkpoints/*/sha256.json',),
-               reward=('checkpoints/*/sha256.json', 'model.*',
-                       'tokenizer.model'))  # fmt: skip
+# Stage -> the splits that it reads, and the parts of the run it starts from.
+_READS = {
+  'sft': (('train', 'validation'), ()),
+  'reward': (('train', 'validation', 'test'), ('sft',)),
+  'train': (('train', 'validation'), ('sft', 'reward')),
+  'evaluate': (('test',), ('sft', 'reward')),
+}
+_OF_RUN = {
+  'sft': ('checkpoints/*/sha256.json',),
+  'reward': ('checkpoints/*/sha256.json', 'model.*', 'tokenizer.model'),
+}
 # What a policy stands on: another one would make it another model.
 _UNDER = ('weights', 'tokenizer', 'model.', 'reference sft',
           'reference tokenizer')  # fmt: skip
@@ -55,39 +57,37 @@ def _sha(value: Any) -> str:
 def inputs(
   config: ml_collections.ConfigDict, workdir: str, stage: str
 ) -> dict[str, str]:
-  """A fingerprint of all that a stage reads by a path, by the config's key.
+  """Fingerprints all that a stage reads by a path, by the config's key.
 
   Data, weights, adapters, vocabulary, the run that it starts from; in train and
-  evaluate also the modules of the rewards, and what their arguments name. What
-  is not on this machine is left out.
+  evaluate also the modules of the rewards, and the files in their arguments.
+  What is not on this machine is left out.
   """
   flat = dict(_texts(json.loads(config.to_json_best_effort())))
   start = configs.reference_dir(config, workdir)
+  splits, parts = _READS[stage]
   found: dict[str, str | None] = {}
   for key, value in flat.items():
+    path = value.replace('{reference}', start).replace('{workdir}', workdir)
+    path = os.path.expanduser(path)
     if re.fullmatch(r'data\.(mix\.[^.]+\.)?name', key):
-      for path in _data(key, flat, _SPLITS[stage]):
-        found[f'{key} {path}'] = fingerprints.of_path(path)
+      for name in _data(key, flat, splits):
+        found[f'{key} {name}'] = fingerprints.of_path(name)
     elif key in ('weights', 'tokenizer.path', 'model.lora.weights'):
-      if value in ('sft', 'random'):  # of a reward model: no path
-        continue
-      path = os.path.expanduser(value)
-      found[f'{key} {value}'] = fingerprints.of_path(path)
+      if value not in ('sft', 'random'):  # of a reward model
+        found[f'{key} {value}'] = fingerprints.of_path(path)
     elif stage not in ('train', 'evaluate'):
       continue
     elif re.fullmatch(r'(reward|gold)\.(parts\.[^.]+\.)?function', key):
       found |= _modules(key, value)
     elif re.fullmatch(r'(reward|gold)\.(parts\.[^.]+\.)?args\..+', key):
-      path = value.replace('{reference}', start).replace('{workdir}', workdir)
-      path = os.path.expanduser(path)
       found[f'{key} {value}'] = fingerprints.of_path(path, deep=False)
       if re.fullmatch(r'[\w.]+:\w+', value):  # a function that another calls
         found |= _modules(key, value)
   found['reference tokenizer'] = _of_run(start, ('tokenizer.model',))
-  for part in _PARTS[stage]:
-    if stage == 'reward' and config.weights != 'sft':
-      continue
-    found[f'reference {part}'] = _of_run(f'{start}/{part}', _OF_RUN[part])
+  for part in parts:
+    if stage != 'reward' or config.weights == 'sft':
+      found[f'reference {part}'] = _of_run(f'{start}/{part}', _OF_RUN[part])
   return {key: value for key, value in found.items() if value}
 
 
@@ -101,9 +101,9 @@ def _texts(value: Any, key: str = '') -> Iterator[tuple[str, str]]:
 
 
 def _modules(key: str, function: str) -> dict[str, str]:
-  """Those of the module of 'module:function', and of its own imports.
+  """Fingerprints the module of 'module:function' and its own imports.
 
-  Our own are among the facts: another version of them is said, not refused.
+  This package's code is among the facts: a change of it is only reported.
   """
   if function.startswith('bond_jax.'):
     return {}
@@ -113,10 +113,10 @@ def _modules(key: str, function: str) -> dict[str, str]:
 
 def _data(key: str, flat: Mapping[str, str], splits) -> list[str]:
   """The files, or the folder, that a name of data means for these splits."""
-  above, found = key.rpartition('.')[0], []
+  section, found = key.rpartition('.')[0], []
   for split in splits:
-    theirs = flat.get(f'{above}.splits.{split}', split).partition('[')[0]
-    name = flat[key].removeprefix('hf:').replace('{split}', theirs)
+    named = flat.get(f'{section}.splits.{split}', split).partition('[')[0]
+    name = flat[key].removeprefix('hf:').replace('{split}', named)
     path = os.path.expanduser(name)
     prepared = os.path.join(os.path.expanduser(flat['data.data_dir']), name)
     found += glob.glob(path) or [path if os.path.exists(path) else prepared]
@@ -124,7 +124,7 @@ def _data(key: str, flat: Mapping[str, str], splits) -> list[str]:
 
 
 def _of_run(folder: str, patterns) -> str | None:
-  """The fingerprint of what a run has left in a folder; None of nothing."""
+  """Fingerprints what a run has left in a folder; None if it left nothing."""
   paths = [p for x in patterns for p in glob.glob(os.path.join(folder, x))]
   return fingerprints.of_files(paths, folder) if paths else None
 
@@ -132,7 +132,7 @@ def _of_run(folder: str, patterns) -> str | None:
 def of_evaluation(
   config: ml_collections.ConfigDict, workdir: str, step: int, against: str
 ) -> dict[str, str]:
-  """All that the rows of an evaluation depend on, as `inputs`."""
+  """Fingerprints all that the rows of an evaluation depend on."""
   found = inputs(config, workdir, 'evaluate')
   for name, value in config.evaluate.items():
     if name != 'samples_shown':
@@ -158,8 +158,8 @@ def check_start(
     workdir: of the run.
     made: the facts that the policy's checkpoint was saved with.
     alone: it is used without its reference, which may have changed then, as may
-      the weights that it started from, unless it is an adapter of them. Else a
-      line says which rewards and data have changed.
+      the weights that it started from, unless it is an adapter of them. If not,
+      a line says which rewards and data have changed.
   """
   if not (before := made.get('inputs')):
     return

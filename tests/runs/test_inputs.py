@@ -151,7 +151,7 @@ def test_large_files_are_sampled(tmp_path, monkeypatch):
   before = look()
   assert 'samples' in before['weights']
   os.utime(path, (0, 0))
-  assert look() != before and fingerprints.changed(before, look()) == []
+  assert look() == before
   for i in (0, 2559):
     content = bytearray(bytes(range(256)) * 10)
     content[i] ^= 1
