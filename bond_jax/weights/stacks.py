@@ -19,6 +19,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from bond_jax.devices.sharding import path_name
 from bond_jax.errors import UserError
 from bond_jax.models.gemma import model as gemma
+from bond_jax.models.gemma.configs import in_patterns
 from bond_jax.types import Array, Params
 
 Shape = tuple[int, ...]
@@ -44,7 +45,7 @@ def nested(
     if not name.startswith(('stacked_layers/', 'layer_')):
       yield name, x
   period = len(config.pattern)
-  stacked = config.layers - config.layers % period
+  stacked = in_patterns(config)
   for j in range(config.layers):
     prefix = f'layer_{j}/'
     if j < stacked:
@@ -86,12 +87,6 @@ def check(
   """
   if found == wanted:
     return
-  rows = []
-  for name in [*wanted, *(name for name in found if name not in wanted)]:
-    a, b = found.get(name, 'absent'), wanted.get(name, 'absent')
-    if a != b:
-      rows.append(f'\n  {name}: found {a}, wanted {b}')
-  more = f'\n  and {len(rows) - 10} more' if len(rows) > 10 else ''
   known = {
     name: shapes(sizes)
     for name, sizes in gemma.CONFIGS.items()
@@ -106,9 +101,17 @@ def check(
     cause += says[0] if says else 'something else'
   raise UserError(
     f'{path} does not hold the model of the config{cause}.'
-    + ''.join(rows[:10])
-    + more
+    + differences(found, wanted)
   )
+
+
+def differences(found: Mapping[str, Shape], wanted: Mapping[str, Shape]) -> str:
+  """The first ten names that do not have the wanted shape, a line each."""
+  names = [*wanted, *(name for name in found if name not in wanted)]
+  pairs = [(k, found.get(k, 'absent'), wanted.get(k, 'absent')) for k in names]
+  rows = [f'\n  {k}: found {a}, wanted {b}' for k, a, b in pairs if a != b]
+  more = f'\n  and {len(rows) - 10} more' if len(rows) > 10 else ''
+  return ''.join(rows[:10]) + more
 
 
 @functools.lru_cache

@@ -264,7 +264,10 @@ DAMAGE = {
     lambda f: (f / TENSORS).unlink(),
     'has no adapter_model.safetensors; .* save_pretrained',
   ),
-  'truncated': (cut, 'adapter_model.safetensors is truncated or corrupt'),
+  'truncated': (
+    cut,
+    'adapter_model.safetensors is absent, truncated or corrupt',
+  ),
   'one lost': (
     lambda f: rewrite(
       f, lambda x: {k: v for k, v in x.items() if k != f'{Q}A.weight'}

@@ -5,6 +5,7 @@ What would change the numbers and is not in a Config is refused, not ignored.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -60,37 +61,31 @@ _DEFAULTS = {
 }  # fmt: skip
 
 
-def family(config: gemma.Config) -> str:
-  """The model_type that computes what the config says; a UserError if none."""
-  c, kinds = config, set(configs.kinds(config))
-  plain_rope = (
-    c.local_rope_base == c.global_rope_base and c.global_rope_scale == 1
-  )
-  if c.qk_norm and c.post_norms and not c.attention_softcap:
-    return 'gemma3_text'
-  if c.post_norms and not c.qk_norm and plain_rope:
-    return 'gemma2'
-  own_scale = c.query_scale or c.head_size**-0.5
-  if (
-    not (c.post_norms or c.qk_norm or c.attention_softcap or c.final_softcap)
-    and kinds == {'global'}
-    and c.global_rope_scale == 1
-    and math.isclose(own_scale, c.head_size**-0.5)
-  ):
-    return 'gemma'
+def to_json(config: gemma.Config, dtype: str) -> dict[str, Any]:
+  """The config.json of a model, in the keys that old and new readers know.
+
+  A UserError for sizes that no family of theirs computes.
+  """
+  for family in _DEFAULTS:
+    raw = _of_family(config, family, dtype)
+    try:
+      if essence(from_json(raw, '')) == essence(config):
+        return raw
+    except UserError:
+      continue
   raise UserError(
     'these model.sizes mix the families of Gemma, and Hugging Face has no class'
-    ' for that; keep those of one family, or export with --format=official.'
+    ' for that; keep those of one family (with query_scale 1 / sqrt(n) of a'
+    ' whole n), or export with --format=official.'
   )
 
 
-def to_json(config: gemma.Config, dtype: str) -> dict[str, Any]:
-  """The config.json of a model, in the keys that old and new readers know."""
-  kind = family(config)
+def _of_family(config: gemma.Config, family: str, dtype: str) -> dict[str, Any]:
+  """A config.json with all that this family has a key for."""
   c = config
   out = {
-    'architectures': [ARCHITECTURES[kind]],
-    'model_type': kind,
+    'architectures': [ARCHITECTURES[family]],
+    'model_type': family,
     'torch_dtype': dtype,
     'vocab_size': vocab_rows(c),
     'hidden_size': c.features,
@@ -112,23 +107,17 @@ def to_json(config: gemma.Config, dtype: str) -> dict[str, Any]:
     'eos_token_id': 1,
     'bos_token_id': 2,
   }
-  if kind == 'gemma':
+  if family == 'gemma':
     return {**out, 'hidden_act': _GELU}
-  scalar = round((c.query_scale or c.head_size**-0.5) ** -2)
-  if c.query_scale and not math.isclose(scalar**-0.5, c.query_scale):
-    raise UserError(
-      f'Hugging Face writes query_scale as the root of a whole number, 1 /'
-      f' sqrt(n); model.sizes.query_scale is {c.query_scale}.'
-    )
   names = {ours: theirs for theirs, ours in _KINDS.items()}
   out |= {
-    'query_pre_attn_scalar': scalar,
-    'sliding_window': c.window,
+    'query_pre_attn_scalar': round(_query_scale(c) ** -2),
+    'sliding_window': max(1, c.window),  # unused where no layer is local
     'layer_types': [names[kind] for kind in configs.kinds(c)],
     'attn_logit_softcapping': c.attention_softcap,
     'final_logit_softcapping': c.final_softcap,
   }
-  if kind == 'gemma3_text':
+  if family == 'gemma3_text':
     long = c.global_rope_scale != 1
     linear = {'rope_type': 'linear', 'factor': c.global_rope_scale}
     out |= {
@@ -142,28 +131,22 @@ def to_json(config: gemma.Config, dtype: str) -> dict[str, Any]:
   return out
 
 
-_SIZES = ('vocab_size', 'hidden_size', 'num_hidden_layers',
-          'num_attention_heads', 'num_key_value_heads', 'head_dim',
-          'intermediate_size')  # fmt: skip
-_MOST = dict.fromkeys(_SIZES, 2**31) | {'num_hidden_layers': 1000}
-
-
 def from_json(raw: dict[str, Any], path: str) -> gemma.Config:
   """The model of a config.json; a UserError if we do not compute that."""
-  _check_kinds(raw, path)
-  kind = _model_type(raw, path)
-  if kind == 'gemma3':
+  _check_values(raw, path)
+  family = _model_type(raw, path)
+  if family == 'gemma3':
     whole = {'quantization_config': raw.get('quantization_config')}
-    raw, kind = {**(raw.get('text_config') or {}), **whole}, 'gemma3_text'
-    _check_kinds(raw, path)
-  raw = {**_DEFAULTS[kind], **raw}
-  if kind == 'gemma2' or raw['layer_types'] is not None:
+    raw = {**(raw.get('text_config') or {}), **whole}
+    family = 'gemma3_text'
+  raw = {**_DEFAULTS[family], **raw}
+  if family == 'gemma2' or raw['layer_types'] is not None:
     raw['sliding_window_pattern'] = 2  # theirs, or not read
-  _check_sizes(raw, path)
-  _refuse(raw, kind, path)
-  new = kind != 'gemma'
+  _check_values(raw, path, *_SIZES)
+  _check_computed(raw, family, path)
+  new = family != 'gemma'
   pattern = _pattern(raw, path) if new else ('global',)
-  (theta, factor), (local, local_factor) = _ropes(raw, kind, path)
+  (theta, factor), (local, local_factor) = _ropes(raw, family, path)
   if local_factor != 1 and 'local' in pattern:
     raise UserError(
       f'{path}/config.json scales the positions of sliding layers by'
@@ -180,7 +163,7 @@ def from_json(raw: dict[str, Any], path: str) -> gemma.Config:
     feed_forward=raw['intermediate_size'],
     pattern=pattern,
     window=raw['sliding_window'] if new else 0,
-    qk_norm=kind == 'gemma3_text',
+    qk_norm=family == 'gemma3_text',
     post_norms=new,
     query_scale=None if scalar == raw['head_dim'] else scalar**-0.5,
     attention_softcap=raw['attn_logit_softcapping'],
@@ -194,55 +177,47 @@ def from_json(raw: dict[str, Any], path: str) -> gemma.Config:
   return gemma.CONFIGS[name] if name else config
 
 
-def _check_kinds(raw: dict[str, Any], path: str) -> None:
-  """Refuses values that are not of the kind that their names promise."""
-  is_number = lambda x: isinstance(x, int | float) and 0 < x < 1e30
-  is_texts = lambda x: (
-    isinstance(x, list) and all(isinstance(y, str) for y in x)
-  )
-  is_table = lambda x: isinstance(x, dict)
+_SIZES = ('vocab_size', 'hidden_size', 'num_hidden_layers',
+          'num_attention_heads', 'num_key_value_heads', 'head_dim',
+          'intermediate_size', 'sliding_window',
+          'sliding_window_pattern')  # fmt: skip
+_TABLES = 'rope_parameters', 'rope_scaling', *_KINDS
+
+
+def _check_values(raw: dict[str, Any], path: str, *needed: str) -> None:
+  """Refuses values of another type than their names promise, null if needed."""
+  is_text = lambda x: isinstance(x, str)
+  is_texts = lambda x: isinstance(x, list) and all(map(is_text, x))
+  is_size = lambda most: lambda x: isinstance(x, int) and 0 < x <= most
   kinds = {
-    'a positive number': (is_number, (
-      'query_pre_attn_scalar', 'attn_logit_softcapping', 'rms_norm_eps',
-      'final_logit_softcapping', 'rope_theta', 'rope_local_base_freq',
-      'sliding_window', 'factor')),
-    'a name': (lambda x: isinstance(x, str), ('model_type',)),
+    'a positive number': (
+      lambda x: isinstance(x, int | float) and 0 < x < 1e30,
+      ('query_pre_attn_scalar', 'attn_logit_softcapping', 'rms_norm_eps',
+       'final_logit_softcapping', 'rope_theta', 'rope_local_base_freq',
+       'factor'),
+    ),
+    'a name': (is_text, ('model_type',)),
     'a list of names': (is_texts, ('architectures', 'layer_types')),
-    'an object': (is_table, (
-      'text_config', 'rope_parameters', 'rope_scaling', *_KINDS)),
+    'an object': (lambda x: isinstance(x, dict), ('text_config', *_TABLES)),
+    'a whole number from 1 to 1000': (is_size(1000), ('num_hidden_layers',)),
+    'a whole number from 1 to 2**31': (is_size(2**31), _SIZES),
   }  # fmt: skip
   for expected, (good, names) in kinds.items():
     for name in names:
-      if raw.get(name) is not None and not good(raw[name]):
+      value = raw.get(name)
+      absent = value is None and (name not in needed or name not in raw)
+      if not absent and not good(value):
         raise UserError(
-          f'{path}/config.json: {name} is {raw[name]!r:.60}, expected'
-          f' {expected}; download it again.'
+          f'{path}/config.json: {name} is {value!r:.60}, expected {expected};'
+          ' download it again.'
         )
-  for name in ('rope_parameters', 'rope_scaling', *_KINDS):
+  for name in ('text_config', *_TABLES):
     if raw.get(name):
-      _check_kinds(raw[name], path)
-
-
-def _check_sizes(raw: dict[str, Any], path: str) -> None:
-  for name in (*_SIZES, 'sliding_window_pattern', 'sliding_window'):
-    value, most = raw.get(name, 1), _MOST.get(name, 2**31)
-    if not isinstance(value, int) or not 1 <= value <= most:
-      raise UserError(
-        f'{path}/config.json: {name} is {value!r:.60}, expected a whole number'
-        f' from 1 to {most}; download it again.'
-      )
-  if raw['num_attention_heads'] % raw['num_key_value_heads']:
-    raise UserError(
-      f'{path}/config.json: num_attention_heads'
-      f' ({raw["num_attention_heads"]}) is no multiple of num_key_value_heads'
-      f' ({raw["num_key_value_heads"]}); download it again.'
-    )
-  if raw.get('rms_norm_eps') is None:
-    raise UserError(f'{path}/config.json: rms_norm_eps is null, not 1e-6.')
+      _check_values(raw[name], path)
 
 
 def _model_type(raw: dict[str, Any], path: str) -> str:
-  """By the key model_type, as transformers goes; one that all keys bear out."""
+  """The model_type; `architectures` must agree with it."""
   names = {v: k for k, v in ARCHITECTURES.items()}
   found = (raw.get('architectures') or [None])[0]
   kind = raw.get('model_type') or names.get(found)
@@ -255,16 +230,18 @@ def _model_type(raw: dict[str, Any], path: str) -> str:
   return kind
 
 
-def _refuse(raw: dict[str, Any], kind: str, path: str) -> None:
-  """What would change the numbers, and which our model does not do."""
-  activation = raw['hidden_act' if kind == 'gemma' else 'hidden_activation']
+def _check_computed(raw: dict[str, Any], family: str, path: str) -> None:
+  """Refuses what changes the numbers and our model does not do."""
+  activation = raw['hidden_act' if family == 'gemma' else 'hidden_activation']
   wrong = {
     # 'gelu' in the first configs of Gemma 1 meant this one.
-    'activation': activation not in (_GELU, *['gelu'] * (kind == 'gemma')),
-    'rms_norm_eps': not math.isclose(raw['rms_norm_eps'], 1e-6),
+    'activation': activation not in (_GELU, *['gelu'] * (family == 'gemma')),
+    'rms_norm_eps': not math.isclose(raw['rms_norm_eps'] or 0, 1e-6),
+    'num_key_value_heads': raw['num_attention_heads']
+    % raw['num_key_value_heads'],
     'attention_bias': raw['attention_bias'],
     'use_bidirectional_attention': raw['use_bidirectional_attention'],
-    'attn_logit_softcapping': kind == 'gemma3_text'
+    'attn_logit_softcapping': family == 'gemma3_text'
     and raw['attn_logit_softcapping'],
     'quantization_config': raw['quantization_config'],
     'per_layer_config': raw.get('per_layer_config'),
@@ -278,33 +255,25 @@ def _refuse(raw: dict[str, Any], kind: str, path: str) -> None:
 
 
 def _ropes(
-  raw: dict[str, Any], kind: str, path: str
+  raw: dict[str, Any], family: str, path: str
 ) -> tuple[tuple[float, float], tuple[float, float]]:
   """(base, scale) of the positions in full layers, and in sliding ones.
 
-  Of keys that say the same thing those count that transformers reads. Gemma 3
-  has a table for each kind of layers: keys that lie flat in rope_parameters
-  are not read, and rope_scaling is laid over the full layers. Before it there
-  is one table: rope_scaling, else rope_parameters.
+  The precedence of keys is that of transformers. Gemma 3 has a table for each
+  kind of layer in rope_parameters (flat keys are not read), and rope_scaling
+  goes over that of the full layers. Before it there is one table:
+  rope_scaling, else rope_parameters.
   """
   new, old = raw.get('rope_parameters') or {}, raw.get('rope_scaling') or {}
-  full, sliding = new.get('full_attention'), new.get('sliding_attention')
-  if kind == 'gemma3_text':
-    fits = full or not old or raw.get('rope_parameters') is None
-    full = {**(full or {'rope_type': 'default'}), **old}
+  if family == 'gemma3_text':
+    full = {'rope_type': 'default', **(new.get('full_attention') or {}), **old}
+    sliding = new.get('sliding_attention') or {}
     local = raw.get('rope_local_base_freq', 10_000.0)
     base = raw.get('rope_theta', 1_000_000.0)
   else:
-    fits = not (_KINDS.keys() & {*new, *old})
     full = sliding = old or new
     base = local = raw.get('rope_theta', 10_000.0)
-  if not fits:
-    raise UserError(
-      f'{path}/config.json: transformers cannot read these rope_parameters'
-      f' ({", ".join(new) or "none"}) and rope_scaling ({", ".join(old)}) in a'
-      f' {kind}; download it again.'
-    )
-  return _rope(full, base, path), _rope(sliding or {}, local, path)
+  return _rope(full, base, path), _rope(sliding, local, path)
 
 
 def _rope(
@@ -312,20 +281,20 @@ def _rope(
 ) -> tuple[float, float]:
   """Base and scale of one table; `base` is what lies outside of it."""
   kind = rope.get('rope_type', rope.get('type', 'default'))
-  if kind not in ('default', 'linear') or rope.get('type', kind) != kind:
-    raise UserError(
-      f'{path}/config.json: rope_type is {kind!r:.60}, and type'
-      f' {rope.get("type", kind)!r:.60}; readable are default and linear, the'
-      ' same in both.'
-    )
   theta = rope.get('rope_theta', base)
   factor = rope.get('factor') if kind == 'linear' else 1
-  if theta is None or factor is None:
-    raise UserError(
-      f'{path}/config.json: rope_theta is {theta} and factor {factor}; neither'
-      ' may be null or absent; download it again.'
-    )
-  return float(theta), float(factor)
+  if kind not in ('default', 'linear') or rope.get('type', kind) != kind:
+    why = f'rope_type is {kind!r:.60}, and type {rope.get("type", kind)!r:.60}'
+  elif theta is None or factor is None:
+    why = f'rope_theta is {theta} and factor {factor}'
+  elif _KINDS.keys() & rope.keys():
+    why = f'a table of positions has {", ".join(_KINDS.keys() & rope.keys())}'
+  else:
+    return float(theta), float(factor)
+  raise UserError(
+    f'{path}/config.json: {why}; readable are rope_type default and linear,'
+    ' with a rope_theta and, if linear, a factor.'
+  )
 
 
 def _pattern(raw: dict[str, Any], path: str) -> tuple[str, ...]:
@@ -355,32 +324,27 @@ def vocab_rows(config: gemma.Config) -> int:
   return config.used_vocab or config.vocab_size
 
 
+def _query_scale(config: gemma.Config) -> float:
+  return config.query_scale or config.head_size**-0.5
+
+
 def essence(config: gemma.Config) -> dict[str, Any]:
   """What of a config decides on the numbers, the vocabulary's rows apart."""
-  c, kinds = config, configs.kinds(config)
-  local, whole = 'local' in kinds, 'global' in kinds
-  return dict(
-    features=c.features,
-    layers=c.layers,
-    heads=c.heads,
-    kv_heads=c.kv_heads,
-    head_size=c.head_size,
-    feed_forward=c.feed_forward,
-    kinds=' '.join(kinds),
-    window=c.window if local else None,
-    qk_norm=c.qk_norm,
-    post_norms=c.post_norms,
-    query_scale=float(f'{c.query_scale or c.head_size**-0.5:.6g}'),
-    attention_softcap=c.attention_softcap,
-    final_softcap=c.final_softcap,
-    local_rope_base=c.local_rope_base if local else None,
-    global_rope_base=c.global_rope_base if whole else None,
-    global_rope_scale=c.global_rope_scale if whole else None,
-  )
+  found, kinds = dataclasses.asdict(config), configs.kinds(config)
+  for name in ('vocab_size', 'used_vocab', 'lora_scale', 'gating_transposed',
+               'pattern'):  # fmt: skip
+    del found[name]
+  found['kinds'] = ' '.join(kinds)
+  found['query_scale'] = float(f'{_query_scale(config):.6g}')
+  if 'local' not in kinds:
+    found['window'] = found['local_rope_base'] = None
+  if 'global' not in kinds:
+    found['global_rope_base'] = found['global_rope_scale'] = None
+  return found
 
 
 def known_as(config: gemma.Config) -> str | None:
-  """The name under which models/gemma.py knows a model."""
+  """The name under which models/gemma knows a model."""
   for name, sizes in gemma.CONFIGS.items():
     if essence(sizes) == essence(config):
       return name

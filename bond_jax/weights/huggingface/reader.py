@@ -22,7 +22,7 @@ from bond_jax.models.gemma import model as gemma
 from bond_jax.runs import files, paths
 from bond_jax.types import Array, Params
 from bond_jax.weights.huggingface import config_json, layout
-from bond_jax.weights.stacks import assemble, shapes
+from bond_jax.weights.stacks import assemble, differences, shapes
 
 INDEX = 'model.safetensors.index.json'
 SINGLE = 'model.safetensors'
@@ -35,9 +35,6 @@ TOKENIZER_FILES = (
 _REPOSITORY = re.compile(r'([\w.-]+/[\w.-]+?)(?:@(.+))?')
 _SHARD = re.compile(r'[\w-][\w.-]*\.safetensors')  # beside its index
 _DTYPES = ('F32', 'F16', 'BF16')
-# With one of these in a folder transformers computes another model: it adds an
-# adapter, and reads the files of a distributed save first.
-_RIVALS = re.compile(r'adapter_config\.json|shard-\d{5}-model-.*\.safetensors')
 _BLOCK = 16 * 2**20  # bytes; of two tensors that are compared
 
 
@@ -66,7 +63,6 @@ def load(path: str, config: gemma.Config, like: Params) -> Params:
   folder = resolve(path)
   raw = read_config(folder)
   _check_sizes(folder, config_json.from_json(raw, folder), config)
-  _check_rivals(folder, raw)
   tensors = _open(folder)
   prefix = _prefix(folder, tensors)
   _check_tensors(folder, tensors, prefix, config)
@@ -150,25 +146,18 @@ def _check_sizes(
     )
 
 
-def _check_rivals(folder: str, raw: dict[str, Any]) -> None:
-  """Refuses a folder that is another model to transformers than to us."""
-  found = sorted(filter(_RIVALS.fullmatch, os.listdir(folder)))
-  if raw.get('transformers_weights') is not None:
-    found.append('transformers_weights in its config.json')
-  if found:
-    raise UserError(
-      f'{folder} has {found[0]}, with which transformers computes another model'
-      f' than {SINGLE} is; keep one of the two there (an adapter can be merged'
-      ' with peft, or be named as model.lora.weights in a folder of its own).'
-    )
-
-
 def _open(folder: str) -> dict[str, Tensor]:
   """Every tensor of a folder by its name; reads the headers of all files.
 
   An index counts only where there is no single file, as in transformers: its
   save_pretrained leaves the index of an earlier save where it is.
   """
+  if os.path.exists(os.path.join(folder, 'adapter_config.json')):
+    raise UserError(
+      f'{folder} has adapter_config.json, and transformers adds that adapter to'
+      ' the model; merge it with peft, or name it as model.lora.weights in a'
+      ' folder of its own.'
+    )
   single = os.path.join(folder, SINGLE)
   if os.path.exists(single):
     return headers(single)
@@ -179,30 +168,16 @@ def _open(folder: str) -> dict[str, Tensor]:
     )
   index = files.read_json(os.path.join(folder, INDEX), 'download it again')
   where = index.get('weight_map')
-  if not isinstance(where, dict) or not where:
-    raise UserError(f'{folder}/{INDEX} has no weight_map; download it again.')
-  strange = [x for x in where.values() if not _SHARD.fullmatch(str(x))]
+  names = list(where.values()) if isinstance(where, dict) else []
+  strange = [x for x in names or [None] if not _SHARD.fullmatch(str(x))]
   if strange:
     raise UserError(
-      f'{folder}/{INDEX} names {strange[0]!r:.60}, which is no .safetensors'
-      ' file of that folder; download it again.'
-    )
-  shards = sorted(set(where.values()))
-  missing = [f for f in shards if not os.path.exists(os.path.join(folder, f))]
-  if missing:
-    raise UserError(
-      f'{folder} lacks {len(missing)} of the {len(shards)} files that its index'
-      f' names, {", ".join(missing[:3])}; download it again.'
+      f'{folder}/{INDEX}: weight_map names {strange[0]!r:.60}, which is no'
+      ' .safetensors file of that folder; download it again.'
     )
   tensors = {}
-  for file in shards:
+  for file in sorted(set(names)):
     tensors |= headers(os.path.join(folder, file))
-  lost = [k for k in where if k not in tensors]
-  if lost:
-    raise UserError(
-      f'{folder}: {where[lost[0]]} does not hold {lost[0]}, which the index'
-      f' says it does, nor {len(lost) - 1} others; download it again.'
-    )
   return tensors
 
 
@@ -217,14 +192,9 @@ def headers(path: str) -> dict[str, Tensor]:
 
 
 def _prefix(folder: str, tensors: dict[str, Tensor]) -> str:
-  tables = [f'{prefix}embed_tokens.weight' for prefix in layout.PREFIXES]
-  found = [name for name in tables if name in tensors]
-  if len(found) == 1:
-    return found[0].removesuffix('embed_tokens.weight')
-  if found:
-    raise UserError(
-      f'{folder} holds two models, {" and ".join(found)}; keep one of them.'
-    )
+  for prefix in layout.PREFIXES:
+    if f'{prefix}embed_tokens.weight' in tensors:
+      return prefix
   raise UserError(
     f'{folder} has no tensor embed_tokens.weight under'
     f' {" or ".join(layout.PREFIXES)}; it has'
@@ -249,18 +219,10 @@ def _check_tensors(folder, tensors, prefix, config) -> None:
     for k, x in tensors.items()
     if k.startswith(prefix) and not k.endswith('rotary_emb.inv_freq')
   }
-  names = [*wanted, *(name for name in found if name not in wanted)]
-  pairs = [(k, found.get(k), wanted.get(k)) for k in names]
-  lines = [
-    f'\n  {k}: found {a or "absent"}, wanted {b or "absent"}'
-    for k, a, b in pairs
-    if a != b
-  ]
-  if lines:
-    more = f'\n  and {len(lines) - 10} more' if len(lines) > 10 else ''
+  if found != wanted:
     raise UserError(
       f'the tensors of {folder} are not those of its config.json, or not of'
-      f' the vocabulary of the config:{"".join(lines[:10])}{more}'
+      f' the vocabulary of the config:{differences(found, wanted)}'
     )
   for name in wanted:
     check_dtype(tensors[name])
@@ -369,5 +331,5 @@ def _damage(path: str):
   except (SafetensorError, OSError) as e:
     reason = ' '.join(str(e).split())
     raise UserError(
-      f'{path} is truncated or corrupt: {reason}; download it again.'
+      f'{path} is absent, truncated or corrupt: {reason}; download it again.'
     ) from e
