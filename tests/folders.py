@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+from unittest import mock
 
 from conftest import random_params, TINY
 import jax
@@ -42,9 +43,14 @@ def config_of(folder):
   return config_json.from_json(reader.read_config(str(folder)), str(folder))
 
 
+def export(params, config, path, shard_bytes=10**9, **kwargs):
+  with mock.patch.object(writer, 'SHARD_BYTES', shard_bytes):
+    writer.export(params, config, str(path), **kwargs)
+
+
 def exported(name, path, dtype='float32', **kwargs):
   config, params = params_of(name)
-  writer.export(params, config, str(path), dtype=dtype, **kwargs)
+  export(params, config, path, dtype=dtype, **kwargs)
   return config, params
 
 

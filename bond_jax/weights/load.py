@@ -95,11 +95,10 @@ def load_weights(config: ml_collections.ConfigDict, mesh, dtype) -> Params:
   policy = policies.make_policy(config.model, vocab_size, full=True)
   shapes = jax.eval_shape(policy.init, jax.random.key(0))
   like = sharding.tree_structs(shapes, mesh, dtype)
-  if policies.is_library(config.model):
-    return official.load_nested(config.weights, like)
-  return official.load(
-    config.weights, policies.make_sizes(config.model, vocab_size), like
-  )
+  sizes = None  # of a model of the gemma library
+  if not policies.is_library(config.model):
+    sizes = policies.make_sizes(config.model, vocab_size)
+  return official.load(config.weights, sizes, like)
 
 
 def _load_sft(config, workdir: str, mesh) -> Params:

@@ -10,10 +10,11 @@ every array bears its nested name, 'layer_0/mlp/linear'.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 import functools
 import json
 import os
+import pathlib
 import re
 import shutil
 from typing import Any
@@ -50,7 +51,7 @@ _MARKER = '_METADATA'  # of an Orbax folder
 _CHUNK = 16 * 2**20  # bytes; what a reader holds beside the shards it fills
 
 
-def load(path: str, config: gemma.Config, like: Params) -> Params:
+def load(path: str, config: gemma.Config | None, like: Params) -> Params:
   """Loads a model from an official checkpoint or a Hugging Face folder.
 
   Each array goes into its shards as it is read; beside them the host holds at
@@ -59,9 +60,10 @@ def load(path: str, config: gemma.Config, like: Params) -> Params:
   Args:
     path: a local folder, a gs:// address, a public release ('gemma3_1b_it') or
       a Hugging Face repository ('owner/name@commit').
-    config: the sizes that the weights must have.
-    like: the tree of `gemma.init` as jax.ShapeDtypeStruct, with the dtype and
-      the shardings of the result; arrays are cast on the devices.
+    config: the sizes that the weights must have; None where `like` is a tree
+      of the gemma library, of which only official checkpoints exist.
+    like: the tree of `gemma.init`, or the library's, as jax.ShapeDtypeStruct,
+      with the dtype and the shardings of the result.
 
   Returns:
     Arrays as in `like`. A UserError says what is wrong with a path, with
@@ -70,25 +72,14 @@ def load(path: str, config: gemma.Config, like: Params) -> Params:
   path = _find(path)
   if path.startswith('gs://') or not _is_hugging_face(path):
     return _load_official(path, config, like)
-  from bond_jax.weights.huggingface import reader
-
-  return reader.load(path, config, like)
-
-
-def load_nested(path: str, like: Params) -> Params:
-  """Loads a model of the gemma library from an official checkpoint.
-
-  Args:
-    path: a local folder, a gs:// address or a public release.
-    like: the library's own tree, as jax.ShapeDtypeStruct with shardings.
-  """
-  path = _find(path)
-  if not path.startswith('gs://') and _is_hugging_face(path):
+  if config is None:
     raise UserError(
       f'{path} is of Hugging Face; models of the gemma library are read from'
       ' its own checkpoints.'
     )
-  return _load_official(path, None, like)
+  from bond_jax.weights.huggingface import reader
+
+  return reader.load(path, config, like)
 
 
 def save_official(
@@ -96,16 +87,15 @@ def save_official(
 ) -> None:
   """Writes the flat layout of the public releases, in the dtype of `params`.
 
-  With a config of None it is a tree of the gemma library's, written nested as
-  it is.
-  The folder appears when it is complete, and an existing one stays as it is.
-  The layers are unstacked on the devices: room for a second copy is needed.
+  A tree of the gemma library (config None) is written nested, as it is. The
+  folder appears when it is complete; an existing one is refused. Layers are
+  unstacked on the devices, which need room for a second copy.
   """
   folder = epath.Path(path if '://' in path else os.path.abspath(path))
   if _check_access(folder, folder.exists):
     raise UserError(f'{path} exists; name a folder that does not.')
   if '://' not in path:
-    _check_space(folder, sum(x.nbytes for x in jax.tree.leaves(params)))
+    check_space(str(folder), sum(x.nbytes for x in jax.tree.leaves(params)))
   tree = params if config is None else _flat(params, config)
   args = ocp.args.StandardSave(
     tree, jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=_CHUNK), tree)
@@ -147,7 +137,6 @@ def _load_official(
     if match:
       layers = range(int(match[1]), store.shape[0] * period, period)
       places = {f'layer_{j}/{match[2]}': g for g, j in enumerate(layers)}
-    _check_once(path, places.keys() & where.keys())
     where |= {name: (key, g) for name, g in places.items()}
   found = {}
   for name, (key, g) in where.items():
@@ -181,18 +170,11 @@ def _open(path: str) -> dict[str, ts.TensorStore]:
 
   They are under their nested names, or under 'stacked_layers/...'. Orbax tells
   where they lie, and tensorstore reads them: Orbax itself cannot restore one
-  layer of a stack, casts on the host, takes missing files for zeros when it
-  restores in part, and asks for the parameters of images too.
+  layer of a stack, casts on the host, and takes missing files for zeros.
   """
   folder = epath.Path(path)
   has = lambda folder: _check_access(folder, (folder / _MARKER).exists)
-  inside = has(folder / 'default')  # a training run's
-  if has(folder) and inside:
-    raise UserError(
-      f'{path} has {_MARKER}, and so has the folder default in it: two'
-      f' checkpoints; name {path}/default, or a folder without it.'
-    )
-  if inside:
+  if not has(folder) and has(folder / 'default'):  # of a training run
     folder /= 'default'
   elif not has(folder):
     names = [] if '://' in path else sorted(os.listdir(path))
@@ -235,7 +217,6 @@ def _open(path: str) -> dict[str, ts.TensorStore]:
     )
     name = _nested_name('/'.join(key))
     if not _MEDIA.match(name):
-      _check_once(path, {name} & opening.keys())
       opening[name] = ts.open(spec, open=True, context=context)
   stores = {}
   for name, future in opening.items():
@@ -244,15 +225,6 @@ def _open(path: str) -> dict[str, ts.TensorStore]:
     except (ValueError, OSError) as e:
       raise UserError(_damaged(path, name, e)) from e
   return stores
-
-
-def _check_once(path: str, names: Collection[str]) -> None:
-  """Refuses an array that a checkpoint holds in two layouts, or twice."""
-  if names:
-    raise UserError(
-      f'{path} holds {min(names)} twice, in two layouts or under two prefixes;'
-      ' save it again with one of them.'
-    )
 
 
 def _nested_name(key: str) -> str:
@@ -301,13 +273,12 @@ def _is_hugging_face(path: str) -> bool:
   """Whether a folder or repository is theirs; refuses one that is both."""
   if not os.path.isdir(path):
     return True  # a repository
-  names = os.listdir(path)
-  found = [n for n in names if n == 'config.json' or '.safetensors' in n]
-  ours = [f'{x}{_MARKER}' for x in ('', 'default/')]
-  ours = [x for x in ours if os.path.exists(os.path.join(path, x))]
-  if found and ours:
+  found = [
+    n for n in os.listdir(path) if n == 'config.json' or '.safetensors' in n
+  ]
+  if found and os.path.exists(os.path.join(path, _MARKER)):
     raise UserError(
-      f'{path} has {found[0]} (Hugging Face) and {ours[0]} (Orbax): two'
+      f'{path} has {found[0]} (Hugging Face) and {_MARKER} (Orbax): two'
       ' checkpoints in one folder; name a folder that holds one of them.'
     )
   return bool(found)
@@ -326,13 +297,14 @@ def _check_access(folder: epath.Path, ask: Callable[[], bool]) -> bool:
     raise UserError(f'cannot read {folder}: {_reason(e)}.') from e
 
 
-def _check_space(folder: epath.Path, size: int) -> None:
-  parent = next(p for p in folder.parents if p.exists())
+def check_space(path: str, size: int) -> None:
+  """Refuses a local path on a disk without `size` free bytes."""
+  parent = next(p for p in pathlib.Path(path).parents if p.exists())
   free = shutil.disk_usage(parent).free
   if free < size:
     raise UserError(
-      f'cannot write {folder}: it needs {size / 1e9:.2f} GB, and'
-      f' {free / 1e9:.2f} GB are free in {parent}.'
+      f'cannot write {path}: it needs {size / 1e9:.2f} GB, and'
+      f' {free / 1e9:.2f} GB are free in {parent}; name another disk.'
     )
 
 
@@ -344,10 +316,5 @@ def _damaged(path: str, name: str, error: Exception) -> str:
 
 
 def _reason(error: BaseException) -> str:
-  """What the system said, if it did, or the first words of an error."""
   line = (str(error).splitlines() or [''])[0]
-  system = re.search(r'([^:]+) \[os_error_code', line)
-  code = re.match(r'[A-Z_]{4,}(?=: )', line)
-  if system or code:
-    return system[1].strip() if system else code[0]
   return f'{type(error).__name__}: {line[:200]}'

@@ -158,7 +158,7 @@ def test_their_checkpoints(name, tmp_path):
   official.save_official(jax.tree.map(jnp.asarray, params), None, path)
   mesh = sharding.make_mesh(data=4, model=2)
   like = sharding.tree_structs(params, mesh)
-  loaded = official.load_nested(path, like)
+  loaded = official.load(path, None, like)
   test_load.same(loaded, params)
   assert jax.tree.map(lambda x: x.sharding, loaded) == jax.tree.map(
     lambda x: x.sharding, like

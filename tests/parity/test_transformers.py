@@ -13,7 +13,7 @@ import threading
 
 os.environ['HF_HUB_OFFLINE'] = '1'  # this process asks nobody
 
-from folders import exported, read
+from folders import export, exported, read
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -171,7 +171,7 @@ def test_logits_after_export(tmp_path, name):
   """Sequences of five windows, whole and padded on the left."""
   config, params = CONFIGS[name], params_of(name)
   path = str(tmp_path / 'x')
-  writer.export(params, config, path, dtype='float32', shard_bytes=30_000)
+  export(params, config, path, 30_000, dtype='float32')
   model = load(path)
   tokens = tokens_of(3, 30)
   close(logits(config, params, tokens), theirs(model, tokens))

@@ -53,7 +53,6 @@ def load_adapter(path):
     lambda: tokenizer.load('~/tokenizer.model'),
     lambda: reader.resolve('~/gemma'),
     lambda: official.load('~/gemma', None, {}),
-    lambda: official.load_nested('~/gemma', {}),
     lambda: load_adapter('~/adapter'),
     lambda: making.reward(
       {'': making.Part('bond_jax.rewards.ridge:ridge', {'path': '~/model.npz'})}

@@ -8,6 +8,7 @@ import sys
 from folders import (
   change,
   CONFIGS,
+  export,
   exported,
   like_of,
   mesh_of,
@@ -38,9 +39,7 @@ def test_out_of_eight_devices_and_into_four(tmp_path, name, shard_bytes):
   config, params = params_of(name)
   on_eight = jax.device_put(params, sharding.tree_shardings(params, mesh_of()))
   path = str(tmp_path / 'out')
-  writer.export(
-    on_eight, config, path, dtype='float32', shard_bytes=shard_bytes
-  )
+  export(on_eight, config, path, shard_bytes, dtype='float32')
   files = [f for f in os.listdir(path) if f.endswith('.safetensors')]
   assert (len(files) > 2) == (shard_bytes < 10**9)
   for mesh in (mesh_of(), mesh_of(data=2, model=2)):
@@ -88,9 +87,7 @@ def test_theirs_to_ours_to_theirs(tmp_path, name):
   """In bfloat16, as the releases are, and by way of float32 parameters."""
   config, _ = exported(name, tmp_path / 'a', 'bfloat16', shard_bytes=3000)
   loaded = reader.load(str(tmp_path / 'a'), config, like_of(config, mesh_of()))
-  writer.export(
-    loaded, config, str(tmp_path / 'b'), dtype='bfloat16', shard_bytes=3000
-  )
+  export(loaded, config, tmp_path / 'b', 3000, dtype='bfloat16')
   a, b = toy.listing(tmp_path / 'a'), toy.listing(tmp_path / 'b')
   assert a == b
   assert len(a) > 4

@@ -209,9 +209,11 @@ def test_an_existing_folder_stays_as_it_is(tmp_path):
 
 
 def test_a_full_disk_is_seen_before_anything_is_written(tmp_path):
-  config = dataclasses.replace(CONFIGS['gemma3'], vocab_size=10**14)
+  config = dataclasses.replace(
+    CONFIGS['gemma3'], vocab_size=2 * 10**9, features=10**6
+  )
   shapes = jax.eval_shape(lambda: gemma.init(config, jax.random.key(0)))
-  with pytest.raises(UserError, match=r'needs 3200000.\d+ GB, and .* free'):
+  with pytest.raises(UserError, match=r'needs 40000\d\d.\d+ GB, and .* free'):
     writer.export(shapes, config, str(tmp_path / 'x'), dtype='bfloat16')
   assert not os.listdir(tmp_path)
 
@@ -228,9 +230,7 @@ def test_a_failure_while_writing_leaves_nothing(tmp_path):
   assert not os.listdir(tmp_path)
 
 
-def test_other_places_and_dtypes_are_refused(tmp_path):
-  with pytest.raises(UserError, match='name a local folder'):
-    exported('gemma3', 'gs://bucket/x')
+def test_other_dtypes_and_places_are_refused(tmp_path):
   with pytest.raises(UserError, match="'int8'; known are float32, bfloat16"):
     exported('gemma3', tmp_path / 'x', dtype='int8')
   (tmp_path / 'file').write_text('')

@@ -1,8 +1,8 @@
 """Adapters as folders of peft, out and in.
 
-There every module has an A [r, in] and a B [out, r] of its own. So has every
-copy of ours that lies in one array, keys and values for instance: an adapter
-that peft has trained is a tree of ours, and the other way round.
+There every module has an A [r, in] and a B [out, r]. So has each matrix of an
+array of ours that holds several, keys and values for instance: every adapter
+of one kind is an adapter of the other.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ TENSORS = 'adapter_model.safetensors'
 CONFIG = 'adapter_config.json'
 
 _ROOT = 'base_model.model.'  # peft's own, before the names of the model
-# Beside a text model; what reads images is not called here.
+# Of an image encoder, which text models do not use.
 _IMAGES = ('vision_tower.', 'multi_modal_projector.')
-# What an adapter_config.json may say beside nothing (absent, false, empty): all
-# else would be another function of the weights than W + alpha / r B A.
+# Allowed values in an adapter_config.json, beside absent, false and empty: with
+# others the adapter is another function than W + alpha / r B A.
 _PLAIN = {
   'peft_type': ('LORA',),
   'bias': ('none',),
@@ -45,6 +45,7 @@ _PLAIN = {
 }  # fmt: skip
 # peft reads the name of its first adapter in a tensor's as none.
 _HALF = re.compile(r'(.+\.lora_[AB])(?:\.default)?(\.weight)')
+_WITH_IMAGES = 'gemma3_4b', 'gemma3_12b', 'gemma3_27b'  # as released
 _MERGE = 'merge it into its model with peft, and start from that model'
 
 
@@ -57,8 +58,7 @@ def export_adapter(
     adapters: as in models/lora.py, without `lora_delta`.
     config: of the model, with lora_scale.
     path: the folder to make.
-    base: the model they are for, a folder or any name of it, with a commit or
-      without. It decides whether the modules are those of a text model alone.
+    base: the model that they adapt, a folder or a name (with @commit or not).
   """
   images = _has_images(config, base)
   prefix = _ROOT + (layout.PREFIXES[-1] if images else 'model.')
@@ -104,7 +104,7 @@ def export_adapter(
   with writer.new_folder(path, size) as folder:
     file = os.path.join(folder, TENSORS)
     writer.write_tensors(file, iter(tensors.items()), shapes, 'float32')
-    writer.write_json(folder, CONFIG, described)
+    files.write_json(os.path.join(folder, CONFIG), described)
 
 
 def load_adapter(path: str, config: gemma.Config, like: Params) -> Params:
@@ -142,25 +142,20 @@ def load_adapter(path: str, config: gemma.Config, like: Params) -> Params:
 
 def _check_config(folder: str, rank: int, alpha: float) -> str:
   """Refuses what is not plain or differs; returns the name of the base."""
-  raw = files.read_json(
-    os.path.join(folder, CONFIG), 'it is no folder of a peft adapter'
-  )
   file = os.path.join(folder, CONFIG)
+  raw = files.read_json(file, 'it is no folder of a peft adapter')
   for key, allowed in _PLAIN.items():
     if raw.get(key) and raw[key] not in allowed:
       raise UserError(
-        f'{file} says {key} {_short(raw[key])}, and only adapters that are'
+        f'{file} says {key} {_short(raw[key])}; only adapters that are'
         f' W + alpha / r B A can be loaded; {_MERGE}.'
       )
-  for key, ours, wanted in (
-    ('r', 'rank', rank),
-    ('lora_alpha', 'alpha', alpha),
-  ):
+  for key, ours, wanted in ('r', 'rank', rank), ('lora_alpha', 'alpha', alpha):
     found = raw.get(key)
     if not isinstance(found, int | float) or not math.isclose(found, wanted):
       raise UserError(
         f'{file} says {key} {_short(found)}, the config model.lora.{ours}'
-        f' {wanted:g}; set model.lora.{ours} to what the adapter has.'
+        f' {wanted:g}; set it to what the adapter has.'
       )
   return _short(raw.get('base_model_name_or_path'))
 
@@ -176,12 +171,7 @@ def _open(folder: str) -> dict[str, reader.Tensor]:
   tensors = reader.headers(file)
   prefixes = [_ROOT + p for p in layout.PREFIXES]
   inside = lambda prefix: any(k.startswith(f'{prefix}layers.') for k in tensors)
-  prefix = next(filter(inside, prefixes), None)
-  if prefix is None:
-    raise UserError(
-      f'{file} adapts no layers of a causal language model, {_ROOT}model.layers'
-      f' for instance; it has {", ".join(sorted(tensors)[:3]) or "no tensors"}.'
-    )
+  prefix = next(filter(inside, prefixes), prefixes[0])
   halves: dict[str, reader.Tensor] = {}
   for name, x in tensors.items():
     if any(part in name for part in _IMAGES):
@@ -204,29 +194,21 @@ def _check_tensors(
   base: str,
 ) -> None:
   """Refuses other modules, other shapes, and numbers that are not floats."""
-  theirs, ours = _modules(tensors), _modules(wanted)
-  if theirs != ours:
+  adapted, targets = _modules(tensors), _modules(wanted)
+  if adapted != targets:
     raise UserError(
-      f'{folder} adapts {", ".join(theirs)}, model.lora.targets of the config'
-      f' choose {", ".join(ours)}, where modules that are one array here (keys'
-      f' and values, gate and up) go together; set the targets, or {_MERGE}.'
+      f'{folder} adapts {", ".join(adapted)}, model.lora.targets of the config'
+      f' choose {", ".join(targets)}, where modules that are one array here'
+      f' (keys and values, gate and up) go together; set the targets, or'
+      f' {_MERGE}.'
     )
   found = {k: x.shape for k, x in tensors.items()}
-  other = [k for k, shape in found.items() if shape != wanted.get(k)]
-  absent = [k for k in wanted if k not in found]
-  if absent and not other:
+  if found != wanted:
+    rows = stacks.differences(found, wanted).replace('\n ', ';')
     raise UserError(
-      f'{folder} lacks {absent[0]} and {len(absent) - 1} more: an adapter must'
-      ' be of all layers of its model, not of some (layers_to_transform);'
-      f' {_MERGE}; the adapter says that it is for {base}.'
-    )
-  if other:
-    a, b = (x.get(other[0], 'absent') for x in (found, wanted))
-    more = f' and {len(other) - 1} more' if other[1:] else ''
-    raise UserError(
-      f'{folder} is of another model than that of the config:'
-      f' {other[0]}: found {a}, wanted {b}{more}; the adapter says that it'
-      f' is for {base}.'
+      f'{folder}, for {base}, is of another model than that of the config, or'
+      f' not of all its layers (layers_to_transform){rows}; set the model, or'
+      f' {_MERGE}.'
     )
   for tensor in tensors.values():
     reader.check_dtype(tensor)
@@ -247,8 +229,4 @@ def _has_images(config: gemma.Config, base: str) -> bool:
   """Whether the base sees images: by its config.json, else as released."""
   if os.path.exists(os.path.join(base, 'config.json')):
     return 'text_config' in reader.read_config(base)
-  return config_json.known_as(config) in (
-    'gemma3_4b',
-    'gemma3_12b',
-    'gemma3_27b',
-  )
+  return config_json.known_as(config) in _WITH_IMAGES

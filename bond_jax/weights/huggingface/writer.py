@@ -23,12 +23,13 @@ from bond_jax.data import tokenizer as tokenizer_lib
 from bond_jax.errors import UserError
 from bond_jax.models import lora
 from bond_jax.models.gemma import model as gemma
+from bond_jax.runs import files
 from bond_jax.types import Array, Params
-from bond_jax.weights import stacks
+from bond_jax.weights import official, stacks
 from bond_jax.weights.huggingface import config_json, layout, reader
 
 _DTYPES = {'float32': 'F32', 'bfloat16': 'BF16'}
-_SHARD = 5 * 10**9  # bytes of a file
+SHARD_BYTES = 5 * 10**9  # that a file of weights may have
 
 # The official turns, as `tokenizer.chat` writes them.
 _CHAT = """\
@@ -66,7 +67,6 @@ def export(
   source: str | None = None,
   lora: Params | None = None,
   temperature: float = 1.0,
-  shard_bytes: int = _SHARD,
 ) -> None:
   """Writes a model, with what a server needs beside its weights.
 
@@ -80,7 +80,6 @@ def export(
     lora: adapters to merge, which config.lora_scale scales. The sum is taken
       in float32 and rounded once.
     temperature: at which the policy was trained, and is to be sampled.
-    shard_bytes: the size that a file of weights may have.
   """
   if dtype not in _DTYPES:
     raise UserError(
@@ -101,15 +100,16 @@ def export(
   }
   leaves = merged(config, params, lora or {})
   with new_folder(path, bytes_of(shapes, dtype)) as folder:
-    tensors = _theirs(config, leaves, dtype)
-    _write_shards(folder, tensors, shapes, dtype, shard_bytes)
+    _write_shards(folder, _theirs(config, leaves, dtype), shapes, dtype)
     for name, content in names.items():
       with open(os.path.join(folder, name), 'wb') as f:
         f.write(content)
-    write_json(folder, 'config.json', {**described, 'eos_token_id': stop_ids})
-    write_json(
-      folder,
-      'generation_config.json',
+    files.write_json(
+      os.path.join(folder, 'config.json'),
+      {**described, 'eos_token_id': stop_ids},
+    )
+    files.write_json(
+      os.path.join(folder, 'generation_config.json'),
       {
         'bos_token_id': 2,
         'eos_token_id': stop_ids,
@@ -150,10 +150,6 @@ def new_folder(path: str, size: int):
 
   An error inside removes what was written. `size`, in bytes, must be free.
   """
-  if '://' in path:
-    raise UserError(
-      f'{path}: name a local folder, and copy it there from here.'
-    )
   if jax.process_count() > 1:
     raise UserError('export runs in one process: start it on one host alone.')
   path = os.path.abspath(path)
@@ -162,12 +158,7 @@ def new_folder(path: str, size: int):
   temporary = f'{path}.{os.getpid()}.tmp'
   try:
     os.makedirs(os.path.dirname(path), exist_ok=True)
-    free = shutil.disk_usage(os.path.dirname(path)).free
-    if free < size:
-      raise UserError(
-        f'cannot write {path}: it needs {size / 1e9:.2f} GB, and'
-        f' {free / 1e9:.2f} GB are free there; name a folder on another disk.'
-      )
+    official.check_space(path, size)
     os.mkdir(temporary)
     try:
       yield temporary
@@ -209,25 +200,27 @@ def bytes_of(shapes: dict[str, tuple[int, ...]], dtype: str) -> int:
   return sum(map(math.prod, shapes.values())) * np.dtype(dtype).itemsize
 
 
-def _write_shards(folder, tensors, shapes, dtype, shard_bytes: int) -> None:
+def _write_shards(folder, tensors, shapes, dtype) -> None:
   """Writes all tensors into as many files as it takes, with an index."""
-  files: list[dict[str, tuple[int, ...]]] = [{}]
+  shards: list[dict[str, tuple[int, ...]]] = [{}]
   for name, shape in shapes.items():
-    grown = {**files[-1], name: shape}
-    if files[-1] and bytes_of(grown, dtype) > shard_bytes:
-      files.append({name: shape})
+    grown = {**shards[-1], name: shape}
+    if shards[-1] and bytes_of(grown, dtype) > SHARD_BYTES:
+      shards.append({name: shape})
     else:
-      files[-1] = grown
-  if len(files) == 1:
+      shards[-1] = grown
+  if len(shards) == 1:
     write_tensors(os.path.join(folder, reader.SINGLE), tensors, shapes, dtype)
     return
   where = {}
-  for i, part in enumerate(files):
-    file = f'model-{i + 1:05}-of-{len(files):05}.safetensors'
+  for i, part in enumerate(shards):
+    file = f'model-{i + 1:05}-of-{len(shards):05}.safetensors'
     write_tensors(os.path.join(folder, file), tensors, part, dtype)
     where.update(dict.fromkeys(part, file))
   total = {'total_size': bytes_of(shapes, dtype)}
-  write_json(folder, reader.INDEX, {'metadata': total, 'weight_map': where})
+  files.write_json(
+    os.path.join(folder, reader.INDEX), {'metadata': total, 'weight_map': where}
+  )
 
 
 def write_tensors(path: str, tensors, shapes, dtype: str) -> None:
@@ -263,27 +256,27 @@ def _tokenizer(
   tokenizer_path: str | None, source: str | None, model_type: str
 ) -> tuple[dict[str, bytes], list[int]]:
   """The tokenizer's files, and the ids that end a completion."""
-  files = {}
+  found = {}
   if source is not None:
     for name in reader.TOKENIZER_FILES:
       path = os.path.join(source, name)
       if os.path.exists(path):
         with open(path, 'rb') as f:
-          files[name] = f.read()
+          found[name] = f.read()
   if tokenizer_path is None:
-    return files, [1]
+    return found, [1]
   tokenizer = tokenizer_lib.load(tokenizer_path)
   with open(tokenizer_lib.find(tokenizer_path), 'rb') as f:
     own = f.read()
-  if files.setdefault(tokenizer_lib.FILE, own) != own:
+  if found.setdefault(tokenizer_lib.FILE, own) != own:
     raise UserError(
       f'{tokenizer_path} is not the tokenizer of {source}; export with one of'
       ' the two alone.'
     )
-  if 'tokenizer_config.json' not in files:
+  if 'tokenizer_config.json' not in found:
     described = _describe_tokenizer(tokenizer, model_type)
-    files['tokenizer_config.json'] = json.dumps(described, indent=2).encode()
-  return files, list(tokenizer.stop_ids)
+    found['tokenizer_config.json'] = json.dumps(described, indent=2).encode()
+  return found, list(tokenizer.stop_ids)
 
 
 def _describe_tokenizer(
@@ -309,9 +302,3 @@ def _describe_tokenizer(
     system = _SYSTEM if model_type == 'gemma3_text' else _NO_SYSTEM
     described['chat_template'] = _CHAT.replace('SYSTEM', system)
   return described
-
-
-def write_json(folder: str, name: str, value: Any) -> None:
-  with open(os.path.join(folder, name), 'w', encoding='utf-8') as f:
-    json.dump(value, f, indent=2)
-    f.write('\n')
