@@ -35,13 +35,9 @@ def check(
     ) from e
   pairs = array.ndim == 3
   if array.shape != shape + shape[1:] * pairs:
-    whole = isinstance(values, np.ndarray) and values.ndim
-    rows = list(values) if whole or isinstance(values, list) else []
-    bad = (i for i, r in enumerate(rows) if _shape(r) != shape[1:])
-    i = min(next(bad, len(rows)), shape[0] - 1)
     got = kind if array.dtype == object else list(array.shape)
     raise UserError(
-      f'reward {name} returned {got}, {expected} ({quote(i, prompts)}).'
+      f'reward {name} returned {got}, {expected} ({quote(0, prompts)}).'
     )
   if array.dtype.kind not in 'biuf':
     raise UserError(
@@ -128,14 +124,6 @@ def antisymmetric(win: np.ndarray, prompts, name: str) -> np.ndarray:
       f' lie in [0, 1] and sum to 1 ({quote(b, prompts)}).'
     )
   return np.clip((win + 1 - other) / 2, 0, 1).astype(np.float32)
-
-
-def _shape(row: Any) -> tuple[int, ...] | None:
-  """Of what one prompt was given; None if it is ragged."""
-  try:
-    return np.shape(row)
-  except ValueError:
-    return None
 
 
 def quote(i: int, prompts: Sequence[str]) -> str:

@@ -1,7 +1,7 @@
-"""How a reward is made: in one thread of its own, in which it is called too.
+"""How a reward is made from a config, in one thread in which it is called too.
 
-A connection of sqlite3, an event loop or a mode of torch belongs to a thread.
-What a factory makes of them is there in all calls, and in all stages alike.
+A connection of sqlite3, an event loop or a mode of torch belongs to a thread:
+what a factory makes of them is there in all calls, and in all stages alike.
 """
 
 from __future__ import annotations
@@ -16,16 +16,8 @@ import ml_collections
 
 from bond_jax.errors import one_line, UserError
 from bond_jax.rewards import answers, calling
-from bond_jax.rewards import make as making
-from bond_jax.runs import (
-  configs,
-  fields,
-  paths,
-)
-from bond_jax.types import (
-  PreferenceFn,
-  RewardFn,
-)
+from bond_jax.runs import configs, fields, paths
+from bond_jax.types import PreferenceFn, RewardFn
 
 _CALLED = 'prompts', 'completions', 'context'
 
@@ -38,24 +30,78 @@ class Part(NamedTuple):
   weight: float = 1.0
 
 
-def check(part: Part, section: str) -> None:
-  """A UserError if a part's function makes no reward; it is not called.
+def check_reward(
+  section: ml_collections.ConfigDict, name: str = 'reward'
+) -> None:
+  """A UserError for a reward that cannot be made; no factory is called.
 
   Args:
-    part: of a reward.
-    section: of the config, 'reward' or 'gold'.
+    section: of the config.
+    name: its name, 'reward' or 'gold'.
   """
-  factory, flag = load(part.function), f'--config.{section}'
-  if 'completions' in fields.signature_of(factory).parameters:
+  flag = f'--config.{name}'
+  for part in _parts(section).values():
+    factory = load(part.function)
+    if 'completions' in fields.signature_of(factory).parameters:
+      raise UserError(
+        f'reward {part.function} is a reward itself: it takes completions, and'
+        f' {name}.function names what makes one. One of TRL is taken as it is:'
+        f' {flag}.function=bond_jax.rewards.trl:reward'
+        f" {flag}.args=\"{{'function': '{part.function}'}}\". Let another be"
+        ' returned by a function without arguments.'
+      )
+    fields.check_arguments(
+      f'reward {part.function}', factory, part.args,
+      f' {flag}.args={{}} takes all away that the config has.',
+    )  # fmt: skip
+  if 'failure' in section and section.failure not in calling.FAILURES:
     raise UserError(
-      f'reward {part.function} is a reward itself: it takes completions, and'
-      f' {section}.function names what makes one. One of TRL is taken as it is:'
-      f' {flag}.function=bond_jax.rewards.trl:reward'
-      f" {flag}.args=\"{{'function': '{part.function}'}}\". Let another be"
-      ' returned by a function without arguments.'
+      f'{name}.failure is {section.failure!r}; known are'
+      f' {", ".join(calling.FAILURES)}.'
     )
-  remedy = f' {flag}.args={{}} takes all away that the config has.'
-  fields.check_arguments(f'reward {part.function}', factory, part.args, remedy)
+
+
+def make_reward(
+  config: ml_collections.ConfigDict, section, workdir: str
+) -> RewardFn | PreferenceFn:
+  """The reward of a section: `function` called with `args`, or many `parts`.
+
+  Of parts, each with a function, args and a weight, it is the weighted sum, of
+  judges the weighted mean. In a string argument '{workdir}' stands for this
+  run's folder, '{reference}' for that of the run it starts from.
+  """
+  reference = configs.reference_dir(config, workdir)
+
+  def filled(value):
+    if not isinstance(value, str):
+      return value
+    value = value.replace('{reference}', reference)
+    return value.replace('{workdir}', workdir)
+
+  parts = {
+    name: part._replace(args={k: filled(v) for k, v in part.args.items()})
+    for name, part in _parts(section).items()
+  }
+  return reward(parts, section.timeout if 'timeout' in section else 0.0)
+
+
+def _parts(section) -> dict[str, Part]:
+  """The parts of a section; without any, the section itself, named ''."""
+  if section.get('parts'):
+    return {
+      k: Part(v.function, v.args, v.weight) for k, v in section.parts.items()
+    }
+  return {'': Part(section.function, section.args)}
+
+
+def make_ask(
+  config: ml_collections.ConfigDict, name: str, workdir: str, **rules: Any
+) -> Callable[..., calling.Scored]:
+  """The section `name`, made and asked as it says; see `calling.asker`."""
+  section = config[name]
+  names = ('missing_eos_penalty', 'length_penalty', 'failure', 'retries')
+  rules = {k: section[k] for k in names if k in section} | rules
+  return calling.asker(make_reward(config, section, workdir), **rules)
 
 
 def reward(
@@ -93,10 +139,10 @@ def _made(parts: Mapping[str, Part]) -> RewardFn | PreferenceFn:
   rewards = {name: _made_of(part) for name, part in parts.items()}
   if '' in rewards:
     return rewards['']
+  weights = {name: part.weight for name, part in parts.items()}
 
-  def weighted(*asked):
-    values = {k: calling.call(f, *asked)[0] for k, f in rewards.items()}
-    weights = {k: part.weight for k, part in parts.items()}
+  def weighted(*texts):
+    values = {k: calling.call(f, *texts)[0] for k, f in rewards.items()}
     total, scores = answers.combine(values, weights, weighted.__name__)
     return scores or total
 
@@ -105,10 +151,14 @@ def _made(parts: Mapping[str, Part]) -> RewardFn | PreferenceFn:
 
 
 def _made_of(part: Part) -> RewardFn | PreferenceFn:
-  """Calls a factory; a UserError unless it returns what can be called."""
+  """Calls a factory; a UserError unless it returns a reward."""
   name = f'reward {part.function}'
+  args = {
+    k: paths.expanded(v) if isinstance(v, str) and v.startswith('~/') else v
+    for k, v in part.args.items()
+  }
   try:
-    made = load(part.function)(**_paths(part.args))
+    made = load(part.function)(**args)
   except UserError:
     raise
   except (Exception, SystemExit) as e:
@@ -127,21 +177,13 @@ def _made_of(part: Part) -> RewardFn | PreferenceFn:
       f'{name} returned a function of {signature}, {expected} ({e}).'
     ) from e
 
-  def named(*asked):
-    return made(*asked)
+  def named(*texts):
+    return made(*texts)
 
-  # In errors; "reward", as many call it, or "<lambda>" would tell nobody which.
+  # For errors: 'reward' or '<lambda>', as many are called, tells nobody which.
   name = calling.name_of(made)
   named.__name__ = name if ':' in name else part.function
   return named
-
-
-def _paths(args: Mapping[str, Any]) -> dict[str, Any]:
-  """The arguments, those that begin with ~/ as the paths that they mean."""
-  return {
-    k: paths.expanded(v) if isinstance(v, str) and v.startswith('~/') else v
-    for k, v in args.items()
-  }
 
 
 def load(reference: str) -> Callable[..., Any]:
@@ -167,59 +209,3 @@ def load(reference: str) -> Callable[..., Any]:
   if not callable(getattr(loaded, name, None)):
     raise UserError(f'{reference!r}: {module!r} has no function {name!r}.')
   return getattr(loaded, name)
-
-
-def check_reward(
-  section: ml_collections.ConfigDict, name: str = 'reward'
-) -> None:
-  """Refuses a reward that cannot be called as the config says."""
-  for part in _parts(section, lambda value: value).values():
-    making.check(part, name)
-  if 'failure' in section and section.failure not in calling.FAILURES:
-    raise UserError(
-      f'{name}.failure is {section.failure!r}; known are'
-      f' {", ".join(calling.FAILURES)}.'
-    )
-
-
-def _parts(section, filled: Callable[[Any], Any]) -> dict[str, making.Part]:
-  """The rewards whose weighted sum a section asks for, by name."""
-  some = dict(section.parts) if section.get('parts') else {'': section}
-  return {
-    name: making.Part(
-      part.function,
-      {k: filled(v) for k, v in part.args.items()},
-      part.weight if name else 1.0,
-    )
-    for name, part in some.items()
-  }
-
-
-def make_reward(
-  config: ml_collections.ConfigDict, section, workdir: str
-) -> RewardFn | PreferenceFn:
-  """The reward of a section: `function` called with `args`, or many `parts`.
-
-  Of parts, each with a function, args and a weight, it is the weighted sum, of
-  judges the weighted mean. In a string argument '{workdir}' stands for this
-  run's folder, '{reference}' for that of the run it starts from.
-  """
-
-  def filled(value):
-    if not isinstance(value, str):
-      return value
-    value = value.replace('{reference}', configs.reference_dir(config, workdir))
-    return value.replace('{workdir}', workdir)
-
-  timeout = section.timeout if 'timeout' in section else 0.0
-  return making.reward(_parts(section, filled), timeout)
-
-
-def make_ask(
-  config: ml_collections.ConfigDict, name: str, workdir: str, **rules: Any
-) -> Callable[..., calling.Scored]:
-  """The section `name`, made and asked as it says; see `calling.asker`."""
-  section = config[name]
-  names = ('missing_eos_penalty', 'length_penalty', 'failure', 'retries')
-  rules = {k: section[k] for k in names if k in section} | rules
-  return calling.asker(make_reward(config, section, workdir), **rules)

@@ -21,7 +21,7 @@ import numpy as np
 
 from bond_jax.errors import UserError
 from bond_jax.rewards import calling
-from bond_jax.rewards import make as making
+from bond_jax.rewards import make as make_lib
 from bond_jax.runs import command, fields
 from bond_jax.types import Context, PreferenceFn, RewardFn
 
@@ -86,37 +86,28 @@ def serve(reward: RewardFn | PreferenceFn, host: str, port: int) -> Server:
 
 
 def read(body: bytes) -> tuple[list[str], list[list[str]], Context]:
-  """What a reward is called with; a ValueError for what is no request."""
+  """The arguments of a reward; a ValueError for a body that has none."""
   try:
-    asked = json.loads(body)
+    given = json.loads(body)
   except RecursionError as e:
     raise ValueError('expected JSON, got brackets without an end') from e
-  if not isinstance(asked, dict) or 'prompts' not in asked:
+  if not isinstance(given, dict) or 'prompts' not in given:
     raise ValueError('expected a JSON object with "prompts", "completions"')
-  prompts, completions = asked['prompts'], asked.get('completions')
+  prompts, completions = given['prompts'], given.get('completions')
   _check('prompts', prompts, lambda x: isinstance(x, str))
-  _check('completions', completions, lambda x: isinstance(x, list) and x)
-  k, b = len(completions[0]), len(prompts)
-  given = {
-    'rows': [{}] * b,
-    'tokens': [[[]] * k] * b,
-    'finished': [[True] * k] * b,
-    'turns': False,
-    **asked,
-  }
+  b = len(prompts)
+  _check('completions', completions, lambda x: isinstance(x, list) and x, b)
+  k = len(completions[0])
   for ys in completions:
     _check('completions', ys, lambda x: isinstance(x, str), k)
-  _check('completions', completions, lambda x: True, b)
-  _check('rows', given['rows'], lambda x: isinstance(x, dict), b)
-  several = lambda x: isinstance(x, list) and len(x) == k
-  _check('tokens', given['tokens'], several, b)
-  _check('finished', given['finished'], several, b)
-  context = Context(
-    rows=given['rows'],
-    tokens=given['tokens'],
-    finished=np.array(given['finished'], bool),
-    turns=bool(given['turns']),
-  )
+  rows = given.get('rows', [{}] * b)
+  tokens = given.get('tokens', [[[]] * k] * b)
+  finished = given.get('finished', [[True] * k] * b)
+  _check('rows', rows, lambda x: isinstance(x, dict), b)
+  for name, value in (('tokens', tokens), ('finished', finished)):
+    _check(name, value, lambda x: isinstance(x, list) and len(x) == k, b)
+  turns = bool(given.get('turns', False))
+  context = Context(rows, tokens, np.array(finished, bool), turns)
   return prompts, completions, context
 
 
@@ -143,11 +134,10 @@ def make(function: str, args: str) -> RewardFn | PreferenceFn:
     raise UserError(f'--args is not JSON ({e}), got {args!r}.') from e
   if not isinstance(given, dict):
     raise UserError(f'--args is no JSON object, got {args!r}.')
-  part = making.Part(function, given)
   fields.check_arguments(
-    f'reward {function}', making.load(function), given, ' See --args.'
+    f'reward {function}', make_lib.load(function), given, ' See --args.'
   )
-  return making.reward({'': part})
+  return make_lib.reward({'': make_lib.Part(function, given)})
 
 
 def _run() -> None:

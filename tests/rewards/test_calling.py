@@ -42,9 +42,9 @@ def _with(value, at=(1, 1)):
     (_with(-np.inf, (2, 0)), ['-inf', 'completion 0', "2: 'three'"]),
     (_with(1e300), ['1e+300', 'finite', "prompt 1: 'two'"]),
     (lambda p, c, x: np.zeros((3, 1)), ['[3, 1]', '[3, 2]', "0: 'one'"]),
-    (lambda p, c, x: np.zeros((2, 2)), ['[2, 2]', '[3, 2]', "2: 'three'"]),
+    (lambda p, c, x: np.zeros((2, 2)), ['[2, 2]', '[3, 2]', "0: 'one'"]),
     (lambda p, c, x: np.zeros(6), ['[6]', '[3, 2]', "0: 'one'"]),
-    (lambda p, c, x: [[0, 1], [2], [3, 4]], ['list', '[3, 2]', "1: 'two'"]),
+    (lambda p, c, x: [[0, 1], [2], [3, 4]], ['list', '[3, 2]', "0: 'one'"]),
     (lambda p, c, x: None, ['NoneType', '[3, 2]', "0: 'one'"]),
     (lambda p, c, x: 0.5, ['[]', '[3, 2]', "0: 'one'"]),
     (lambda p, c, x: [['x', 'y']] * 3, ['<U1', 'numbers', "0: 'one'"]),
@@ -396,8 +396,7 @@ def test_threads_end_with_their_worker():
   'values, says',
   [
     ([[1, [2]], [3, 4]], "prompt 0: 'p'"),
-    ([[1, 2], [3, [4]]], "prompt 1: 'q'"),
-    ([[1, 2], [3, 4], [5]], "prompt 1: 'q'"),
+    ([[1, 2], [3, 4], [5]], "prompt 0: 'p'"),
     (
       {'a': [[1, 2], [3, 4]], 'b': np.full((2, 2, 2), 0.5)},
       'both kinds: a gives a number for each completion, b compares pairs',

@@ -281,9 +281,9 @@ def leaves():
 @pytest.mark.parametrize('name', ['trl', 'bare'])
 @pytest.mark.parametrize('section', ['reward', 'gold'])
 def test_a_reward_in_the_place_of_its_factory(name, section):
-  part = make.Part(f'test_make:{name}', {})
+  named = ml_collections.ConfigDict(dict(function=f'test_make:{name}', args={}))
   with pytest.raises(UserError, match='is a reward itself') as e:
-    make.check(part, section)
+    make.check_reward(named, section)
   flag = re.search(rf'--config.{section}.args="(.*?)"', str(e.value))[1]
   assert flag == f"{{'function': 'test_make:{name}'}}"
   assert f'--config.{section}.function=bond_jax.rewards.trl:r' in str(e.value)
@@ -295,7 +295,8 @@ def test_a_factory_may_not_end_the_process():
 
 
 def test_what_is_not_written_in_python_is_tried():
-  make.check(make.Part('builtins:dict', {}), 'reward')
+  named = ml_collections.ConfigDict(dict(function='builtins:dict', args={}))
+  make.check_reward(named)
   with pytest.raises(UserError, match=r'builtins:dict returned \{\},'):
     make.reward({'': make.Part('builtins:dict', {})})
   with pytest.raises(UserError, match='test_make:made_as raised TypeError'):
