@@ -12,7 +12,7 @@ from bond_jax.algorithms import jbond
 from bond_jax.devices import sharding
 from bond_jax.models.stops import Stop
 from bond_jax.rewards import calling
-from bond_jax.training import distil, tasks
+from bond_jax.training import distil
 from bond_jax.training import optimizer as optimizer_lib
 from bond_jax.training import step as step_lib
 from bond_jax.types import Frozen, Prompts
@@ -61,17 +61,17 @@ def open_step(setup: step_lib.Setup, params, workload: workloads.Workload):
   frozen = Frozen(params, {})
   held = [distil.init_state(setup, frozen, mesh)]
   programs = distil.make_programs(setup, mesh, held[0])
-  task = tasks.Task(None, None, (), itertools.repeat(prompts), reward, None)
   submit = calling.worker()
   key = jax.random.key(1)
   quiet = lambda name: contextlib.nullcontext()
 
   def whole(seed):
-    steps = distil.run_iteration(
-        programs, setup, task, held[0], frozen, lambda: frozen,
-        jax.random.fold_in(key, seed), key, mesh, quiet, submit,
+    each = distil.Distillation(
+        setup, programs, itertools.repeat(prompts), reward, frozen,
+        lambda: frozen, jax.random.fold_in(key, seed), key, mesh, quiet,
+        submit, lambda *_: None,
     )  # fmt: skip
-    for state, _ in steps:
+    for state, _ in distil.iterate(each, held[0]):
       held[0] = jax.block_until_ready(state)
 
   @functools.cache

@@ -29,7 +29,7 @@ from bond_jax.models.gemma import model as gemma
 from bond_jax.models.stops import Stop
 from bond_jax.rewards import calling
 from bond_jax.runs import environment, files, paths, show
-from bond_jax.training import distil, tasks
+from bond_jax.training import distil
 from bond_jax.training import optimizer as optimizer_lib
 from bond_jax.training import step as step_lib
 from bond_jax.types import Frozen, Prompts
@@ -100,14 +100,13 @@ def main():
 
   def iterate(reward, submit):
     """One iteration from the start: its metrics and its seconds."""
-    task = tasks.Task(None, None, (), batches(), reward, None)
     state = distil.init_state(setup, frozen, mesh)
     start = time.perf_counter()
-    steps = distil.run_iteration(
-        programs, setup, task, state, frozen, lambda: frozen, key, key, mesh,
-        lambda name: contextlib.nullcontext(), submit,
+    each = distil.Distillation(
+        setup, programs, batches(), reward, frozen, lambda: frozen, key, key,
+        mesh, lambda name: contextlib.nullcontext(), submit, lambda *_: None,
     )  # fmt: skip
-    rows = [row for _, row in steps]
+    rows = [row for _, row in distil.iterate(each, state)]
     return rows, time.perf_counter() - start
 
   iterate(reward, in_turn)  # compiles

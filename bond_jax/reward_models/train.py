@@ -15,7 +15,6 @@ from typing import Any
 import jax
 import ml_collections
 import numpy as np
-import optax
 
 from bond_jax.data import preferences
 from bond_jax.data import sources as sources_lib
@@ -35,8 +34,9 @@ from bond_jax.runs import (
   saving,
   stopping,
 )
+from bond_jax.training import guard as guard_lib
+from bond_jax.training import loop, supervised
 from bond_jax.training import optimizer as optimizer_lib
-from bond_jax.training.guard import check_finite
 from bond_jax.types import Policy, TrainState
 from bond_jax.weights import load
 
@@ -65,15 +65,17 @@ def _keep_tokenizer(tokenizer: tokenizer_lib.Tokenizer, folder: str) -> None:
     os.replace(path + '.tmp', path)
 
 
-def make_loss(policy: Policy, name: str, margin: float, pool: str):
-  """loss(params, batch), the sum over the members of the mean over their rows.
+def make_loss(
+  policy: Policy, name: str, margin: float, pool: str, members: int
+):
+  """loss(params, batch, total): the sum over members of the mean of their rows.
 
-  Every so many rows of a batch, one is a member's; `preferences.batches` yields
-  batches. Their targets are the gaps of pairs, or the ratings of texts, both
-  standardised.
+  Row i of a batch is of member i % members; `preferences.batches` yields
+  batches, of which `total` is the number of rows of a member, or a part of one.
+  Their targets are the gaps of pairs, or the ratings of texts, standardised.
   """
 
-  def one(params, tokens, mask, target):
+  def one(params, tokens, mask, target, total):
     rows = (-1, tokens.shape[-1])
     score = scalar_head.score(
       policy, params, tokens.reshape(rows), mask.reshape(rows), pool
@@ -86,39 +88,15 @@ def make_loss(policy: Policy, name: str, margin: float, pool: str):
       )
     else:
       losses = preference_losses.bradley_terry(score[:, 0], score[:, 1])
-    return losses.mean()
+    return losses.sum() / total
 
-  def loss(params, batch):
-    n = len(params)
+  def loss(params, batch, total):
     return sum(
-      one(member, *(x[i::n] for x in batch))
+      one(member, *(x[i::members] for x in batch), total)
       for i, member in enumerate(params.values())
     )
 
   return loss
-
-
-def make_update(loss, optimizer, mesh, state: TrainState):
-  """update(state, batch) -> state, metrics; jitted, the state in its shards."""
-
-  def update(state, batch):
-    value, gradient = jax.value_and_grad(loss)(state.params, batch)
-    changes, opt_state = optimizer.update(
-      gradient, state.opt_state, state.params
-    )
-    params = optax.apply_updates(state.params, changes)
-    state = state._replace(
-      step=state.step + 1, params=params, opt_state=opt_state
-    )
-    value /= len(state.params)
-    return state, {'loss': value, 'gradient_norm': optax.tree.norm(gradient)}
-
-  shards = jax.tree.map(lambda x: x.sharding, state)
-  return jax.jit(
-    update,
-    out_shardings=(shards, sharding.replicated(mesh)),
-    donate_argnums=(0,),
-  )
 
 
 def init_state(
@@ -225,37 +203,32 @@ def _fit(config, folder, batches, held_out, state, update, score, mesh):
       configs.of_reward_model(config), os.path.dirname(folder), 'reward'
     ),
   )  # fmt: skip
-  start = saver.start
-  if start is not None:
+  if saver.start is not None:
     state, position = saver.restore(state)
     batches.set_state(position)
   show = ('loss', 'validation_accuracy')
-  writer = log.Writer(folder, 'reward', settings.steps, start, show)
+  writer = log.Writer(folder, 'reward', settings.steps, saver.start, show)
+
+  def validation(state):
+    scores = score(state.params, held_out.pieces)
+    lead = report.leads(scores, held_out)
+    return {
+      'validation_accuracy': measures.right(lead).mean(),
+      'validation_log_loss': measures.log_loss(lead),
+    }
+
+  job = loop.Job(
+    name='reward_model',
+    iterate=supervised.iterations(update, batches, mesh, writer),
+    measure=validation,
+    position=batches.get_state,
+    score=lambda row: row['validation_accuracy'],
+  )
+  guard = guard_lib.Guard('reward_model', config.train.skip_limit)
   with stopping.deferred(), writer, saver:
-    for step in range((start or 0) + 1, settings.steps + 1):
-      with writer.phase('update'):
-        batch = sharding.put_batch(next(batches), mesh)
-        state, row = update(state, batch)
-        row = jax.device_get(row)
-      stopping.hear(hosts.gather(stopping.asked()))
-      stop = stopping.due()
-      due = step % settings.save_every == 0 or step == settings.steps
-      if due:
-        with writer.phase('evaluate'):
-          lead = report.leads(score(state.params, held_out.pieces), held_out)
-        row['validation_accuracy'] = measures.right(lead).mean()
-        row['validation_log_loss'] = measures.log_loss(lead)
-      check_finite(row, step, saver.folder)
-      writer.write(step, row)
-      saver.look()
-      if due or stop:
-        accuracy = row.get('validation_accuracy')
-        must = bool(stop) or step == settings.steps
-        saver.save(
-          step, state, batches.get_state(), accuracy, writer.sync, must=must
-        )
-      if stop and step < settings.steps:
-        raise stopping.stopped('reward_model', step)
+    state = loop.run(
+      job, state, settings.steps, settings.save_every, saver, writer, guard
+    )
     saver.finish()
     return saver.best(state.params)
 
@@ -276,8 +249,16 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
   )
   optimizer = optimizer_lib.adam(steps=settings.steps, **settings.optimizer)
   state = init_state(config, mine, policy, optimizer, workdir, mesh)
-  loss = make_loss(policy, settings.loss, settings.margin, settings.pool)
-  update = make_update(loss, optimizer, mesh, state)
+  loss = make_loss(
+    policy, settings.loss, settings.margin, settings.pool, settings.members
+  )
+  rows = lambda batch: len(batch[0]) // settings.members
+  descend = supervised.make_update(loss, rows, optimizer, 1, mesh, state)
+
+  def update(state, batch):
+    state, row = descend(state, batch)
+    return state, row | {'loss': row['loss'] / settings.members}
+
   score = reward_lib.scorer(policy, settings.pool, mesh, _BATCH)
   best, params = _fit(
     config, folder, batches, judged['validation'], state, update, score, mesh
@@ -306,9 +287,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
   if hosts.first():
     _keep_tokenizer(tokenizer, folder)
     files.write_json(path, described)
-  path = os.path.join(folder, 'metrics.jsonl')
-  rows = hosts.once(lambda: log.read_rows(path))
-  phases = log.phase_seconds(rows)
+  _, times = loop.times(folder)
   return {
     'loss': settings.loss,
     'steps': settings.steps,
@@ -317,6 +296,5 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
     'parameters': sum(x.size for x in jax.tree.leaves(params)),
     **found,
     'tokenizer_sha256': tokenizer.sha256,
-    'seconds': round(sum(phases.values()), 3),
-    'phase_seconds': {k: round(v, 3) for k, v in phases.items()},
+    **times,
   }

@@ -8,16 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from concurrent import futures
+import contextlib
+import functools
 import os
 from typing import Any, NamedTuple
 
 import jax
+from jax.sharding import Mesh
 import ml_collections
 import numpy as np
 
 from bond_jax.devices import hosts, sharding, shares
 from bond_jax.rewards import calling
 from bond_jax.runs import (
+  command,
   configs,
   log,
   progress,
@@ -26,10 +30,17 @@ from bond_jax.runs import (
   stages,
   stopping,
 )
-from bond_jax.training import checks, costs, setups, tasks
+from bond_jax.training import checks, costs, loop, setups, watch
 from bond_jax.training import guard as guard_lib
 from bond_jax.training import step as step_lib
-from bond_jax.types import Frozen, TrainState
+from bond_jax.types import (
+  Algorithm,
+  Array,
+  Frozen,
+  Prompts,
+  Rollout,
+  TrainState,
+)
 
 
 class Programs(NamedTuple):
@@ -69,74 +80,89 @@ def make_programs(setup: step_lib.Setup, mesh, state) -> Programs:
   )
 
 
-def run_iteration(
-  programs: Programs,
-  setup: step_lib.Setup,
-  task: tasks.Task,
-  state: TrainState,
-  frozen: Frozen,
-  whole: Callable[[], Frozen],
-  key,
-  order,
-  mesh,
-  phase,
-  submit: Callable[..., futures.Future],
-  broken: Callable[[TrainState, Frozen, step_lib.Batch], None],
+class Distillation(NamedTuple):
+  """What every iteration of a run uses."""
+
+  setup: step_lib.Setup
+  programs: Programs
+  batches: Iterator[Prompts]
+  reward: Callable[[Prompts, Rollout], calling.Scored]  # on the host
+  frozen: Frozen  # what a step looks at
+  whole: Callable[[], Frozen]  # all of it, which the anchor's move needs
+  key: Array  # of the draws
+  order: Array  # of the updates
+  mesh: Mesh
+  phase: Callable[[str], contextlib.AbstractContextManager]
+  submit: Callable[..., futures.Future]  # hands a call to the reward's thread
+  broken: Callable[[TrainState, step_lib.Batch], None]  # sees a skipped step
+
+
+def iterate(
+  run: Distillation, state: TrainState
 ) -> Iterator[tuple[TrainState, dict[str, Any]]]:
   """Yields the state and the metrics after every step of one iteration.
 
   Draws and weighs `rollouts` batches, updates on each of them once in each of
-  `epochs`, in an order that the key `order` draws, then moves the anchor. While
-  one batch is drawn, those before it are rewarded, by the thread that `submit`
-  hands them to. `frozen` has what these look at, `whole()` all of it, which the
-  last needs. Waits for the device, so that phases are true. Of several hosts
-  each rewards rows of its own, and all learn of all rewards, and of a signal
-  that one of them got. A step that was skipped is shown to `broken`.
+  `epochs`, in a drawn order, then moves the anchor. While one batch is drawn,
+  those before it are rewarded. Waits for the device, so that phases are true.
   """
-  order = jax.random.fold_in(order, int(state.step))
-  drawn, batches, weighed = [], [], []
-  for index in range(setup.rollouts):
-    with phase('sample'):
-      prompts = next(task.batches)
-      on_mesh = sharding.put_batch(prompts, mesh)
-      rollout = programs.rollout(state, frozen, on_mesh, key, index)
-      own = shares.own(mesh, len(prompts.id))
-      part = shares.take((prompts, rollout), own)
-      scored = submit(task.reward, *part) if len(own) else None
-      drawn.append((on_mesh, rollout, own, scored))
+  setup, rollouts = run.setup, run.setup.rollouts
+  order = jax.random.fold_in(run.order, int(state.step))
+  drawn = [_draw(run, state, index) for index in range(rollouts)]
+  batches, weighed = [], []
   while drawn:
-    on_mesh, rollout, own, scored = drawn.pop(0)
-    with phase('reward'):
-      scored = scored and scored.result()
-      told = hosts.gather((own, scored, stopping.asked()))
-      scored = calling.join([part[:2] for part in told])
-      stopping.hear(part[2] for part in told)
-    with phase('update'):
-      # A prompt on which the reward failed is a filler row from here on.
-      on_mesh = on_mesh._replace(
-        weight=on_mesh.weight * sharding.put_batch(scored.weight, mesh)
-      )
-      judged = sharding.put_batch(scored.value, mesh)
-      batch, row = programs.weigh(state, frozen, on_mesh, rollout, judged)
-      batches.append(batch)
-      # On the device: the update need not wait for it.
-      weighed.append(row | scored.metrics)
+    batch, row = _weigh(run, state, *drawn.pop(0))
+    batches.append(batch)
+    weighed.append(row)
   for epoch in range(setup.epochs):
-    places = np.arange(setup.rollouts)
-    if setup.rollouts > 1:
+    places = np.arange(rollouts)
+    if rollouts > 1:
       places = jax.random.permutation(jax.random.fold_in(order, epoch), places)
     for i, place in enumerate(places):
-      last = epoch == setup.epochs - 1 and i == setup.rollouts - 1
-      with phase('update'):
+      last = epoch == setup.epochs - 1 and i == rollouts - 1
+      with run.phase('update'):
         batch = batches[int(place)]
-        state, row = programs.update(state, frozen, batch)
+        state, row = run.programs.update(state, run.frozen, batch)
         if last:
-          state, moved = programs.move_anchor(state, whole())
+          state, moved = run.programs.move_anchor(state, run.whole())
           row |= moved
         rows, row = jax.device_get((weighed, row))
       if row['skipped']:
-        broken(state, frozen, batch)
+        run.broken(state, batch)
       yield state, {k: np.mean([r[k] for r in rows]) for k in rows[0]} | row
+
+
+def _draw(run: Distillation, state: TrainState, index: int):
+  """A rollout, whose reward is under way; of several hosts, of its own rows."""
+  with run.phase('sample'):
+    prompts = next(run.batches)
+    on_mesh = sharding.put_batch(prompts, run.mesh)
+    rollout = run.programs.rollout(state, run.frozen, on_mesh, run.key, index)
+    own = shares.own(run.mesh, len(prompts.id))
+    part = shares.take((prompts, rollout), own)
+    scored = run.submit(run.reward, *part) if len(own) else None
+  return on_mesh, rollout, own, scored
+
+
+def _weigh(run: Distillation, state: TrainState, on_mesh, rollout, own, scored):
+  """A rollout with its reward as a batch to train on; metrics of it.
+
+  All hosts learn of all rewards, and of a signal that one of them got.
+  """
+  with run.phase('reward'):
+    scored = scored and scored.result()
+    told = hosts.gather((own, scored, stopping.asked()))
+    scored = calling.join([part[:2] for part in told])
+    stopping.hear(part[2] for part in told)
+  with run.phase('update'):
+    # A prompt on which the reward failed is a filler row from here on.
+    on_mesh = on_mesh._replace(
+      weight=on_mesh.weight * sharding.put_batch(scored.weight, run.mesh)
+    )
+    judged = sharding.put_batch(scored.value, run.mesh)
+    batch, row = run.programs.weigh(state, run.frozen, on_mesh, rollout, judged)
+  # On the device: the update need not wait for it.
+  return batch, row | scored.metrics
 
 
 def rest_reference(
@@ -154,6 +180,20 @@ def rest_reference(
   return left, lambda: left._replace(reference=sharding.to_device(there))
 
 
+def make_guard(
+  config: ml_collections.ConfigDict, algorithm: Algorithm
+) -> guard_lib.Guard:
+  """The guard that the settings of `train` ask for."""
+  settings = config.train.watch
+  names = 'kl', 'entropy', 'length', 'signal', 'speed'
+  look = functools.partial(
+    watch.look,
+    moves=algorithm.anchor.moves,
+    **{name: settings[name] for name in names},
+  )
+  return guard_lib.Guard('train', config.train.skip_limit, look, settings.stop)
+
+
 def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
   """Runs the stage to its end, from its last checkpoint if it has one."""
   settings, folder = config.train, os.path.join(workdir, 'train')
@@ -168,20 +208,15 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
   setup = setups.make_setup(config, task.policy, task.stop, mesh)
   cost = costs.of_config(config, setup.algorithm, task.policy.vocab_size)
   hosts.say(f'train: {costs.line(cost)}')
-  guard = guard_lib.Guard(config, setup)
-  start = saver.start
+  guard = make_guard(config, setup.algorithm)
   show = ('reward/policy', 'signal/fires', 'win_rate/reference', 'kl/reference')
-  writer = log.Writer(folder, 'train', settings.steps, start, show)
-  key = configs.key(config.seed, 'train')
-  order = configs.key(config.seed, 'order')
+  writer = log.Writer(folder, 'train', settings.steps, saver.start, show)
   compiled = []  # programs of the step compiled so far, after each iteration
-  step = start or 0
-  submit = calling.worker()
   with stopping.deferred(), writer, saver:
     # The reference draws for it, while there is nothing else on the devices.
     with writer.phase('evaluate'):
       probe = task.make_probe(task.frozen)
-    if start is None:
+    if saver.start is None:
       state = init_state(setup, task.frozen, mesh)
     else:  # into shapes: two states at one time may be too much for a device
       like = state_like(setup, task.frozen, mesh)
@@ -190,41 +225,39 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
       guard.catch_up(folder)
     frozen, whole = rest_reference(setup, task.frozen)
     task = task._replace(frozen=None)  # all of it is nowhere else
-    programs = make_programs(setup, mesh, state)
-    while step < settings.steps:
-      steps = run_iteration(
-        programs, setup, task, state, frozen, whole, key, order, mesh,
-        writer.phase, submit, guard.broken,
-      )  # fmt: skip
-      for state, row in steps:
-        step += 1
-        stop = step % (setup.rollouts * setup.epochs) == 0 and stopping.due()
-        due = step % settings.save_every == 0 or step == settings.steps
-        if due:
-          with writer.phase('evaluate'):
-            row |= probe(state.params, whole)
-          row |= guard.look(step, row)
-        ends = bool(stop or guard.stops) or step == settings.steps
-        guard.check(row, step, saver.folder)
-        if not row['skipped']:
-          guard_lib.check_finite(row, step, saver.folder)
-        guard.keep(writer.write(step, row))
-        saver.look()
-        if due or stop:  # the latter without a probe: rows stay as they are
-          with writer.phase('save'):
-            saver.save(
-                step, state, task.batches.get_state(),
-                row.get('win_rate/reference'), writer.sync, must=ends,
-            )  # fmt: skip
-        if ends and step < settings.steps:
-          raise guard.stops or stopping.stopped('train', step)
+
+    def broken(state, batch):
+      guard.broken(guard_lib.find(setup, state, frozen, batch))
+      if command.debugging():
+        guard_lib.rerun(setup, state, frozen, batch)
+
+    run = Distillation(
+        setup, make_programs(setup, mesh, state), task.batches, task.reward,
+        frozen, whole, configs.key(config.seed, 'train'),
+        configs.key(config.seed, 'order'), mesh, writer.phase,
+        calling.worker(), broken,
+    )  # fmt: skip
+
+    def iteration(state):
+      yield from iterate(run, state)
       compiled.append(progress.compilations(*Programs._fields))
-  path = os.path.join(folder, 'metrics.jsonl')
-  rows = hosts.once(lambda: log.read_rows(path))
+
+    job = loop.Job(
+      name='train',
+      iterate=iteration,
+      measure=lambda state: probe(state.params, whole),
+      position=task.batches.get_state,
+      score=lambda row: row['win_rate/reference'],
+      period=setup.rollouts * setup.epochs,
+    )
+    loop.run(
+      job, state, settings.steps, settings.save_every, saver, writer, guard
+    )
+  rows, times = loop.times(folder)
+  found = summarise(rows, setup.algorithm.anchor.moves)
   compilations = compiled[-1] - compiled[0] if compiled else 0
-  moves = setup.algorithm.anchor.moves
-  summary = summarise(rows, compilations, moves)
-  return summary | dict(task.facts, cost=cost._asdict())
+  found['compilations_after_first_step'] = compilations
+  return found | times | dict(task.facts, cost=cost._asdict())
 
 
 def init_state(setup, frozen: Frozen, mesh) -> TrainState:
@@ -245,21 +278,15 @@ def state_like(setup, frozen: Frozen, mesh) -> TrainState:
   return sharding.tree_structs(jax.eval_shape(init, frozen), mesh)
 
 
-def summarise(
-  rows: list[dict[str, Any]], compilations: int, moves: bool
-) -> dict[str, Any]:
+def summarise(rows: list[dict[str, Any]], moves: bool) -> dict[str, Any]:
   """The numbers of the stage, from its metrics."""
   last = rows[-1]
-  phases = log.phase_seconds(rows)
   return {
     'steps': last['step'],
     'win_rate_validation': last['win_rate/reference'],
     'kl_validation': last['kl/reference'],
     'anchor_drift': last['anchor/drift'] if moves else None,
     'signal_fires': float(np.mean([row['signal/fires'] for row in rows])),
-    'compilations_after_first_step': compilations,
-    'seconds': round(sum(phases.values()), 3),
-    'phase_seconds': {k: round(v, 3) for k, v in phases.items()},
   }
 
 

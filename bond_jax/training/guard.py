@@ -1,19 +1,87 @@
-"""The guard of a training loop: steps that are not finite, and slow faults."""
+"""The guard of a loop: steps that are not finite, and slow faults.
+
+A step whose loss or gradient is not finite changes nothing, so that the state
+that it began with is there to be looked at, with its batch: `find` names what
+is not finite, `rerun` raises where it arises. Slow faults are `watch.py`'s.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+import functools
 import os
 from typing import Any
 
-import ml_collections
+import jax
 import numpy as np
 
-from bond_jax.devices import hosts
+from bond_jax.devices import hosts, shares
 from bond_jax.errors import UserError
-from bond_jax.runs import command, log
-from bond_jax.training import faults, watch
+from bond_jax.runs import log
+from bond_jax.runs.checkpoint import not_finite
 from bond_jax.training import step as step_lib
+from bond_jax.training import watch
 from bond_jax.types import Frozen, TrainState
+
+NAMES = ('params/', 'anchor/', 'opt_state/', 'log_sampled', 'rows/',
+         'log_policy', 'gradient/')  # fmt: skip
+
+
+def find(
+  setup: step_lib.Setup,
+  state: TrainState,
+  frozen: Frozen,
+  batch: step_lib.Batch,
+) -> list[str]:
+  """What is not finite, in the order in which it comes about.
+
+  Parameters, anchor and optimizer by their paths; what was sampled, what the
+  rows were found worth, and log-probs, by the ids of their prompts; gradients.
+  Nothing, if a step on `batch` is finite.
+  """
+  flags = jax.jit(functools.partial(_flags, setup))(state, frozen, batch)
+  ids, found = shares.fetch(batch.prompts.id), []
+  for name, tree in zip(NAMES, shares.fetch(flags), strict=True):
+    for path, bad in jax.tree_util.tree_leaves_with_path(tree):
+      if not bad.any():
+        continue
+      where = f'{name}{jax.tree_util.keystr(path, simple=True, separator="/")}'
+      if bad.ndim:
+        rows = [int(i) for i in np.asarray(ids)[bad]]
+        more = f' and {len(rows) - 5} more' if len(rows) > 5 else ''
+        where += f' of prompts {", ".join(map(str, rows[:5]))}{more}'
+      found.append(where)
+  return found
+
+
+def rerun(
+  setup: step_lib.Setup,
+  state: TrainState,
+  frozen: Frozen,
+  batch: step_lib.Batch,
+) -> None:
+  """Makes the step again, operation by operation; raises where a NaN arises."""
+  with jax.disable_jit(), jax.debug_nans(True):
+    step_lib.update(setup, state, frozen, batch)
+
+
+def _flags(setup, state, frozen, batch) -> tuple[Any, ...]:
+  setup = step_lib.on_base(setup, frozen)
+  loss = functools.partial(step_lib.loss_of, setup)
+  gradient, _, log_policy = step_lib.gradient_of(
+    setup, loss, state.params, batch
+  )
+  real = batch.prompts.weight > 0
+  of_prompts = lambda x: real & jax.vmap(not_finite)(x)
+  return (
+    not_finite(state.params),
+    not_finite(state.anchor),
+    not_finite(state.opt_state),
+    of_prompts(batch.log_sampled),
+    jax.tree.map(of_prompts, batch.rows),
+    of_prompts(log_policy),
+    not_finite(gradient),
+  )
 
 
 def check_finite(row: dict[str, Any], step: int, folder: str) -> None:
@@ -31,17 +99,26 @@ def check_finite(row: dict[str, Any], step: int, folder: str) -> None:
 
 
 class Guard:
-  """Watches the rows of a run; `stops` is the error that should end it."""
+  """Watches the rows of a stage; `stops` is the error that should end it."""
 
-  def __init__(self, config: ml_collections.ConfigDict, setup: step_lib.Setup):
+  def __init__(
+    self,
+    name: str,
+    skip_limit: int,
+    look: Callable[[Sequence[watch.Row]], dict[str, str]] = lambda rows: {},
+    stop_at: Sequence[str] = (),
+  ):
+    """The guard of the stage `name`.
+
+    Args:
+      name: of the stage, for its lines.
+      skip_limit: steps in a row that may not be finite.
+      look: rows -> what goes wrong slowly; a line of advice by its name.
+      stop_at: names of such faults that end the stage.
+    """
     self.stops: UserError | None = None
-    self._setup = setup
-    self._limit = config.train.skip_limit
-    settings = config.train.watch
-    self._stop_at = settings.stop
-    names = 'kl', 'entropy', 'length', 'signal', 'speed'
-    self._limits = {name: settings[name] for name in names}
-    self._limits['moves'] = setup.algorithm.anchor.moves
+    self._name, self._limit = name, skip_limit
+    self._look, self._stop_at = look, stop_at
     self._seen: list[watch.Row] = []
     self._found: dict[str, str] = {}
     self._names: list[str] = []  # of what the last step broke
@@ -53,13 +130,9 @@ class Guard:
     for row in hosts.once(lambda: log.read_rows(path)):
       self.keep(row)
 
-  def broken(
-    self, state: TrainState, frozen: Frozen, batch: step_lib.Batch
-  ) -> None:
-    """Looks at a step that was skipped; --debug makes it again, and raises."""
-    self._names = faults.find(self._setup, state, frozen, batch)
-    if command.debugging():
-      faults.rerun(self._setup, state, frozen, batch)
+  def broken(self, names: list[str]) -> None:
+    """Takes in what was not finite in a step that was skipped."""
+    self._names = names
 
   def check(self, row: dict[str, Any], step: int, folder: str) -> None:
     """A UserError for a step that is one too many not to be finite."""
@@ -71,23 +144,24 @@ class Guard:
     more = f' and {len(names) - 4} more' if len(names) > 4 else ''
     what = (
       f'step {step} changed nothing: its loss is {row["loss"]}, the norm of its'
-      f' gradient {row["gradient_norm"]}. Not finite are'
-      f' {", ".join(names[:4])}{more}'
+      f' gradient {row["gradient_norm"]}'
     )
+    if names:
+      what += f'. Not finite are {", ".join(names[:4])}{more}'
     if self._skipped > self._limit:
       raise UserError(
         f'{what}. train.skip_limit allows {self._limit} such steps in a row.'
         f' The last checkpoint in {folder} is good; a lower learning rate is'
         ' the usual remedy, and --debug shows where it arose.'
       )
-    hosts.say(f'train: {what}')
+    hosts.say(f'{self._name}: {what}')
 
   def look(self, step: int, row: dict[str, Any]) -> dict[str, float]:
     """What is wrong when a step is saved, as metrics; says what is new."""
     rows = [*self._seen, row]
-    found = hosts.once(lambda: watch.look(rows, **self._limits))
+    found = hosts.once(lambda: self._look(rows))
     for name in found.keys() - self._found.keys():
-      hosts.say(f'train: step {step}: {found[name]}')
+      hosts.say(f'{self._name}: step {step}: {found[name]}')
     self._found = found
     for name in self._stop_at:
       if name in found:

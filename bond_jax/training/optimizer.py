@@ -1,8 +1,15 @@
-"""Adam as every stage uses it."""
+"""Adam as every stage uses it, and one step of it."""
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
 import optax
+
+from bond_jax.types import Array, Params
 
 
 def adam(
@@ -22,16 +29,35 @@ def adam(
   The rate rises linearly to `learning_rate` in `warmup_steps`, then follows a
   cosine down to `decay_to` times that at `steps` (1 = no decay).
   """
-  schedule = optax.join_schedules(
-    [
-      optax.linear_schedule(0.0, learning_rate, warmup_steps),
-      optax.cosine_decay_schedule(
-        learning_rate, max(1, steps - warmup_steps), decay_to
-      ),
-    ],
-    [warmup_steps],
+  schedule = optax.warmup_cosine_decay_schedule(
+    0.0,
+    learning_rate,
+    warmup_steps,
+    max(steps, warmup_steps + 1),
+    decay_to * learning_rate,
   )
   return optax.chain(
     optax.clip_by_global_norm(clip),
     optax.adamw(schedule, b1=b1, b2=b2, eps=epsilon, weight_decay=weight_decay),
   )
+
+
+def descend(
+  optimizer: optax.GradientTransformation,
+  params: Params,
+  opt_state: Any,
+  gradient: Params,
+  loss: Array,
+) -> tuple[Params, Any, Array]:
+  """One step, or none if the loss or the gradient is not finite.
+
+  Returns params, the optimizer's state, and the gradient's norm.
+  """
+  norm = optax.tree.norm(gradient)
+  changes, moved = optimizer.update(gradient, opt_state, params)
+  new = optax.apply_updates(params, changes), moved
+  finite = jnp.isfinite(loss + norm)
+  params, opt_state = jax.tree.map(
+    functools.partial(jnp.where, finite), new, (params, opt_state)
+  )
+  return params, opt_state, norm

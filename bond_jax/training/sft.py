@@ -10,60 +10,37 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
-import optax
 
 from bond_jax.data import examples, sources
 from bond_jax.data import tokenizer as tokenizer_lib
-from bond_jax.devices import hosts, sharding
+from bond_jax.devices import sharding
 from bond_jax.models import policies
 from bond_jax.models.log_probs import log_probs
-from bond_jax.runs import (
-  configs,
-  log,
-  provenance,
-  saving,
-  stages,
-  stopping,
-)
-from bond_jax.training import checks, text_task
+from bond_jax.runs import configs, log, provenance, saving, stages, stopping
+from bond_jax.training import checks, loop, supervised, text_task
+from bond_jax.training import guard as guard_lib
 from bond_jax.training import optimizer as optimizer_lib
-from bond_jax.training.guard import check_finite
 from bond_jax.types import Policy, TrainState
 from bond_jax.weights import load
 
 
-def make_programs(policy: Policy, optimizer, chunk: int, mesh, state):
-  """update(state, batch) -> state, metrics; and the loss.
+def make_loss(policy: Policy, chunk: int):
+  """loss(params, batch, total): nats per token, where `total` are all tokens.
 
-  loss(params, batch) is in nats per token of the completions; a batch is what
-  `examples.sentences` yields.
+  A batch is what `examples.sentences` yields, or a part of it.
   """
 
-  def loss(params, batch):
+  def loss(params, batch, total):
     prompts, completion, mask = batch
     out = log_probs(policy, params, prompts, completion, mask, chunk=chunk)
-    return -out.sum() / mask.sum()
+    return -out.sum() / total
 
-  def update(state, batch):
-    value, gradient = jax.value_and_grad(loss)(state.params, batch)
-    changes, opt_state = optimizer.update(
-      gradient, state.opt_state, state.params
-    )
-    params = optax.apply_updates(state.params, changes)
-    state = state._replace(
-      step=state.step + 1, params=params, opt_state=opt_state
-    )
-    return state, {'loss': value, 'gradient_norm': optax.tree.norm(gradient)}
+  return loss
 
-  shards = jax.tree.map(lambda x: x.sharding, state)
-  return (
-    jax.jit(
-      update,
-      out_shardings=(shards, sharding.replicated(mesh)),
-      donate_argnums=(0,),
-    ),
-    jax.jit(loss),
-  )
+
+def tokens_of(batch):
+  """The tokens of a batch that are learnt."""
+  return batch[2].sum()
 
 
 def init_state(config, policy: Policy, optimizer, mesh) -> TrainState:
@@ -163,56 +140,47 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
   optimizer = optimizer_lib.adam(steps=settings.steps, **settings.optimizer)
 
   state = init_state(config, policy, optimizer, mesh)
-  update, loss = make_programs(policy, optimizer, config.chunk, mesh, state)
+  loss = make_loss(policy, config.chunk)
+  update = supervised.make_update(loss, tokens_of, optimizer, 1, mesh, state)
+  measure = jax.jit(lambda params, x: loss(params, x, tokens_of(x)))
+
+  def validation(state):
+    values = [
+      measure(state.params, sharding.put_batch(batch, mesh))
+      for batch in held_out
+    ]
+    return {'validation_loss': np.mean(jax.device_get(values))}
+
   saver = saving.Saver(
     os.path.join(folder, 'checkpoints'), 'sft', config.save_failure,
     provenance.of(config, mesh),
     lambda: provenance.inputs(config, workdir, 'sft'),
   )  # fmt: skip
-  start = saver.start
-  if start is not None:
+  if saver.start is not None:
     state, position = saver.restore(state)
     batches.set_state(position)
   show = ('loss', 'validation_loss')
-  writer = log.Writer(folder, 'sft', settings.steps, start, show)
+  writer = log.Writer(folder, 'sft', settings.steps, saver.start, show)
+  job = loop.Job(
+    name='sft',
+    iterate=supervised.iterations(update, batches, mesh, writer),
+    measure=validation,
+    position=batches.get_state,
+    score=lambda row: -row['validation_loss'],
+  )
+  guard = guard_lib.Guard('sft', config.train.skip_limit)
   with stopping.deferred(), writer, saver:
-    for step in range((start or 0) + 1, settings.steps + 1):
-      with writer.phase('update'):
-        batch = sharding.put_batch(next(batches), mesh)
-        state, row = update(state, batch)
-        row = jax.device_get(row)
-      stopping.hear(hosts.gather(stopping.asked()))
-      stop = stopping.due()
-      due = step % settings.save_every == 0 or step == settings.steps
-      if due:
-        with writer.phase('evaluate'):
-          values = [
-            loss(state.params, sharding.put_batch(batch, mesh))
-            for batch in held_out
-          ]
-          row['validation_loss'] = np.mean(jax.device_get(values))
-      check_finite(row, step, saver.folder)
-      writer.write(step, row)
-      saver.look()
-      if due or stop:
-        score = -row['validation_loss'] if due else None
-        must = bool(stop) or step == settings.steps
-        saver.save(
-          step, state, batches.get_state(), score, writer.sync, must=must
-        )
-      if stop and step < settings.steps:
-        raise stopping.stopped('sft', step)
-  path = os.path.join(folder, 'metrics.jsonl')
-  rows = hosts.once(lambda: log.read_rows(path))
-  phases = log.phase_seconds(rows)
+    state = loop.run(
+      job, state, settings.steps, settings.save_every, saver, writer, guard
+    )
+  rows, times = loop.times(folder)
   return {
     'steps': settings.steps,
     'parameters': sum(x.size for x in jax.tree.leaves(state.params)),
     'loss': rows[-1]['loss'],
     'validation_loss': rows[-1]['validation_loss'],
     **of_data,
-    'seconds': round(sum(phases.values()), 3),
-    'phase_seconds': {k: round(v, 3) for k, v in phases.items()},
+    **times,
   }
 
 

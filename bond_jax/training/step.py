@@ -25,6 +25,7 @@ from bond_jax.models.log_probs import log_probs
 from bond_jax.models.sampling import sample
 from bond_jax.models.stops import Stop
 from bond_jax.training import micro_batches, step_metrics
+from bond_jax.training import optimizer as optimizer_lib
 from bond_jax.types import (
   Algorithm,
   Array,
@@ -348,13 +349,8 @@ def _descend(setup: Setup, loss, params: Params, opt_state, batch: Batch):
     joined, before the step.
   """
   gradient, value, arrays = gradient_of(setup, loss, params, batch)
-  norm = optax.tree.norm(gradient)
-  changes, moved = setup.optimizer.update(gradient, opt_state, params)
-  new = optax.apply_updates(params, changes), moved
-  params, opt_state = jax.tree.map(
-    functools.partial(jnp.where, jnp.isfinite(value + norm)),
-    new,
-    (params, opt_state),
+  params, opt_state, norm = optimizer_lib.descend(
+    setup.optimizer, params, opt_state, gradient, value
   )
   return params, opt_state, value, norm, arrays
 

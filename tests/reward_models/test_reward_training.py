@@ -18,6 +18,7 @@ from bond_jax.models import policies, scalar_head
 from bond_jax.reward_models import train
 from bond_jax.rewards import gemma as reward
 from bond_jax.runs import configs
+from bond_jax.training import guard
 from bond_jax.weights import load
 from configs import demo_learned_reward
 
@@ -380,7 +381,7 @@ def test_scores_are_those_that_the_summary_reports(finished):
 
 
 def test_resuming_is_going_on(finished, tmp_path, monkeypatch):
-  check, workdir = train.check_finite, str(tmp_path / 'run')
+  check, workdir = guard.check_finite, str(tmp_path / 'run')
 
   def fails(row, step, folder):
     check(row, step, folder)
@@ -388,7 +389,7 @@ def test_resuming_is_going_on(finished, tmp_path, monkeypatch):
       raise RuntimeError('interrupted')
 
   with monkeypatch.context() as m:
-    m.setattr(train, 'check_finite', fails)
+    m.setattr(guard, 'check_finite', fails)
     with pytest.raises(RuntimeError, match='interrupted'):
       toy.run('reward_model', get_config(), workdir)
   assert max(toy.steps(workdir, 'reward')) == 40
@@ -399,7 +400,7 @@ def test_resuming_is_going_on(finished, tmp_path, monkeypatch):
 
 
 def test_a_signal_costs_nothing(finished, tmp_path, monkeypatch):
-  check, workdir = train.check_finite, str(tmp_path / 'run')
+  check, workdir = guard.check_finite, str(tmp_path / 'run')
 
   def signals(row, step, folder):
     check(row, step, folder)
@@ -407,7 +408,7 @@ def test_a_signal_costs_nothing(finished, tmp_path, monkeypatch):
       os.kill(os.getpid(), signal.SIGTERM)
 
   with monkeypatch.context() as m:
-    m.setattr(train, 'check_finite', signals)
+    m.setattr(guard, 'check_finite', signals)
     with pytest.raises(Stopped, match='reward_model: SIGTERM: ended after'):
       toy.run('reward_model', get_config(), workdir)
   assert max(toy.steps(workdir, 'reward')) in (33, 34)

@@ -208,7 +208,7 @@ def test_data_that_changes_while_a_stage_runs_is_said(
 ):
   path, once = place / 'validation.jsonl', iter([True])
   monkeypatch.setattr(
-    'bond_jax.training.sft.check_finite',
+    'bond_jax.training.guard.check_finite',
     lambda *_: next(once, 0) and path.write_text(path.read_text() * 2),
   )
   toy.run('sft', with_length(place), str(place / 'run'))

@@ -12,7 +12,7 @@ import toy
 
 from bond_jax.errors import Stopped, UserError
 from bond_jax.runs import stopping
-from bond_jax.training import distil, sft
+from bond_jax.training import distil, guard
 
 # The reward's call at step 2: the probe's reference, and two steps.
 CALL_OF_STEP_2 = 3
@@ -152,14 +152,14 @@ def test_in_the_last_step_the_stage_is_done_and_the_next_not_begun(tmp_path):
 
 
 def test_the_supervised_stage_stops_too(tmp_path, monkeypatch):
-  config, check = toy.get_config(toy.folder()), sft.check_finite
+  config, check = toy.get_config(toy.folder()), guard.check_finite
 
   def signals(row, step, folder):
     check(row, step, folder)
     if step == 4:
       os.kill(os.getpid(), signal.SIGTERM)
 
-  monkeypatch.setattr(sft, 'check_finite', signals)
+  monkeypatch.setattr(guard, 'check_finite', signals)
   with pytest.raises(Stopped, match='sft: SIGTERM: ended after step [45],'):
     toy.run('sft', config, str(tmp_path))
   monkeypatch.undo()

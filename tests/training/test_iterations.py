@@ -16,7 +16,7 @@ from bond_jax.devices import sharding
 from bond_jax.errors import UserError
 from bond_jax.models.stops import Stop
 from bond_jax.rewards import calling
-from bond_jax.training import checks, distil, setups, tasks
+from bond_jax.training import checks, distil, setups
 from bond_jax.training import step as step_lib
 from bond_jax.types import Frozen, Prompts, TrainState
 
@@ -231,20 +231,11 @@ def dry_run(
     called.append(('move_anchor', None))
     return state, {'anchor/drift': 0.0}
 
-  task = tasks.Task(
-    None,
-    None,
-    (),
+  each = distil.Distillation(
+    step_lib.Setup(*(None,) * 5, rollouts, epochs, 1, 1),
+    distil.Programs(rollout, weigh, update, move_anchor),
     iter([Prompts(*[np.zeros(1, np.float32)] * 4)] * rollouts),
     reward,
-    None,
-  )
-  setup = step_lib.Setup(*(None,) * 5, rollouts, epochs, 1, 1)
-  steps = distil.run_iteration(
-    distil.Programs(rollout, weigh, update, move_anchor),
-    setup,
-    task,
-    TrainState(jnp.int32(step), {}, {}, {}, {}),
     None,
     lambda: None,
     key,
@@ -254,7 +245,8 @@ def dry_run(
     calling.worker(),
     None,
   )
-  assert len(list(steps)) == rollouts * epochs
+  state = TrainState(jnp.int32(step), {}, {}, {}, {})
+  assert len(list(distil.iterate(each, state))) == rollouts * epochs
   return called, [batch for name, batch in called if name == 'update']
 
 

@@ -34,7 +34,7 @@ from bond_jax.models.gemma import model as gemma
 from bond_jax.models.stops import Stop
 from bond_jax.rewards import calling
 from bond_jax.runs import checkpoint
-from bond_jax.training import distil, tasks
+from bond_jax.training import distil
 from bond_jax.training import step as step_lib
 from bond_jax.types import Frozen, Prompts, Rollout
 from bond_jax.weights import load as origin
@@ -99,19 +99,16 @@ def run(mesh, steps=3):
     value = (np.cos(drawn.completion) * drawn.mask @ weight).astype(np.float32)
     return calling.Scored(value, np.ones(len(value), np.float32), {})
 
-  task = tasks.Task(
-      policy=setup.policy, frozen=frozen, stop=Stop(STOPS),
-      batches=batches(), reward=reward, make_probe=None,
-  )  # fmt: skip
   state = distil.init_state(setup, frozen, mesh)
   programs, submit = distil.make_programs(setup, mesh, state), calling.worker()
   states.append(jax.device_get(state))
   key = jax.random.key(7)
+  each = distil.Distillation(
+      setup, programs, batches(), reward, frozen, lambda: frozen, key, key,
+      mesh, lambda name: contextlib.nullcontext(), submit, None,
+  )  # fmt: skip
   for _ in range(steps):
-    ((state, row),) = distil.run_iteration(
-        programs, setup, task, state, frozen, lambda: frozen, key, key, mesh,
-        lambda name: contextlib.nullcontext(), submit, None,
-    )  # fmt: skip
+    ((state, row),) = distil.iterate(each, state)
     rows.append(row)
     states.append(jax.device_get(state))
   assert programs.update._cache_size() == 1

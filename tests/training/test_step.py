@@ -17,7 +17,7 @@ from bond_jax.models import scalar_head
 from bond_jax.models.gemma import model as gemma
 from bond_jax.models.stops import Stop
 from bond_jax.runs import checkpoint
-from bond_jax.training import faults, step_metrics
+from bond_jax.training import guard, step_metrics
 from bond_jax.training import step as step_lib
 from bond_jax.types import Frozen, Prompts
 
@@ -368,7 +368,7 @@ def test_a_step_that_is_not_finite_changes_nothing(
   step = jax.jit(step_lib.update, static_argnums=0)
   state = start(setup, frozen)
   batch = weighed(setup, state, frozen, prompts, *drawn)
-  assert faults.find(setup, state, frozen, batch) == []
+  assert guard.find(setup, state, frozen, batch) == []
   state, row = step(setup, state, frozen, batch)
   assert row['skipped'] == 0
   bad, _ = poisoned(batch, 1, 'rows')
@@ -401,7 +401,7 @@ def test_a_finite_loss_with_an_infinite_gradient_is_skipped_too(
   same, row = step(steep, state, frozen, batch)
   assert np.isfinite(row['loss']) and row['skipped'] == 1
   jax.tree.map(np.testing.assert_array_equal, same.params, state.params)
-  found = faults.find(steep, state, frozen, batch)
+  found = guard.find(steep, state, frozen, batch)
   assert found and all(x.startswith('gradient/') for x in found)
 
 
@@ -410,18 +410,18 @@ def test_what_is_not_finite_is_named(setup, frozen, prompts, drawn):
   batch = weighed(setup, state, frozen, prompts, *drawn)
   ids = np.asarray(prompts.id)
   bad, name = poisoned(batch, 1, 'rows')
-  found = faults.find(setup, state, frozen, bad)
+  found = guard.find(setup, state, frozen, bad)
   assert found[0] == f'{name} of prompts {ids[1]}'
   assert all(x.startswith('gradient/') for x in found[1:]) and found[1:]
   # A filler is not accused; `weigh` keeps what it holds out of the gradient.
   weight = np.array(prompts.weight)
   weight[1] = 0
   filler = bad._replace(prompts=bad.prompts._replace(weight=weight))
-  found = faults.find(setup, state, frozen, filler)
+  found = guard.find(setup, state, frozen, filler)
   assert all(x.startswith('gradient/') for x in found)
   scale = state.params['final_norm']['scale'].at[0].set(jnp.nan)
   params = state.params | {'final_norm': {'scale': scale}}
-  found = faults.find(setup, state._replace(params=params), frozen, batch)
+  found = guard.find(setup, state._replace(params=params), frozen, batch)
   assert found[0] == 'params/final_norm/scale'
   assert found[1].startswith(f'log_policy of prompts {ids[0]}, {ids[1]}')
   assert checkpoint.broken(params) == ['final_norm/scale']

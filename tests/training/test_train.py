@@ -207,7 +207,7 @@ def test_debug_shows_where_a_nan_arose(config, workdir, monkeypatch):
   with pytest.raises(FloatingPointError) as e:
     toy.run('train', config, workdir)
   files = {os.path.basename(str(entry.path)) for entry in e.traceback}
-  assert {'faults.py', 'step.py'} <= files
+  assert {'guard.py', 'step.py'} <= files
 
 
 def test_a_slow_fault_ends_a_run_that_asks_for_it(
