@@ -251,9 +251,9 @@ def plain(place: Place, command: str):
 
 RULES = (
   (r'make \S+', make),
+  (r'python -m benchmarks\.papers\.(reproduce|wind_1) ', figures),
   (r'(PYTHONPATH=\S+ )?python (benchmarks/|-m benchmarks\.)\w+', benchmark),
   (r'python -m bond_jax\.plan ', plan),
-  (r'python -m bond_jax\.(reproduce|bandit) ', figures),
   (r'python -m bond_jax\.export ', export),
   (r'python -m bond_jax\.train --config=configs/soft_', soft_best_of_n),
   (r'(JAX_\w+=\S+ )+python -m bond_jax\.train --config=\.\.\.', hosts),
