@@ -44,15 +44,14 @@ def manager(folder: str, *, keep: int = 2) -> ocp.CheckpointManager:
 
 
 def _score(metrics: dict[str, float | None]) -> float:
-  """Of a checkpoint; the lowest of one that was saved without."""
   return -math.inf if metrics['score'] is None else metrics['score']
 
 
 class _Kept:
-  """What stays: of those with a score the last and the best; and the newest.
+  """Keeps the last and the best of those with a score, and the newest.
 
-  So one that was saved without, on request, goes when the next is there, and
-  the others stay as they would have without it.
+  One that was saved on request has no score: it goes when the next is there,
+  and the others stay as they would have without it.
   """
 
   def __init__(self, keep: int):
@@ -78,14 +77,11 @@ def save(
   score: float | None,
   facts: dict[str, Any] | None = None,
 ) -> None:
-  """Saves `state` and `data` (JSON) as `step`; returns before it is written.
+  """Saves `state`, `data` and `facts` (JSON); returns before it is written.
 
-  `facts`, of what runs, are JSON too, and change nothing.
-
-  The highest score marks the best step; None is of a step that was not meant to
-  be saved, and stays until the next one is. The parameters are an item of their
-  own, for readers that want them alone. A UserError if anything in it is not
-  finite.
+  The highest score marks the best step; without one the step stays until the
+  next one is saved. The parameters are an item of their own, for readers that
+  want them alone. A UserError if anything in the state is not finite.
   """
   if names := broken(state._asdict()):
     raise UserError(
@@ -107,7 +103,7 @@ def save(
 
 @jax.jit
 def not_finite(tree: Any) -> Any:
-  """Which arrays of a tree hold anything that is not finite: bool[]."""
+  """Whether each array of a tree holds anything that is not finite: bool[]."""
 
   def one(x):
     if not jnp.issubdtype(x.dtype, jnp.inexact):
@@ -184,10 +180,7 @@ def abstract(tree: Any) -> Any:
 
 
 def choose(checkpoints: ocp.CheckpointManager, which: str) -> int:
-  """The step that 'last', 'best' or a number means, the same on all hosts.
-
-  A UserError if it is absent.
-  """
+  """The step of 'last', 'best' or a number; a UserError if it is absent."""
   return hosts.once(lambda: _choose(checkpoints, which))
 
 

@@ -1,11 +1,10 @@
-"""The checkpoints of a stage that runs: going on from one, and saving.
+"""Saving and resuming a stage: its checkpoints while it runs.
 
 A save that fails is a line, not a traceback: the last good checkpoint stays,
-and the stage stops or goes on, as `failure` says. Saves are written by a
-thread; the step waits for one at most PATIENCE seconds, when the next is due.
-A save between may be left out so. The last step of a stage, and the step at
-which it is stopped, may not: they wait for as long as the store takes, and the
-stage ends well only when they are whole.
+and the stage stops or goes on, as `failure` says. A thread writes. Where the
+save before is not written PATIENCE seconds after the next is due, the next is
+left out; but the last step of a stage, and the one at which it is stopped, wait
+as long as the store takes.
 """
 
 from __future__ import annotations
@@ -23,11 +22,10 @@ import time
 from typing import Any, Self
 
 from bond_jax.devices import hosts
-from bond_jax.errors import UserError
+from bond_jax.errors import one_line, UserError
 from bond_jax.runs import checkpoint, checksums, command, configs, fingerprints
 from bond_jax.types import TrainState
 
-FAILURES = ('stop', 'go_on')
 PATIENCE = 60.0  # seconds for which a step waits for the save before
 
 
@@ -42,20 +40,16 @@ class Saver:
     facts: dict[str, Any],
     inputs: Callable[[], dict[str, str]] = dict,
   ):
-    """Looks at what is there: `start` is the last good step, or None.
+    """Reads the folder; `start` becomes the last good step, or None.
 
     Args:
       folder: of the checkpoints.
-      stage: for the lines.
-      failure: what is done when a save fails, one of FAILURES.
-      facts: of what runs, saved with each step, and compared when it goes on.
-      inputs: the fingerprints of what it reads, likewise; a UserError if they
-        have changed since the last good step, and no one has accepted that.
+      stage: its name, for messages.
+      failure: what a failed save does, 'stop' or 'go_on'.
+      facts: saved with each step, and compared on resumption.
+      inputs: fingerprints of what the stage reads, likewise; a UserError if
+        they have changed since the last good step, and nobody accepted that.
     """
-    if failure not in FAILURES:
-      raise UserError(
-        f'save_failure is {failure!r}; known are {", ".join(FAILURES)}.'
-      )
     self.folder = os.path.abspath(folder)
     hosts.once(self._clear)
     hosts.once(lambda: checksums.set_aside(self.folder))
@@ -65,7 +59,6 @@ class Saver:
     self._writing: int | None = None  # the step whose save has not been seen
     self._read, self._inputs = inputs, inputs()
     configs.agree({'inputs': self._inputs})
-    self._before: dict[str, Any] = {}
     if self.start is not None:
       self._before = checkpoint.read_facts(self._checkpoints, self.start)
       then = self._before.pop('inputs', self._inputs)
@@ -86,11 +79,10 @@ class Saver:
       self._checkpoints.close()
 
   def restore(self, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
-    """The state and the data of the last good step; says what has changed."""
+    """The state and the data of the last good step; reports what changed."""
     state, data = checkpoint.restore(self._checkpoints, like)
     hosts.say(f'{self._stage}: goes on after step {self.start}')
-    now = self._facts if self._before else {}
-    if changed := configs.differences(self._before, now):
+    if changed := configs.differences(self._before, self._facts):
       hosts.say(
         f'{self._stage}: changed since it was saved: {"; ".join(changed)}'
       )
@@ -102,7 +94,7 @@ class Saver:
     return step, checkpoint.restore_params(self._checkpoints, like, step)
 
   def look(self) -> None:
-    """Sees whether a save has failed; several hosts see it at the next."""
+    """Reports a failed save early; several hosts do so at the next save."""
     busy = self._checkpoints.is_saving_in_progress
     if self._writing is not None and hosts.count() == 1 and not busy():
       self._settle()
@@ -117,11 +109,10 @@ class Saver:
     *,
     must: bool = False,
   ) -> None:
-    """Saves a step, when `rows()` has written the metrics up to it.
+    """Saves a step, after `rows()` has written the metrics up to it.
 
-    Where the save before is not written in PATIENCE seconds, the step is left
-    out. One that `must` be saved, the last of a stage, is on disk when this
-    returns, or a UserError says why not, whatever `failure` is.
+    A step that `must` be saved is on disk when this returns, or a UserError
+    says why not, whatever `failure` is.
     """
     if must:
       self._wait_for_it()
@@ -134,12 +125,7 @@ class Saver:
       return
     self._settle()
     self._failure = 'stop' if must else self._failure
-    error = None
-    try:
-      rows()
-    except OSError as e:
-      error = e
-    if error := _first(error):
+    if error := _first_error(rows):
       self._fail(step, error)
       return
     self._writing = step
@@ -154,8 +140,8 @@ class Saver:
       checkpoint.save(self._checkpoints, step, state, data, score, facts)
     except UserError:
       raise
-    except Exception as e:  # pylint: disable=broad-except
-      if hosts.count() > 1:  # the others are in it, and do not know
+    except Exception as e:
+      if hosts.count() > 1:  # the others are inside of it, and do not know
         raise UserError(f'step {step} could not be saved: {_brief(e)}') from e
       self._fail(step, _brief(e))
     if must:
@@ -180,18 +166,14 @@ class Saver:
     return not any(hosts.gather(busy()))
 
   def _settle(self) -> None:
-    """Takes in how the save before has ended."""
-    error = None
-    try:
-      self._checkpoints.wait_until_finished()
-    except Exception as e:  # pylint: disable=broad-except
-      error = e
+    """Handles a failure of the save before."""
+    error = _first_error(self._checkpoints.wait_until_finished)
     step, self._writing = self._writing, None
-    if error := _first(error):
+    if error:
       self._fail(step, error)
 
   def _clear(self) -> None:
-    """Makes room of what was never finished: nobody else writes here."""
+    """Deletes unfinished checkpoints: nobody else writes here."""
     for path in glob.glob(os.path.join(self.folder, '*.orbax-checkpoint-tmp*')):
       shutil.rmtree(path, ignore_errors=True)
 
@@ -220,7 +202,7 @@ class Saver:
 
 @contextlib.contextmanager
 def on_disk(workdir: str) -> Iterator[None]:
-  """Where a disk is full or may not be written, a UserError says so."""
+  """Turns the error of a full or read-only disk into a UserError."""
   try:
     yield
   except OSError as e:
@@ -232,20 +214,22 @@ def on_disk(workdir: str) -> Iterator[None]:
     ) from e
 
 
-def _first(error: Exception | None) -> str | None:
-  """The first error of all hosts."""
-  told = hosts.gather(_brief(error) if error else None)
-  return next(filter(None, told), None)
+def _first_error(act: Callable[[], Any]) -> str | None:
+  """Calls act() on all hosts; the first error of any, on all of them."""
+  error = None
+  try:
+    act()
+  except Exception as e:
+    error = _brief(e)
+  return next(filter(None, hosts.gather(error)), None)
 
 
 def _brief(error: Exception) -> str:
-  """An error of a library on a line: what the system says, if it does."""
-  if isinstance(error, OSError) and error.strerror:
-    return ': '.join(filter(None, (error.strerror, error.filename)))
-  text = ' '.join(f'{type(error).__name__}: {error}'.split())
-  if code := re.search(r"os_error_code='(\d+)'", text):  # tensorstore's
-    return os.strerror(int(code[1]))
-  return text[:200]
+  """What the system says of an error, or else its type and text."""
+  text = f'{type(error).__name__}: {one_line(error)}'
+  found = re.search(r"os_error_code='(\d+)'", text)  # tensorstore's
+  code = found[1] if found else getattr(error, 'errno', None)
+  return os.strerror(int(code)) if code else text[:200]
 
 
 def _warn(line: str) -> None:
@@ -254,9 +238,9 @@ def _warn(line: str) -> None:
 
 
 def _no_traces(record: logging.LogRecord) -> bool:
-  """Leaves out Orbax's own tracebacks of what a line tells here.
+  """Drops Orbax's tracebacks of what a line reports here.
 
-  Until the process ends: its threads may be later than the line.
+  Until the process ends: its threads may log after the line.
   """
   if record.name == 'asyncio':
     return 'exception was never retrieved' not in record.getMessage()
@@ -264,6 +248,6 @@ def _no_traces(record: logging.LogRecord) -> bool:
 
 
 def _no_echoes(event: Any) -> None:
-  """Leaves out what tensorstore says of writes that nobody waits for now."""
+  """Drops tensorstore's reports of writes that nobody waits for any more."""
   if str(event.exc_value) != 'Event loop is closed':
     _no_echoes.hook(event)

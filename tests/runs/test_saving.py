@@ -321,11 +321,6 @@ def test_the_facts_of_a_run(tmp_path):
   assert {'facts', 'metrics', 'data', 'rest', 'params'} < set(os.listdir(path))
 
 
-def test_failures_have_names(tmp_path):
-  with pytest.raises(UserError, match="save_failure is 'x'; known are stop, g"):
-    saving.Saver(str(tmp_path), 'train', 'x', {})
-
-
 def test_half_written_ones_of_before_are_no_steps(tmp_path, mesh):  # noqa: F811
   with saving.Saver(str(tmp_path), 'train', 'stop', {}) as saver:
     saver.save(1, state_of(1, mesh), {}, 0.5, lambda: None)
