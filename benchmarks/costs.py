@@ -2,28 +2,36 @@
 
     PYTHONPATH=. python benchmarks/costs.py
 
-Prints a table for the algorithms of configs/demo.py; the same numbers of one
+Prints a table for the algorithms of configs/demo.py; the rows and tokens of one
 run are in its train/summary.json, under `cost`. Nothing is run.
 """
 
+import jax.numpy as jnp
+
 from bond_jax.models import policies
+from bond_jax.sizing import operations
 from bond_jax.training import costs, setups
 from configs import demo
 
 
 def main():
-  for i, name in enumerate(demo.ALGORITHMS):
+  names = [x.replace('_', ' ') for x in costs.Cost._fields]
+  head = ['per prompt and update', *names, 'flops', 'gigabytes']
+  print('| ' + ' | '.join(head) + ' |')
+  print('|' + '---|' * len(head))
+  for name in demo.ALGORITHMS:
     config = demo.get_config(f'algorithm={name}')
-    vocab_size = policies.make_sizes(config.model, 1).vocab_size
+    sizes = policies.make_sizes(config.model, 1)
     algorithm = setups.make_algorithm(config)
-    head, *rows = costs.table(
-      {name: costs.of_config(config, algorithm, vocab_size)}
-    )
-    if not i:
-      print('| ' + ' | '.join(head) + ' |')
-      print('|' + '---|' * len(head))
-    for name, *values in rows:
-      print('| ' + ' | '.join([name, *(f'{x:.4g}' for x in values)]) + ' |')
+    phases = operations.of_config(config, algorithm, sizes)
+    read = operations.gigabytes(
+      phases, sizes, batch=config.train.batch,
+      micro_batches=config.train.micro_batches,
+      itemsize=jnp.dtype(config.model.dtype).itemsize,
+    )  # fmt: skip
+    flops = sum(phase.flops for phase in phases.values())
+    values = [*costs.of_config(config, algorithm), flops, read]
+    print('| ' + ' | '.join([name, *(f'{x:.4g}' for x in values)]) + ' |')
 
 
 if __name__ == '__main__':

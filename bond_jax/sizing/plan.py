@@ -17,52 +17,37 @@ from bond_jax.devices import sharding
 from bond_jax.errors import UserError
 from bond_jax.models import policies
 from bond_jax.runs import command, environment, fields, files, show
-from bond_jax.sizing import chips, hlo, programs
+from bond_jax.sizing import chips, hlo, operations, programs
 from bond_jax.training import setups, text_task
 from bond_jax.training import step as step_lib
-from bond_jax.weights import load
 
 GIB = chips.GIB
 CHILD = 'BOND_JAX_PLAN'  # in the environment of the process that compiles
 
 
-# Of which no shape depends on the batch.
-SAME = ('move_anchor', 'probe/draw', 'probe/score')
-
-
-def plan(
-  config: ml_collections.ConfigDict,
-  topology: str,
-  known: dict[str, programs.Compiled] | None = None,
-) -> dict[str, Any]:
-  """Compiles a run for a topology; the summary.
-
-  `known` are the programs that another batch has left, and takes this one's.
-  """
-  known = {} if known is None else known
+def plan(config: ml_collections.ConfigDict, topology: str) -> dict[str, Any]:
+  """Compiles a run for a topology; the summary."""
   devices, chip = chips.devices(topology)
   mesh = sharding.make_mesh(**config.mesh, devices=devices)
   check(config, mesh)
   wanted, kept = programs.of_config(config, mesh)
+  size = {name: programs.bytes_of(tree) for name, tree in kept.items()}
   algorithm = setups.make_algorithm(config)
   rows, too_much = {}, {}
   for name, program in wanted.items():
-    if program.there > chip.memory:  # without the program, even
-      too_much[name] = program.there
+    if program.resident > chip.memory:  # without the program, even
+      too_much[name] = program.resident
       continue
-    compiled = known.get(name)
-    if compiled is None:
-      print(f'compiling {name} for {topology} ...', flush=True)
-      compiled = programs.compile_program(program)
-    if not isinstance(compiled, programs.Compiled):
-      too_much[name] = compiled
+    print(f'compiling {name} for {topology} ...', flush=True)
+    row = programs.compile_program(program)
+    if not isinstance(row, dict):
+      too_much[name] = row
       continue
-    if name in SAME:
-      known[name] = compiled
-    rows[name] = describe(compiled)
+    rows[name] = row
     if chip.flops and not name.startswith('probe'):
-      rows[name]['least_seconds'] = programs.least_seconds(
-        name, compiled, config, algorithm, kept, mesh, chip
+      sent = sum(x['bytes'] for x in row['collectives'].values())
+      row['least_seconds'] = operations.least_seconds(
+        name, sent, config, algorithm, size, mesh, chip
       )
   code = sum(row['code_bytes'] for row in rows.values())
   for row in rows.values():  # all programs stay loaded
@@ -87,31 +72,10 @@ def plan(
     'slots': config.slots,
     'hbm_bytes': chip.memory,
     'peak_bytes': None if too_much else peak,
-    'resident_bytes': {
-      k: programs.bytes_of(v) for k, v in kept.items() if v != {}
-    },
+    'resident_bytes': {k: size[k] for k, tree in kept.items() if tree != {}},
     'reference_on_chip': step_lib.reads_reference(algorithm),
     'programs': rows,
     'too_much': too_much,
-  }
-
-
-def describe(compiled: programs.Compiled) -> dict[str, Any]:
-  """A compiled program as JSON."""
-  sent = compiled.collectives
-  largest = max(sent, key=lambda c: c.bytes, default=None)
-  return {
-    'peak_bytes': compiled.peak,
-    'argument_bytes': compiled.arguments,
-    'beside_bytes': compiled.beside,
-    'temporary_bytes': compiled.temporaries,
-    'code_bytes': compiled.code,
-    'compile_seconds': round(compiled.seconds, 1),
-    'collectives': {
-      kind: {'times': times, 'bytes': size}
-      for kind, (times, size) in hlo.totals(sent).items()
-    },
-    'largest_collective': largest and largest._asdict(),
   }
 
 
@@ -119,8 +83,8 @@ def check(config: ml_collections.ConfigDict, mesh: Mesh) -> None:
   """Refuses what the run would refuse, of what does not need its data."""
   if config.task != 'text' or policies.is_library(config.model):
     raise UserError(
-      f'a plan is made for models in {load.__name__} that are trained on'
-      f' text; this config has task {config.task}, model {config.model.name}.'
+      'a plan is made for our own models trained on text; this config has task'
+      f' {config.task}, model {config.model.name}.'
     )
   needed = (*fields.NEEDED, *text_task.NEEDED)
   fields.check(config.to_dict(), needed, unset=True)
@@ -137,6 +101,15 @@ def check(config: ml_collections.ConfigDict, mesh: Mesh) -> None:
     sharding.check_batch(name, batch, sampling_mesh, 1)
 
 
+def too_large(found: dict[str, Any]) -> dict[str, float]:
+  """Bytes of the programs that are too large for a chip, at least."""
+  return found['too_much'] | {
+    name: row['peak_bytes']
+    for name, row in found['programs'].items()
+    if row['peak_bytes'] > found['hbm_bytes']
+  }
+
+
 def advice(found: dict[str, Any]) -> str:
   """What to try for a run that does not fit."""
   kept = sum(
@@ -146,12 +119,7 @@ def advice(found: dict[str, Any]) -> str:
   )
   if kept > 0.9 * found['hbm_bytes']:
     return 'more chips, a larger mesh, or LoRA (model.lora.rank)'
-  over = set(found['too_much']) | {
-    name
-    for name, row in found['programs'].items()
-    if row['peak_bytes'] > found['hbm_bytes']
-  }
-  tips = []
+  over, tips = set(too_large(found)), []
   if over & {'rollout', 'probe/draw'}:
     tips.append(
       'sampling_mesh with a larger model axis, or fewer slots'
@@ -167,18 +135,13 @@ def verdict(found: dict[str, Any]) -> str:
   gib = lambda x: f'{x / GIB:.2f} GiB'
   limit = gib(found['hbm_bytes'])
   if found['fits']:
-    name, row = max(
-      found['programs'].items(), key=lambda item: item[1]['peak_bytes']
-    )
-    return f'fits: at most {gib(row["peak_bytes"])} of {limit}, in {name}'
-  needs = found['too_much'] | {
-    name: row['peak_bytes']
-    for name, row in found['programs'].items()
-    if row['peak_bytes'] > found['hbm_bytes']
-  }
+    peaks = {k: row['peak_bytes'] for k, row in found['programs'].items()}
+    name = max(peaks, key=peaks.get)
+    return f'fits: at most {gib(peaks[name])} of {limit}, in {name}'
+  needs = too_large(found)
   name = max(needs, key=needs.get)
   least = ' or more' if name in found['too_much'] else ''
-  needed = f'{gib(needs[name])}{least}' if needs[name] else 'more than there is'
+  needed = f'{gib(needs[name])}{least}' if needs[name] else 'more than that'
   others = f' ({", ".join(n for n in needs if n != name)} do not fit either)'
   return (
     f'does not fit: {name} needs {needed}, of {limit} per chip'
@@ -205,93 +168,70 @@ def tables(found: dict[str, Any]) -> None:
     f' {found["batch"]}, {found["prompt_length"]} + {found["max_new_tokens"]}'
     f' tokens, on {found["topology"]}',
   )
-  head = (f'{unit} per chip', 'arguments', 'beside them', 'temporaries', 'peak',
-          'of', 'compiled in s')  # fmt: skip
-  rows = [
-    (
-      name,
-      shown(row['argument_bytes']),
-      shown(row['beside_bytes']),
-      shown(row['temporary_bytes']),
-      shown(row['peak_bytes']),
-      shown(found['hbm_bytes']),
-      row['compile_seconds'],
-    )
-    for name, row in found['programs'].items()
-  ]
-  rows += [
-    (name, '', '', '', f'> {shown(least)}', shown(found['hbm_bytes']), '')
-    for name, least in found['too_much'].items()
-  ]
-  show.table([head, *rows], 'memory')
-  show.table(_sent(found), 'sent between chips, and the largest at one time')
-  if seconds := _seconds(found):
+  columns = {
+    'arguments': 'argument_bytes', 'beside them': 'beside_bytes',
+    'temporaries': 'temporary_bytes', 'peak': 'peak_bytes',
+  }  # fmt: skip
+  limit = shown(found['hbm_bytes'])
+  rows = [(f'{unit} per chip', *columns, 'of', 'compiled in s')]
+  for name, row in found['programs'].items():
+    parts = (shown(row[key]) for key in columns.values())
+    rows.append((name, *parts, limit, row['compile_seconds']))
+  for name, least in found['too_much'].items():
+    rows.append((name, '', '', '', f'> {shown(least)}', limit, ''))
+  show.table(rows, 'memory')
+  rows = [('GB to each chip', *hlo.KINDS, 'largest')]
+  for name, row in found['programs'].items():
+    sent = [row['collectives'].get(k, {}).get('bytes', 0) for k in hlo.KINDS]
+    sent.append((row['largest_collective'] or {}).get('bytes', 0))
+    rows.append((name, *(f'{x / 1e9:.3g}' for x in sent)))
+  show.table(rows, 'sent between chips, and the largest at one time')
+  times = {k: row['least_seconds'] for k, row in found['programs'].items()
+           if 'least_seconds' in row}  # fmt: skip
+  if times:
+    rows = [('', *times['rollout'], 'at least', 'bound by')]
+    for name, parts in times.items():
+      bound = max(parts, key=parts.get)
+      shown_parts = (f'{x:.3g}' for x in (*parts.values(), parts[bound]))
+      rows.append((name, *shown_parts, bound))
+    total = sum(max(parts.values()) for parts in times.values())
     show.table(
-      seconds,
+      [*rows, ('step', '', '', '', f'{total:.3g}', '')],
       'least seconds of a step, from published peaks; all completions at full'
       ' length',
     )
 
 
-def _sent(found) -> list[tuple]:
-  head = ('GB to each chip', *hlo.KINDS, 'largest')
-  rows = []
-  for name, row in found['programs'].items():
-    of = lambda kind, row=row: row['collectives'].get(kind, {'bytes': 0})
-    largest = row['largest_collective']
-    rows.append(
-      (
-        name,
-        *(f'{of(kind)["bytes"] / 1e9:.3g}' for kind in hlo.KINDS),
-        f'{largest["bytes"] / 1e9:.3g}' if largest else 'none',
-      )
-    )
-  return [head, *rows]
-
-
-def _seconds(found) -> list[tuple]:
-  rows, total = [], 0.0
-  for name, row in found['programs'].items():
-    if parts := row.get('least_seconds'):
-      bound = max(parts, key=parts.get)
-      total += parts[bound]
-      shown = (f'{x:.3g}' for x in (*parts.values(), parts[bound]))
-      rows.append((name, *shown, bound))
-  if not rows:
-    return []
-  head = ('', 'compute', 'memory', 'interconnect', 'at least', 'bound by')
-  return [head, *rows, ('step', '', '', '', f'{total:.3g}', '')]
-
-
 def search(config: ml_collections.ConfigDict, topology: str) -> dict[str, Any]:
-  """The plan of the largest batch that fits, to within an eighth.
+  """The plan of the largest batch that fits, to within a factor of two.
 
-  Micro-batches keep their size: there are more of them in a larger batch.
+  The config's batch is doubled or halved. Micro-batches keep their size: a
+  larger batch has more of them.
   """
-  size = config.train.batch // config.train.micro_batches
-  tried, known = {}, {}
+  n = config.train.micro_batches
+  size = config.train.batch // n
 
-  def fits(n: int) -> bool:
-    if n not in tried:
-      with config.unlocked():
-        config.train.batch, config.train.micro_batches = n * size, n
-      print(f'batch {n * size}:', flush=True)
-      tried[n] = plan(config, topology, known=known)
-      print(f'batch {n * size} {verdict(tried[n])}', flush=True)
-    return tried[n]['fits']
+  def at(n: int) -> dict[str, Any]:
+    with config.unlocked():
+      config.train.batch, config.train.micro_batches = n * size, n
+    print(f'batch {n * size}:', flush=True)
+    found = plan(config, topology)
+    print(f'batch {n * size} {verdict(found)}', flush=True)
+    return found
 
-  low, high = 0, config.train.micro_batches
-  while high <= 4096 and fits(high):
-    low, high = high, 2 * high
-  while high > 1 and not low:
-    if fits(high // 2):
-      low = high // 2
-    else:
-      high //= 2
-  while low and high - low > max(1, low // 8):
-    middle = (low + high) // 2
-    low, high = (middle, high) if fits(middle) else (low, middle)
-  return tried[low or 1]
+  found = at(n)
+  while not found['fits'] and n > 1:
+    n //= 2
+    found = at(n)
+    if found['fits']:
+      return found
+  while found['fits'] and n < 4096:
+    n *= 2
+    larger = at(n)
+    if not larger['fits']:
+      break
+    found = larger
+  return found
 
 
 def main(
@@ -321,7 +261,7 @@ def main(
 def in_a_child(args: list[str]) -> int:
   """Makes the plan in a process of its own; the status to end with.
 
-  A check of the TPU compiler that fails ends its process, with no exception.
+  The TPU compiler ends its process where a check of its own fails.
   """
   command_line = [sys.executable, '-m', 'bond_jax.plan', *args]
   child = subprocess.Popen(command_line, env={**os.environ, CHILD: '1'})
@@ -332,8 +272,8 @@ def in_a_child(args: list[str]) -> int:
     return abs(status)
   print(
     f'error: the compiler was ended by {signal.Signals(-status).name} in the'
-    ' program named last above: it is its own mistake, or the memory of this'
-    ' machine. Try another --config.sampling_mesh.model, or another libtpu.',
+    ' program named last above, by a mistake of its own or for lack of memory;'
+    ' try another --config.sampling_mesh.model, or another libtpu.',
     file=sys.stderr,
   )
   return 2

@@ -15,7 +15,7 @@ import ml_collections
 from bond_jax.devices import sharding
 from bond_jax.models import policies, stops
 from bond_jax.sizing import hlo
-from bond_jax.training import costs, distil, setups, text_task
+from bond_jax.training import distil, setups, text_task
 from bond_jax.training import step as step_lib
 from bond_jax.types import Frozen, Params, Prompts, Rollout
 
@@ -24,22 +24,10 @@ class Program(NamedTuple):
   """A jitted function of the run, and what it is called with."""
 
   function: Any
-  args: tuple[Any, ...]  # shapes, with their shardings
-  kept: int  # how many of their leaves the run keeps, the first ones
-  there: int  # bytes of all that the run keeps on each chip by then
-  loops: int  # how often a loop of it runs that ends when all is drawn
-
-
-class Compiled(NamedTuple):
-  """What the compiler says of a program, per chip, in bytes and seconds."""
-
-  peak: float  # with all that lives beside it
-  arguments: float
-  beside: float
-  temporaries: float
-  code: float
-  collectives: list[hlo.Collective]
-  seconds: float  # of compilation
+  kept: tuple[Any, ...]  # its first arguments, which the run keeps; as shapes
+  more: tuple[Any, ...]  # those that follow
+  resident: int  # bytes of all that the run keeps on each chip by then
+  loops: int  # turns of a loop that ends when all is drawn
 
 
 def bytes_of(tree: Any) -> int:
@@ -78,7 +66,7 @@ def shapes(config, policy, setup: step_lib.Setup, mesh: Mesh):
 
 
 def of_config(config: ml_collections.ConfigDict, mesh: Mesh):
-  """The programs of a run on a mesh by their names, and what it keeps."""
+  """The programs of a run by their names, and the trees that it keeps."""
   policy = policies.make_policy(config.model, config.tokenizer.vocab_size)
   # Stand-ins for the ids and the pieces: the shapes are the same.
   stop = stops.make((1,), [b''] * config.tokenizer.vocab_size, config.stop)
@@ -120,109 +108,67 @@ def of_config(config: ml_collections.ConfigDict, mesh: Mesh):
   batch = jax.tree.map(lambda x: row(x.dtype, *x.shape), batch)
   probe = text_task.probe_programs(config, policy, stop, mesh)
   shown, n = config.train.probe_prompts, config.train.probe_completions
-  calls = {
-    'rollout': (of_run.rollout, prompts(b), key, index),
-    'weigh': (of_run.weigh, prompts(b), rollouts(b, k), row(jnp.float32, b, k)),
-    'update': (of_run.update, batch),
-    'move_anchor': (of_run.move_anchor,),
-    'probe/draw': (probe.draw, prompts(shown), key),
-    'probe/score': (probe.score, prompts(shown), rollouts(shown, n)),
-  }
-  kept = resident(state, frozen)
+
+  def turns(completions):
+    slots = min(config.slots, completions) or completions
+    return -(-completions // slots) * t
+
   light = frozen
   if not step_lib.reads_reference(a):
     light = frozen._replace(reference={})
-  trees = {
-    'move_anchor': (state, frozen),
-    'probe/draw': (state.params, frozen.base),
-    'probe/score': (frozen,),
-  }
-  found = {}
-  for name, (function, *more) in calls.items():
-    first = trees.get(name, (state, light))
-    # What is no argument of a program is there all the same.
-    there = frozen if name in ('move_anchor', 'probe/score') else light
-    completions = max(a.num_policy, a.num_anchor) * b
-    if name == 'probe/draw':
-      completions = shown * n
-    slots = min(config.slots, completions) or completions
-    loops = -(-completions // slots) * t
-    if name in ('weigh', 'update'):  # of each length, see micro_batches.fold
-      loops = -(-setup.micro_batches // setup.buckets)
-    found[name] = Program(
-      function,
-      (*first, *more),
-      len(jax.tree.leaves(first)),
-      bytes_of((state, there)),
-      loops,
-    )
-  return found, kept
+  size, light_size = bytes_of((state, frozen)), bytes_of((state, light))
+  drawn = turns(max(a.num_policy, a.num_anchor) * b)
+  folds = -(-setup.micro_batches // setup.buckets)  # see micro_batches.fold
+  judged = prompts(b), rollouts(b, k), row(jnp.float32, b, k)
+  probed = prompts(shown), rollouts(shown, n)
+  of_step = lambda f, *more: (f, (state, light), more, light_size)
+  return {
+    'rollout': Program(*of_step(of_run.rollout, prompts(b), key, index), drawn),
+    'weigh': Program(*of_step(of_run.weigh, *judged), folds),
+    'update': Program(*of_step(of_run.update, batch), folds),
+    'move_anchor': Program(of_run.move_anchor, (state, frozen), (), size, 1),
+    'probe/draw': Program(
+      probe.draw, (state.params, frozen.base), (prompts(shown), key),
+      light_size, turns(shown * n),
+    ),
+    'probe/score': Program(probe.score, (frozen,), probed, size, 1),
+  }, resident(state, frozen)  # fmt: skip
 
 
-def compile_program(program: Program) -> Compiled | float:
-  """Compiles a program for its mesh.
+def compile_program(program: Program) -> dict[str, Any] | float:
+  """What the compiler says of a program, per chip, in bytes and seconds.
 
-  If it is too much for a chip by itself, returns the bytes that it needs at
-  least, 0 where the compiler does not say.
+  If it is too much for a chip by itself, the bytes that it needs at least, 0
+  where the compiler does not say.
   """
   start = time.monotonic()
+  args = program.kept + program.more
   try:
-    compiled = program.function.lower(*program.args).compile()
+    compiled = program.function.lower(*args).compile()
   except jax.errors.JaxRuntimeError as e:
     if 'RESOURCE_EXHAUSTED' not in str(e):
       raise
     needed = re.search(r'HLO temporaries \(([\d.]+)G\)', str(e))
     return float(needed[1]) * 2**30 if needed else 0.0
   memory = compiled.memory_analysis()
-  collectives = hlo.collectives(compiled.as_text(), program.loops)
-  arguments = memory.argument_size_in_bytes
+  used = compiled._executable._kept_var_idx  # of the arguments; not public
+  leaves = jax.tree.leaves(program.kept)
+  passed = bytes_of([x for i, x in enumerate(leaves) if i in used])
   # Less than nothing would be the rounding of tiny arrays.
-  beside = max(0, program.there - _kept_bytes(compiled, program))
-  return Compiled(
-    peak=memory.peak_memory_in_bytes + beside,
-    arguments=arguments,
-    beside=beside,
-    temporaries=memory.peak_memory_in_bytes - arguments,
-    code=memory.generated_code_size_in_bytes,
-    collectives=collectives,
-    seconds=time.monotonic() - start,
-  )
-
-
-def _kept_bytes(compiled, program: Program) -> int:
-  """Bytes of the arguments that the run keeps; jit drops what is not used."""
-  used = compiled._executable._kept_var_idx  # no public name says it
-  leaves = jax.tree.leaves(program.args)[: program.kept]
-  return bytes_of([x for i, x in enumerate(leaves) if i in used])
-
-
-def least_seconds(name, compiled, config, algorithm, kept, mesh, chip):
-  """Of computing, reading memory and sending: the phases of a step alone."""
-  sizes = policies.make_sizes(config.model, config.tokenizer.vocab_size)
-  phases = costs.phases(
-    algorithm, sizes, prompt=config.prompt.length, length=config.length,
-    epochs=config.train.epochs, remat=config.model.remat,
-  )  # fmt: skip
-  batch, n = config.train.batch, mesh.size
-  itemsize = jnp.dtype(config.model.dtype).itemsize
-  weights = costs.work(sizes).weights * itemsize
-  sent = sum(size for _, size in hlo.totals(compiled.collectives).values())
-  part = phases.get(name, costs.Phase(0.0, 0.0, 0.0))
-  if name == 'rollout':
-    over = sharding.reshaped(mesh, **config.sampling_mesh).shape['model']
-    read = part.passes * weights / over
-  else:
-    read = part.passes * weights * config.train.micro_batches
-    read /= mesh.shape['model']
-  # What is read and written anew.
-  if name == 'update':
-    read += 2 * bytes_of((kept['parameters'], kept['optimizer']))
-  if name == 'move_anchor':
-    read += bytes_of((kept['parameters'], kept['reference']))
-    read += 2 * bytes_of(kept['anchor'])
-  read += part.cached * itemsize * batch / n
+  beside = max(0, program.resident - passed)
+  sent = hlo.collectives(compiled.as_text(), program.loops)
+  largest = max(sent, key=lambda c: c.bytes, default=None)
   return {
-    'compute': part.flops * batch / n / chip.flops,
-    'memory': read / chip.bandwidth,
-    'interconnect': sent / chip.interconnect,
+    'peak_bytes': memory.peak_memory_in_bytes + beside,
+    'argument_bytes': memory.argument_size_in_bytes,
+    'beside_bytes': beside,
+    'temporary_bytes': memory.peak_memory_in_bytes
+    - memory.argument_size_in_bytes,
+    'code_bytes': memory.generated_code_size_in_bytes,
+    'compile_seconds': round(time.monotonic() - start, 1),
+    'collectives': {
+      kind: {'times': times, 'bytes': size}
+      for kind, (times, size) in hlo.totals(sent).items()
+    },
+    'largest_collective': largest and largest._asdict(),
   }

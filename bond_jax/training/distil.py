@@ -206,7 +206,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
   )  # fmt: skip
   task = setups.task(config).make(config, workdir, mesh)
   setup = setups.make_setup(config, task.policy, task.stop, mesh)
-  cost = costs.of_config(config, setup.algorithm, task.policy.vocab_size)
+  cost = costs.of_config(config, setup.algorithm)
   hosts.say(f'train: {costs.line(cost)}')
   guard = make_guard(config, setup.algorithm)
   show = ('reward/policy', 'signal/fires', 'win_rate/reference', 'kl/reference')

@@ -102,7 +102,7 @@ def test_a_reference_that_is_the_anchor_stays():
   wanted, kept = programs.of_config(config, sharding.make_mesh(8, 1))
   assert kept['anchor'] == {}
   all_kept = sum(programs.bytes_of(v) for v in kept.values())
-  assert wanted['update'].there == pytest.approx(all_kept, abs=64)
+  assert wanted['update'].resident == pytest.approx(all_kept, abs=64)
 
 
 def test_what_does_not_fit_is_said_with_what_to_try(found):
@@ -120,25 +120,24 @@ def test_what_does_not_fit_is_said_with_what_to_try(found):
   assert 'more chips' in plan.verdict(over) and 'LoRA' in plan.verdict(over)
 
 
-def test_the_largest_batch_is_found(monkeypatch):
-  """To within an eighth; micro-batches keep their size."""
-  for limit in (1, 5, 37, 300):
-    tried = []
+@pytest.mark.parametrize('limit', [1, 2, 5, 37])
+def test_the_largest_batch_is_found(monkeypatch, limit):
+  """To within a factor of two; micro-batches keep their size."""
+  tried = []
 
-    def fake(config, topology, known, limit=limit, tried=tried):
-      assert known == {}
-      n = config.train.batch
-      assert n == 8 * config.train.micro_batches
-      tried.append(n)
-      return dict(batch=n, fits=n <= 8 * limit, too_much={}, hbm_bytes=1,
-                  programs={'update': dict(peak_bytes=n)}, slots=0,
-                  resident_bytes={}, micro_batches=1,
-                  reference_on_chip=False)  # fmt: skip
+  def fake(config, topology):
+    n = config.train.batch
+    assert n == 8 * config.train.micro_batches
+    tried.append(n)
+    return dict(batch=n, fits=n <= 8 * limit, too_much={}, hbm_bytes=1,
+                programs={'update': dict(peak_bytes=n)}, slots=0,
+                resident_bytes={}, micro_batches=1,
+                reference_on_chip=False)  # fmt: skip
 
-    monkeypatch.setattr(plan, 'plan', fake)
-    best = plan.search(small(), 'cpu:8')['batch'] // 8
-    assert best <= limit < best + max(1, best // 8) + 1
-    assert len(tried) == len(set(tried)) <= 12
+  monkeypatch.setattr(plan, 'plan', fake)
+  best = plan.search(small(), 'cpu:8')['batch'] // 8
+  assert best <= limit < 2 * best
+  assert len(tried) == len(set(tried)) <= 8
 
 
 @pytest.mark.parametrize(
