@@ -104,13 +104,7 @@ def save(
 @jax.jit
 def not_finite(tree: Any) -> Any:
   """Whether each array of a tree holds anything that is not finite: bool[]."""
-
-  def one(x):
-    if not jnp.issubdtype(x.dtype, jnp.inexact):
-      return jnp.bool_(False)
-    return ~jnp.isfinite(x).all()
-
-  return jax.tree.map(one, tree)
+  return jax.tree.map(lambda x: ~jnp.isfinite(x).all(), tree)
 
 
 def broken(tree: Any) -> list[str]:

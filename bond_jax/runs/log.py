@@ -6,7 +6,7 @@ Of several hosts only the first writes.
 from __future__ import annotations
 
 import collections
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 import contextlib
 import json
 import math
@@ -59,7 +59,15 @@ class Writer:
       keep = -1 if resumed_at is None else resumed_at
       _drop_after(path, keep)
       self._rows = _Rows(path)
-      self._board = _Board(os.path.join(folder, 'tensorboard'), keep + 1)
+      board = os.path.join(folder, 'tensorboard')
+      os.makedirs(board, exist_ok=True)
+      # Not a SummaryWriter: its thread dies of a full disk, and its queue then
+      # blocks the run.
+      path = os.path.join(board, 'events')
+      self._board = EventsWriter(path, f'.{os.getpid()}')
+      # Events of older files from this step on are replaced.
+      start = SessionLog(status=SessionLog.START)
+      self._plot([Event(step=keep + 1, session_log=start)])
     self._line = progress.Line(title, total, resumed_at or 0, show, self._main)
 
   def __enter__(self) -> Self:
@@ -96,8 +104,26 @@ class Writer:
     row = {'step': step} | {k: _finite(v) for k, v in values.items()}
     if self._main:
       self._rows.append((json.dumps(row) + '\n').encode())
-      self._board.write(step, values)
+      self._plot(
+        Event(step=step, summary=summary.scalar(k, v))
+        for k, v in values.items()
+      )
     return row
+
+  def _plot(self, events: Iterable[Event], flush: bool = False) -> None:
+    """Writes to TensorBoard's file, which ends where that fails."""
+    try:
+      for event in events if self._board else ():
+        event.wall_time = time.time()
+        self._board.write_event(event)
+      if flush and self._board:
+        self._board.flush()
+    except OSError as e:
+      self._board = None
+      _warn(
+        f'cannot write for TensorBoard ({e.strerror}), which sees no later step'
+        ' of this process; metrics.jsonl has them all.'
+      )
 
   def sync(self) -> None:
     """Closes metrics.jsonl and opens it again, before a checkpoint is saved.
@@ -108,13 +134,13 @@ class Writer:
     """
     if self._main:
       self._rows.sync()
-      self._board.flush()
+      self._plot((), flush=True)
 
   def close(self) -> None:
     self._line.close()
     if self._main:
       self._rows.close()
-      self._board.flush()
+      self._plot((), flush=True)
 
 
 class _Rows:
@@ -157,45 +183,6 @@ class _Rows:
     with contextlib.suppress(OSError):
       if self._file:
         self._file.close()
-
-
-class _Board:
-  """TensorBoard's file, which ends where it cannot be written.
-
-  Not a SummaryWriter: its thread dies of a full disk, and its queue then
-  blocks the run.
-  """
-
-  def __init__(self, folder: str, step: int):
-    """Opens a new file, which replaces events of older ones from `step` on."""
-    os.makedirs(folder, exist_ok=True)
-    self._folder = folder
-    path = os.path.join(folder, 'events')
-    self._writer = EventsWriter(path, f'.{os.getpid()}')
-    start = SessionLog(status=SessionLog.START)
-    self._add(Event(wall_time=time.time(), step=step, session_log=start))
-
-  def write(self, step: int, values: Mapping[str, Any]) -> None:
-    self._add(*(
-      Event(wall_time=time.time(), step=step, summary=summary.scalar(k, v))
-      for k, v in values.items()
-    ))  # fmt: skip
-
-  def flush(self) -> None:
-    self._add(flush=True)
-
-  def _add(self, *events: Event, flush: bool = False) -> None:
-    try:
-      for event in events if self._writer else ():
-        self._writer.write_event(event)
-      if flush and self._writer:
-        self._writer.flush()
-    except OSError as e:
-      self._writer = None
-      _warn(
-        f'cannot write to {self._folder} ({e.strerror}); TensorBoard sees no'
-        ' later step of this process, and metrics.jsonl has them all.'
-      )
 
 
 def _warn(line: str) -> None:

@@ -98,12 +98,12 @@ def test_a_board_that_cannot_be_written_stops_no_run(tmp_path, capsys):
     raise OSError(28, 'No space left on device')
 
   with log.Writer(str(tmp_path), 'train', 6) as writer:
-    writer._board._writer.write_event = full
+    writer._board.write_event = full
     for step in (1, 2):
       writer.write(step, {'loss': 1.0})
       writer.sync()
   said = capsys.readouterr().err
-  assert said.count('TensorBoard sees no later step') == 1
+  assert said.count('which sees no later step') == 1
   assert len(log.read_rows(tmp_path / 'metrics.jsonl')) == 2
 
 
