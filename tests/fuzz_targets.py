@@ -169,7 +169,9 @@ def _use(rows) -> None:
       examples.encoder('turn', words, length=9, system=True)(row)
   preferences.read(
       rows, 'train', words, turns='messages' in rows[0], system=True, length=40,
-      min_gap=0.1, partners=1, seed=0,
+      pair=functools.partial(
+        preferences.pairs_of, min_gap=0.1, partners=1, seed=0
+      ),
   )  # fmt: skip
 
 

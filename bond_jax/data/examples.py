@@ -1,15 +1,12 @@
 """From rows of text to batches of prompts, with Grain.
 
 Axes: B prompts, P prompt length, T completion length. All arrays are numpy.
-The order is a global shuffle, drawn anew each epoch; it depends on the seed
-alone. A mixture takes turns between its sources, by their weights, and each
-has epochs of its own. Iterators are Grain's: `get_state()` is a JSON value, and
-an iterator that gets it by `set_state()`, in this process or another, goes on
-from there.
+Rows are shuffled anew each epoch, by the seed. A mixture takes turns between
+its sources, by their weights, and each has epochs of its own. Iterators are
+Grain's: `get_state()` is a JSON value, from which `set_state()` goes on.
 
 Every host yields the whole batch, of which `sharding.put_batch` takes what its
-devices hold: which rows are too long is not known before they are read. So the
-batch and the state are the same on all hosts, however many there are.
+devices hold, because which rows are too long is not known before they are read.
 """
 
 from __future__ import annotations
@@ -36,44 +33,15 @@ Encode = Callable[[Row], list[int] | None]  # one that makes a prompt's pieces
 
 
 def sentences(
-  rows: Source,
-  tokenizer: Tokenizer,
-  *,
-  length: int,
-  batch: int,
-  seed: int,
+  rows: Source, tokenizer: Tokenizer, *, length: int, batch: int, seed: int
 ) -> grain.DatasetIterator:
   """Yields (Prompts, completion i32[B, 1, T], mask bool[B, 1, T]) for ever.
 
   The prompt is BOS, the completion the whole sentence and EOS, right-padded
   to T = `length`, or cut there and then without EOS. A batch may span epochs.
   """
-
-  def collate(examples):
-    ids, pieces = zip(*examples, strict=True)
-    prompts = _prompts(ids, [[tokenizer.bos_id]] * len(ids), 1)
-    return prompts, *_completions(pieces, length, tokenizer)
-
-  return _iterate(rows, sentence(tokenizer, length), collate, batch, seed)
-
-
-def sentence(tokenizer: Tokenizer, length: int) -> Make:
-  """Returns the function that makes a row the pieces of its text, and EOS."""
-
-  def make(row: Row) -> list[int]:
-    text = text_of(row, "sft.target 'text' needs")
-    return (tokenizer.encode(text) + [tokenizer.eos_id])[:length]
-
-  return make
-
-
-def text_of(row: Row, needs: str) -> str:
-  """The row's text; a BadRow, which says what needs it, if it has none."""
-  if not isinstance(row.get('text'), str):
-    raise BadRow(
-      f'a row has no text, which {needs}; its fields are {", ".join(row)}.'
-    )
-  return row['text']
+  make = sentence(tokenizer, length)
+  return _pairs(rows, make, tokenizer, 1, length, batch, seed)
 
 
 def answers(
@@ -86,22 +54,46 @@ def answers(
   batch: int,
   seed: int,
 ) -> grain.DatasetIterator:
-  """Yields what `sentences` yields, of prompts and their 'completion's.
+  """Yields the same as `sentences`, of prompts and their 'completion's.
 
   Prompts are those of `prompts`, P = `prompt_length`. A completion ends as a
   drawn one does, with the end of a turn where the vocabulary has one, else EOS.
   """
-  for part in sources.parts(rows):  # else no end
-    _distinct_prompts([part], encode, 1, prompt_length)
+  make = answer(encode, tokenizer, length)
+  return _pairs(rows, make, tokenizer, prompt_length, length, batch, seed)
 
+
+def _pairs(
+  rows: Source,
+  make: Make,
+  tokenizer: Tokenizer,
+  prompt_length: int,
+  length: int,
+  batch: int,
+  seed: int,
+) -> grain.DatasetIterator:
   def collate(examples):
     ids, pairs = zip(*examples, strict=True)
-    said, pieces = zip(*pairs, strict=True)
-    prompts = _prompts(ids, said, prompt_length)
-    return prompts, *_completions(pieces, length, tokenizer)
+    asked, pieces = zip(*pairs, strict=True)
+    # completion i32[B, 1, T], mask bool[B, 1, T], padded on the right
+    mask = np.arange(length) < np.array([len(p) for p in pieces])[:, None]
+    completion = np.full(mask.shape, tokenizer.pad_id, np.int32)
+    completion[mask] = np.concatenate(pieces)
+    prompts = _prompts(ids, asked, prompt_length)
+    return prompts, completion[:, None], mask[:, None]
 
-  make = answer(encode, tokenizer, length)
   return _iterate(rows, make, collate, batch, seed)
+
+
+def sentence(tokenizer: Tokenizer, length: int) -> Make:
+  """Returns the function that makes a row BOS, and its text and EOS."""
+
+  def make(row: Row) -> tuple[list[int], list[int]]:
+    text = text_of(row, "sft.target 'text' needs")
+    pieces = [*tokenizer.encode(text), tokenizer.eos_id]
+    return [tokenizer.bos_id], pieces[:length]
+
+  return make
 
 
 def answer(encode: Encode, tokenizer: Tokenizer, length: int) -> Make:
@@ -121,14 +113,13 @@ def answer(encode: Encode, tokenizer: Tokenizer, length: int) -> Make:
   return make
 
 
-def _completions(
-  pieces: Sequence[list[int]], length: int, tokenizer: Tokenizer
-) -> tuple[np.ndarray, np.ndarray]:
-  """completion i32[B, 1, T], mask bool[B, 1, T], padded on the right."""
-  mask = np.arange(length) < np.array([len(p) for p in pieces])[:, None]
-  completion = np.full(mask.shape, tokenizer.pad_id, np.int32)
-  completion[mask] = np.concatenate(pieces)
-  return completion[:, None], mask[:, None]
+def text_of(row: Row, needs: str) -> str:
+  """The row's text; a BadRow, which says what needs it, if it has none."""
+  if not isinstance(row.get('text'), str):
+    raise BadRow(
+      f'a row has no text, which {needs}; its fields are {", ".join(row)}.'
+    )
+  return row['text']
 
 
 def encoder(
@@ -148,8 +139,8 @@ def encoder(
     tokenizer: the vocabulary.
     length: P.
     system: see `tokenizer.chat`.
-    longer: what becomes of longer texts and turns: 'drop', they are left out;
-      'cut', of their pieces after BOS the last are kept.
+    longer: 'drop', longer texts and turns are left out; 'cut', of their pieces
+      after BOS the last are kept.
   """
   check_prompt(kind, length, longer)
 
@@ -206,11 +197,9 @@ def prompts(
 ) -> grain.DatasetIterator:
   """Yields Prompts of P = `length`, padded on the left, for ever.
 
-  Rows that `encode` leaves out are passed over; a UserError if all of a source
-  are. `weight`s of a mixture are shares of the prompts that are left.
+  Rows that `encode` leaves out are passed over: the weights of a mixture are
+  shares of the prompts that are left.
   """
-  for part in sources.parts(rows):  # else no end
-    _distinct_prompts([part], encode, 1, length)
 
   def collate(examples):
     return _prompts(*zip(*examples, strict=True), length)
@@ -292,8 +281,7 @@ def count_left_out(
       places = np.random.default_rng(0).choice(places, most, replace=False)
     before = len(bad)
     used = sum(
-      bool(sources.made(part.rows, int(i), make, bad=bad.append))
-      for i in places
+      bool(sources.made(part.rows, int(i), make, bad.append)) for i in places
     )
     left_out = len(places) - used - (len(bad) - before)
     counts.append(Count(part.name, len(part.rows), len(places), left_out))
@@ -340,10 +328,10 @@ def _iterate(
   parts = sources.parts(rows)
   for part in parts:  # else no end
     bad = []
-    if next(sources.each(part.rows, make, bad=bad.append), None) is None:
+    if next(sources.each(part.rows, make, bad.append), None) is None:
       raise UserError(
         f'{_who(part)} has no row that can be used:'
-        f' {f"the first bad one: {bad[0]}" if bad else "all are too long."}'
+        f' {bad[0] if bad else "none fits prompt.length."}'
       )
   streams = [_stream(part, make, seed) for part in parts]
   # Mixed after the filter: a weight is a share of what is left.

@@ -1,4 +1,4 @@
-"""Which of two texts people preferred: from rows to pairs, pieces and batches.
+"""Preferences between two texts: from rows to pairs, pieces and batches.
 
 Axes: N texts, M pairs of them, B rows of a batch, L pieces. All arrays are
 numpy, padded on the right.
@@ -7,7 +7,6 @@ numpy, padded on the right.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-import itertools
 from typing import Any, NamedTuple
 
 import grain
@@ -24,9 +23,9 @@ _ROUNDS = 16  # of pairing rows that are left over from the round before
 
 
 class Judged(NamedTuple):
-  """The texts of a split, and what people said of them."""
+  """The judged texts of a split, N of them, and M pairs."""
 
-  texts: list[str]  # N, what was judged, without a prompt that was a turn
+  texts: list[str]  # N, without a prompt that was a turn
   pieces: list[list[int]]  # N, with the prompt; see `encode`
   pairs: np.ndarray  # i64[M, 2], of texts: the preferred one, the other
   gap: np.ndarray  # f64[M], how much better that one is
@@ -69,9 +68,7 @@ def read(
   turns: bool,
   system: bool,
   length: int,
-  min_gap: float,
-  partners: int,
-  seed: int,
+  pair: Callable[[np.ndarray], np.ndarray],
 ) -> Judged:
   """Reads preferences, or ratings and the pairs that follow from them.
 
@@ -79,9 +76,9 @@ def read(
   the row's 'text', if it has one; or two answers to its 'messages' (else to its
   'text', as the user's). Where they are messages themselves, or transcripts
   that are the row's only prompt, the last ones are the answers, and those
-  before them, if any, what was asked. A number 'margin' is the pair's gap, 1
+  before them, if any, the prompt. A number 'margin' is the pair's gap, 1
   without it.
-  Rows with 'text' and 'rating' are paired by `pairs_of`, the gap being the
+  Rows with 'text' and 'rating' are paired by `pair`, the gap being the
   difference of the ratings. Rows without either are a UserError.
 
   Args:
@@ -91,53 +88,46 @@ def read(
     turns: the texts are answers to turns.
     system: see `tokenizer.chat`.
     length: pieces of the longest text; rows with longer ones are left out.
-    min_gap, partners, seed: see `pairs_of`.
+    pair: `pairs_of` with its settings.
   """
-  keys, what, bad = _columns(rows, split), f'the {split} split', []
+  keys, bad = _columns(rows, split), []
 
   def judge(row: Row) -> tuple[list[str], list[list[int]], float] | tuple[()]:
     row = _last_turns(row, turns)
-    found = [_whole(row, key, turns) for key in keys]
+    texts = [_whole(row, key, turns) for key in keys]
     messages = asked(row) if turns else None
-    ids = [encode(tokenizer, text, messages, system=system) for text in found]
+    ids = [encode(tokenizer, text, messages, system=system) for text in texts]
     if max(map(len, ids)) > length:
       return ()
     if len(keys) == 1:
-      return found, ids, number_of(row, 'rating')
+      return texts, ids, number_of(row, 'rating')
     gap = 1.0 if row.get('margin') is None else number_of(row, 'margin')
-    return found, ids, gap
+    return texts, ids, gap
 
-  some = [
-    sources.made(rows, i, judge, what=what, bad=bad.append)
-    for i in range(len(rows))
-  ]
-  used = [found for found in some if found]
+  used = [found for found in sources.each(rows, judge, bad.append) if found]
   if not used:
     raise UserError(
-      f'all {len(some)} rows of the {split} split are longer than'
+      f'all {len(rows)} rows of the {split} split are longer than'
       f' reward_model.length = {length} pieces, or bad.'
     )
-  texts, pieces, numbers = zip(*used, strict=True)
-  texts, pieces = (
-    list(itertools.chain.from_iterable(x)) for x in (texts, pieces)
-  )
-  left_out = len(some) - len(used) - len(bad)
+  texts = [text for some, _, _ in used for text in some]
+  pieces = [ids for _, some, _ in used for ids in some]
+  numbers = np.array([number for *_, number in used])
+  rest = len(rows) - len(used) - len(bad), bad
   if len(keys) == 2:
     unit = np.repeat(np.arange(len(used)), 2)
     pairs = np.arange(len(texts)).reshape(-1, 2)
-    gap = np.array(numbers)
-    return Judged(texts, pieces, pairs, gap, None, unit, left_out, bad)
-  rating = np.array(numbers)
-  pairs = pairs_of(rating, min_gap=min_gap, partners=partners, seed=seed)
+    return Judged(texts, pieces, pairs, numbers, None, unit, *rest)
+  pairs = pair(numbers)
   if not len(pairs):
     raise UserError(
-      f'no two ratings of the {split} split, {rating.min():g} to'
-      f' {rating.max():g}, differ by reward_model.min_gap = {min_gap:g} or'
-      ' more: there is no pair to learn from.'
+      f'no two ratings of the {split} split, {numbers.min():g} to'
+      f' {numbers.max():g}, differ by reward_model.min_gap or more: there is no'
+      ' pair to learn from.'
     )
-  gap = rating[pairs[:, 0]] - rating[pairs[:, 1]]
+  gap = numbers[pairs[:, 0]] - numbers[pairs[:, 1]]
   unit = np.arange(len(texts))
-  return Judged(texts, pieces, pairs, gap, rating, unit, left_out, bad)
+  return Judged(texts, pieces, pairs, gap, numbers, unit, *rest)
 
 
 def cut_anew(
@@ -184,10 +174,9 @@ def _columns(rows: Source, split: str) -> tuple[str, ...]:
              if there >= {*keys}]  # fmt: skip
     return found[0] if found else None
 
-  what = f'the {split} split'
-  if found := next(sources.each(rows, columns, what=what), None):
+  if found := next(sources.each(rows, columns), None):
     return found if 'chosen' in found else ('text',)
-  names = next(sources.each(rows, sorted, what=what))
+  names = next(sources.each(rows, sorted))
   raise UserError(
     f'the {split} split has the columns {", ".join(names)}; a reward'
     " model is trained on 'chosen' and 'rejected', or on 'text' and 'rating'."
@@ -195,7 +184,7 @@ def _columns(rows: Source, split: str) -> tuple[str, ...]:
 
 
 def _whole(row: Row, key: str, turns: bool) -> str:
-  """What is judged under a column: the answer to turns, or the whole text."""
+  """The text of a column: the answer to turns, or with the text before it."""
   text = _text(row, key)
   has_text = row.get('text') is not None
   prompted = row.get('messages') or (has_text and key != 'text')

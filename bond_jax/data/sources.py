@@ -1,8 +1,7 @@
 """Rows by their index: of TFDS builders, files and Hugging Face.
 
-They are read when they are asked for, by `readers.py`, and are dicts as
-`conversations.py` says. One that is bad stops the run, or is left out: `made`
-and `each` see to it.
+They are read when they are used, and are dicts as `conversations.py` says. A
+bad one stops the run, or is left out; see `made` and `each`.
 """
 
 from __future__ import annotations
@@ -121,31 +120,19 @@ def made(
   rows: Source,
   i: int,
   make: Callable[[Row], T],
-  *,
-  what: str = 'the data',
   bad: Callable[[BadRow], Any] = lambda e: None,
 ) -> T | Any:
-  """Returns what `make` returns for a row, a BadRow with its address.
+  """Returns `make(rows[i])`; a BadRow says where the row is.
 
-  Args:
-    rows: of the data.
-    i: which one.
-    make: may raise a BadRow.
-    what: names rows that have no address of their own.
-    bad: called with the BadRow, for what is returned, where these are left out.
+  Where bad rows are left out, it returns `bad(error)` instead.
   """
   if isinstance(rows, Mixture):
     part, i = rows.find(i)
-    return made(part.rows, i, make, what=what, bad=bad)
-  if not isinstance(rows, Rows):
-    try:
-      return make(rows[i])
-    except BadRow as e:
-      raise BadRow(f'row {i} of {what}: {e}') from e
+    rows = part.rows
   try:
-    return rows.use(i, make)
+    return rows.use(i, make) if isinstance(rows, Rows) else make(rows[i])
   except BadRow as e:
-    if rows.skip:
+    if isinstance(rows, Rows) and rows.skip:
       return bad(e)
     raise _stop(e) from e
 
@@ -153,14 +140,12 @@ def made(
 def each(
   rows: Source,
   make: Callable[[Row], T],
-  *,
-  what: str = 'the data',
   bad: Callable[[BadRow], None] = lambda e: None,
 ) -> Iterator[T]:
-  """What `make` returns for each row, unless that is None; see `made`."""
+  """What `made` returns for each row, unless that is None."""
   # By index: iterating, Grain starts threads that take four times as long.
   for i in range(len(rows)):
-    if (found := made(rows, i, make, what=what, bad=bad)) is not None:
+    if (found := made(rows, i, make, bad)) is not None:
       yield found
 
 
@@ -253,7 +238,7 @@ def source(
   if not rows:
     raise UserError(f'{filled} is empty: it has no rows of split {asked!r}.')
   bad = []  # before anything is spent
-  if next(each(rows, lambda row: row, bad=bad.append), None) is None:
+  if next(each(rows, lambda row: row, bad.append), None) is None:
     raise UserError(f'all {len(rows)} rows are bad; the first: {bad[0]}')
   return rows
 

@@ -113,7 +113,7 @@ def build(
   texts, ratings, skipped = {}, {}, 0
   for split, rows in splits.items():
     what, bad = f'the {split} split', []
-    rated = list(sources.each(rows, _rated, what=what, bad=bad.append))
+    rated = list(sources.each(rows, _rated, bad.append))
     if not rated:
       raise UserError(f'all rows of {what} are bad; the first: {bad[0]}')
     if bad:

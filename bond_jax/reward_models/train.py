@@ -8,6 +8,7 @@ bag of words fitted to the same pairs.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import os
 from typing import Any
@@ -135,21 +136,22 @@ def read_splits(
 
   Rated texts of the held-out splits meet more others than those of training.
   """
-  settings = config.reward_model
-  judged = {
-    split: preferences.read(
+  settings, judged = config.reward_model, {}
+  for split in preferences.SPLITS:
+    judged[split] = preferences.read(
       sources[split],
       split,
       tokenizer,
       turns=mine.prompt.kind == 'turn',
       system=load.has_system_turn(mine),
       length=settings.length,
-      min_gap=settings.min_gap,
-      partners=settings.partners if split == 'train' else _HELD_OUT_PARTNERS,
-      seed=config.seed,
+      pair=functools.partial(
+        preferences.pairs_of,
+        min_gap=settings.min_gap,
+        partners=settings.partners if split == 'train' else _HELD_OUT_PARTNERS,
+        seed=config.seed,
+      ),
     )
-    for split in preferences.SPLITS
-  }
   for split, part in judged.items():
     if part.bad:
       rows = len(sources[split])

@@ -7,7 +7,7 @@ comes with one is never run. In float32 on a CPU, on a GPU as it was saved.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import re
 from typing import Any, NamedTuple
 
@@ -16,7 +16,7 @@ import numpy as np
 import scipy.special
 
 from bond_jax.errors import UserError
-from bond_jax.rewards import judge
+from bond_jax.rewards import answers, judge
 from bond_jax.rewards.text import judged
 from bond_jax.types import PreferenceFn, RewardFn
 from bond_jax.weights.huggingface import reader
@@ -32,9 +32,8 @@ class Model(NamedTuple):
 
   path: str
   tokenizer: Any
-  outputs: int  # C
-  labels: dict[int, str]
-  independent: bool  # each has a probability of its own, not one for all
+  labels: list[str]  # C
+  independent: bool  # each output has a probability of its own
   logits: Callable[[Texts], np.ndarray]  # -> f64[X, C]
 
 
@@ -53,7 +52,7 @@ def classifier(
     label: by name or number, of a model with several outputs; the reward is
       log p / (1 - p) of it, in nats. With one output the reward is that.
     chat: the text is the row's messages and the completion, in the template of
-      the model's tokenizer; else what `text.judged` says.
+      the model's tokenizer; else what `text.judged` returns.
     batch: texts at a time.
     length: tokens of the longest text; of longer ones the beginning is cut.
     device: of torch; '' = 'cuda' where there is one, else 'cpu'.
@@ -69,10 +68,10 @@ def classifier(
     else:
       texts = judged(prompts, completions, context)
     logits = model.logits([(text,) for text in texts])
-    if model.outputs > 1 and not model.independent:
-      value = _log_odds(logits, index)
-    else:
-      value = logits[:, index]
+    value = logits[:, index]
+    if len(model.labels) > 1 and not model.independent:  # log-odds of a softmax
+      others = np.delete(logits, index, axis=1)
+      value = value - scipy.special.logsumexp(others, axis=1)
     return value.reshape(len(prompts), -1)
 
   return classifier_reward
@@ -88,16 +87,13 @@ def entailment(
   """Returns log P(a field of the row entails the completion), in nats.
 
   The setting of BOND's experiments on XSum (2407.14622, section 4), with their
-  model (Roit et al., 2023) replaced by any that was trained on NLI. BOND,
-  J-BOND and WIND see the order of rewards alone: there the logarithm changes
-  nothing but that probabilities near 1 do not become ties in float32.
+  model (Roit et al., 2023) replaced by any that was trained on NLI; see
+  docs/rewards.md for the logarithm.
 
   Args:
-    path: a folder, or owner/name@commit, of a model with a label 'entailment'.
+    path: of a model with a label 'entailment'.
     premise: the field. Of premises that are too long the end is cut.
-    batch: pairs at a time.
-    length: tokens of the longest pair.
-    device: see `classifier`.
+    batch, length, device: see `classifier`; of pairs.
   """
   model = _load(path, batch, length, device, side='right', add_special=True)
   index = _index(model, 'entailment')
@@ -126,63 +122,49 @@ def pair_judge(
   Every pair is asked about in both orders; see `judge.all_at_once`.
 
   Args:
-    path: a folder, or owner/name@commit, of a model with one output.
+    path: of a model with one output.
     template: of the text, with {prompt}, {a} and {b}.
-    batch: texts at a time.
-    length: tokens of the longest text; of longer ones the beginning is cut.
-    device: see `classifier`.
+    batch, length, device: see `classifier`.
   """
-  holes = sorted(re.findall(r'\{(prompt|a|b)\}', template))
-  if holes != ['a', 'b', 'prompt']:
+  hole = re.compile(r'\{(prompt|a|b)\}')
+  if sorted(hole.findall(template)) != ['a', 'b', 'prompt']:
     raise UserError(
       f'template is {template!r}; it needs {{prompt}}, {{a}} and {{b}}, once.'
     )
   model = _load(path, batch, length, device, side='left', add_special=True)
-  if model.outputs != 1:
+  if len(model.labels) != 1:
     raise UserError(
-      f'{path} has {model.outputs} outputs, a judge of pairs has 1.'
+      f'{path} has {len(model.labels)} outputs, a judge of pairs has 1.'
     )
 
   def filled(pair: judge.Pair) -> str:
-    fields = pair._asdict()
-    return re.sub(r'\{(prompt|a|b)\}', lambda m: fields[m[1]], template)
+    return hole.sub(lambda match: getattr(pair, match[1]), template)
 
-  return judge.all_at_once(
-    lambda pairs: scipy.special.expit(
-      model.logits([(filled(pair),) for pair in pairs])[:, 0]
-    )
-  )
+  def compare(pairs: Sequence[judge.Pair]) -> np.ndarray:
+    logits = model.logits([(filled(pair),) for pair in pairs])
+    return scipy.special.expit(logits[:, 0])
 
-
-# -- Labels and texts
+  return judge.all_at_once(compare)
 
 
 def _index(model: Model, label: str | int | None) -> int:
-  """The output that is meant."""
-  known = [model.labels.get(i, str(i)) for i in range(model.outputs)]
-  if model.outputs == 1 and label is None:
-    return 0
-  names = [name.lower() for name in known]
-  if isinstance(label, str) and names.count(label.lower()) == 1:
-    found = names.index(label.lower())
-  else:
+  """The output that a label names."""
+  if (several := len(model.labels) > 1) or label is not None:
+    names = [name.lower() for name in model.labels]
     found = label
-  if model.outputs == 1 or found not in range(model.outputs):
-    raise UserError(
-      f'{model.path} has the label{"s" * (len(known) > 1)} {", ".join(known)};'
-      f' got label {label!r}, expected'
-      f' {"one of them" if len(known) > 1 else "none: it has one output"}.'
-    )
-  return found
+    if isinstance(label, str) and names.count(label.lower()) == 1:
+      found = names.index(label.lower())
+    if not several or found not in range(len(names)):
+      raise UserError(
+        f'{model.path} has the label{"s" * several} {", ".join(model.labels)};'
+        f' got label {label!r}, expected'
+        f' {"one of them" if several else "none: it has one output"}.'
+      )
+    return found
+  return 0
 
 
-def _log_odds(logits: np.ndarray, index: int) -> np.ndarray:
-  """log p / (1 - p), with p the softmax, of one of the outputs."""
-  others = np.delete(logits, index, axis=1)
-  return logits[:, index] - scipy.special.logsumexp(others, axis=1)
-
-
-def _field(row, name: str) -> str:
+def _field(row: Mapping[str, Any], name: str) -> str:
   if row.get(name) is None:
     raise UserError(
       f'a row has no field {name!r}, which is to entail the completion; it has'
@@ -196,18 +178,16 @@ def _conversations(tokenizer, prompts, completions, context) -> list[str]:
   """The turns that were read, or the prompt as the only one, and the answer."""
   found = []
   for prompt, ys, row in zip(prompts, completions, context.rows):
-    asked = context.turns and row.get('messages')
-    asked = asked or [{'role': 'user', 'content': prompt}]
+    turns = context.turns and row.get('messages')
+    turns = turns or [{'role': 'user', 'content': prompt}]
     for y in ys:
-      talk = [*asked, {'role': 'assistant', 'content': y}]
+      talk = [*turns, {'role': 'assistant', 'content': y}]
       found.append(tokenizer.apply_chat_template(talk, tokenize=False))
   return found
 
 
-# -- The model
-
-
-def _packages():
+def _read(path: str, device: str):
+  """The tokenizer and the network of a checkpoint; on a device, '' = any."""
   try:
     import torch
     import transformers
@@ -216,17 +196,12 @@ def _packages():
       'rewards from Hugging Face need the packages torch and transformers'
       f' ({e.name} is missing); pip install -r requirements-hf.txt.'
     ) from e
-  return torch, transformers
-
-
-def _read(path: str, device: str):
-  """Their tokenizer and their network; a UserError if they are not whole."""
-  torch, transformers = _packages()
+  device = device or ('cuda' if torch.cuda.is_available() else 'cpu')
   folder = reader.resolve(path)
   here = dict(local_files_only=True, trust_remote_code=False)
+  loader = transformers.AutoModelForSequenceClassification
   try:
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **here)
-    loader = transformers.AutoModelForSequenceClassification
     network, info = loader.from_pretrained(
       folder,
       use_safetensors=True,  # other files of weights are pickles
@@ -234,11 +209,11 @@ def _read(path: str, device: str):
       output_loading_info=True,
       **here,
     )
-    network = network.eval().to(device)
+    network = network.eval().requires_grad_(False).to(device)
   except Exception as e:
-    reason = ' '.join(f'{type(e).__name__}: {e}'.split())[:300]
     raise UserError(
-      f'{path} cannot be loaded as a sequence classifier on {device}: {reason}'
+      f'{path} cannot be loaded as a sequence classifier on {device}:'
+      f' {answers.reason(e)[:300]}'
     ) from e
   if missing := sorted(info['missing_keys']):
     raise UserError(
@@ -257,33 +232,25 @@ def _load(
   side: str,
   add_special: bool,
 ) -> Model:
-  """Loads a classifier.
+  """Loads a classifier; see it for the first arguments.
 
   Args:
-    path: a folder, or owner/name@commit.
-    batch: texts at a time.
-    length: tokens of the longest.
-    device: of torch, or ''.
     side: on which longer texts are cut; of pairs the first text is.
     add_special: the tokenizer adds its own tokens; else the text has them.
   """
-  torch, _ = _packages()
-  device = device or ('cuda' if torch.cuda.is_available() else 'cpu')
   tokenizer, network = _read(path, device)
-  _check_sizes(path, batch, length, tokenizer, network.config)
+  config, tell = network.config, [True]
+  _check_sizes(path, batch, length, tokenizer, config)
   tokenizer.truncation_side, tokenizer.padding_side = side, 'right'
-  if not _pads(tokenizer, network.config):
+  # A causal model scores the last token that is not its padding.
+  token = tokenizer.pad_token_id
+  if token is None or token != config.get_text_config().pad_token_id:
     batch = 1
-  warned = False
 
   def logits(texts: Texts) -> np.ndarray:
-    nonlocal warned
-    if not texts:
-      return np.zeros((0, network.config.num_labels))
     encoded = [_encode(tokenizer, t, length, add_special) for t in texts]
-    cut = sum(was_cut for _, was_cut in encoded)
-    if cut and not warned:
-      warned = True
+    if (cut := sum(was_cut for _, was_cut in encoded)) and tell:
+      tell.clear()
       logging.warning(
         '%s: %d of %d texts have more than %d tokens, and were cut on the %s;'
         ' later ones are cut without a word.',
@@ -291,27 +258,23 @@ def _load(
       )  # fmt: skip
     # Texts of about one length go together, so that little is padded.
     order = np.argsort([len(x['input_ids']) for x, _ in encoded])
-    found = np.zeros((len(texts), network.config.num_labels))
-    with torch.inference_mode():
-      for i in range(0, len(order), batch):
-        rows = order[i : i + batch]
-        some = tokenizer.pad(
-          [encoded[k][0] for k in rows], padding=batch > 1, return_tensors='pt'
-        )
-        out = network(**some.to(device)).logits
-        found[rows] = out.double().cpu().numpy()
+    found = np.zeros((len(texts), config.num_labels))
+    for i in range(0, len(order), batch):
+      rows = order[i : i + batch]
+      some = tokenizer.pad(
+        [encoded[k][0] for k in rows], padding=batch > 1, return_tensors='pt'
+      )
+      out = network(**some.to(network.device)).logits
+      found[rows] = out.double().cpu().numpy()
     return found
 
-  config = network.config
+  labels = [config.id2label.get(i, str(i)) for i in range(config.num_labels)]
   independent = config.problem_type == 'multi_label_classification'
-  return Model(
-    path, tokenizer, config.num_labels, dict(config.id2label), independent,
-    logits,
-  )  # fmt: skip
+  return Model(path, tokenizer, labels, independent, logits)
 
 
 def _check_sizes(path, batch: int, length: int, tokenizer, config) -> None:
-  """A UserError for sizes that cannot be, or that the model does not read."""
+  """Refuses sizes below 1, and lengths that the model does not read."""
   if batch < 1 or length < 1:
     raise UserError(
       f'{path}: batch ({batch}) and length ({length}) must be 1 or more.'
@@ -325,28 +288,17 @@ def _check_sizes(path, batch: int, length: int, tokenizer, config) -> None:
     )
 
 
-def _pads(tokenizer, config) -> bool:
-  """Whether texts of several lengths may be in one batch.
-
-  A causal model scores the last token that is not its padding: it must know
-  which that is.
-  """
-  token = tokenizer.pad_token_id
-  return token is not None and token == config.get_text_config().pad_token_id
-
-
 def _encode(tokenizer, texts: tuple[str, ...], length: int, add_special: bool):
   """The tokens of a text or a pair, and whether they had to be cut."""
-  plain = dict(add_special_tokens=False, verbose=False)
-  whole = tokenizer(*texts, add_special_tokens=add_special, verbose=False)
+  how = dict(add_special_tokens=add_special, verbose=False)
+  whole = tokenizer(*texts, **how)
   if len(whole['input_ids']) <= length:
     return whole, False
-  how = 'only_first'
+  truncation = 'only_first'
   if len(texts) == 2:
-    second = len(tokenizer(texts[1], **plain)['input_ids'])
-    if second + tokenizer.num_special_tokens_to_add(pair=True) >= length:
-      how = 'longest_first'
-  cut = tokenizer(
-    *texts, add_special_tokens=add_special, truncation=how, max_length=length
-  )
+    second = tokenizer(texts[1], add_special_tokens=False)['input_ids']
+    special = tokenizer.num_special_tokens_to_add(pair=True)
+    if len(second) + special >= length:
+      truncation = 'longest_first'
+  cut = tokenizer(*texts, truncation=truncation, max_length=length, **how)
   return cut, True

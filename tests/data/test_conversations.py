@@ -1,5 +1,6 @@
 """What rows say, however they are written: nulls, parts, transcripts."""
 
+import functools
 import math
 
 import pyarrow as pa
@@ -33,10 +34,12 @@ def read(tmp_path, *rows, **how):
 
 
 def judged(rows, tok, turns):
+  pair = functools.partial(
+    preferences.pairs_of, min_gap=0.1, partners=1, seed=0
+  )
   return preferences.read(
-    rows, 'train', tok, turns=turns, system=False, length=99, min_gap=0.1,
-    partners=1, seed=0,
-  )  # fmt: skip
+    rows, 'train', tok, turns=turns, system=False, length=99, pair=pair
+  )
 
 
 # -- Null is absent

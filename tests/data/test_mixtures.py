@@ -176,7 +176,9 @@ def test_a_source_of_which_nothing_is_left_is_said():
   rows = sources.Mixture(
     {'chat': (plain(), 1.0), 'books': ([{'text': 'too long'}], 1.0)}
   )
-  with pytest.raises(UserError, match="'books' of the data has 0 distinct"):
+  with pytest.raises(
+    UserError, match="'books' of the data has no row that can"
+  ):
     stream(rows)
 
 

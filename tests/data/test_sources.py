@@ -485,14 +485,15 @@ def test_where_every_row_is_bad_the_first_one_is_said(tmp_path):
   def refuse(row):
     raise BadRow('it will not do.')
 
-  for make in (data.prompts, data.fixed_prompts):
-    how = dict(batch=1, seed=0) if make is data.prompts else dict(count=1)
-    says(
-      lambda make=make, how=how: make(
-        read(bad_rows='skip'), refuse, length=2, **how
-      ),
-      '0 distinct prompts',
-    )
+  rows = read(bad_rows='skip')
+  says(
+    lambda: data.prompts(rows, refuse, length=2, batch=1, seed=0),
+    f'no row that can be used: {name}:1: it will not do.',
+  )
+  says(
+    lambda: data.fixed_prompts(rows, refuse, length=2, count=1),
+    '0 distinct prompts',
+  )
   words = tokenizer.train(['one two three'] * 50, str(tmp_path / 'words'), 24)
   write(tmp_path / 'x.jsonl', {'messages': TALK})
   says(

@@ -1,6 +1,7 @@
 """Our own reward model: what it learns from, that it learns, what it leaves."""
 
 import collections
+import functools
 import json
 import os
 import signal
@@ -58,9 +59,11 @@ def tok(tmp_path_factory):
   return tokenizer.train(['good bad ' * 3, 'a film is so'], str(path), 24)
 
 
-def read(rows, tok, **changes):
-  kwargs = dict(turns=False, system=False, length=99, min_gap=0.5, partners=2,
-                seed=0)  # fmt: skip
+def read(rows, tok, min_gap=0.5, partners=2, **changes):
+  pair = functools.partial(
+    preferences.pairs_of, min_gap=min_gap, partners=partners, seed=0
+  )
+  kwargs = dict(turns=False, system=False, length=99, pair=pair)
   return preferences.read(rows, 'train', tok, **{**kwargs, **changes})
 
 
@@ -112,7 +115,7 @@ def test_answers_are_read_in_the_template_of_turns(tmp_path):
     {'messages': messages, 'text': t, 'rating': len(t)} for t in ['a', 'bb']
   ]
   assert read(rated, turns, turns=True).pieces[0][: len(prompt)] == prompt
-  with pytest.raises(UserError, match="row 0 .* no 'messages'"):
+  with pytest.raises(UserError, match="no 'messages'"):
     read([{'text': 'a', 'rating': 1}], turns, turns=True)
 
 
@@ -133,7 +136,7 @@ def test_answers_that_are_messages_bring_their_prompt(tmp_path):
     got = read_turns(row)
     assert got.texts == ['yes', 'no'] and got.pieces == plain.pieces
   assert preferences.texts(whole) == ['hi', 'yes', 'hi', 'no']
-  with pytest.raises(UserError, match='row 0 .* answer different messages'):
+  with pytest.raises(UserError, match='answer different messages'):
     read_turns({'chosen': [hi, yes], 'rejected': [turn('user', 'ho'), no]})
 
 
@@ -492,12 +495,12 @@ def test_a_wrong_section_is_one_line(changes, says, tmp_path):
 def test_rows_without_judgements_are_one_line(tok):
   with pytest.raises(UserError, match='train split has the columns id, text'):
     read([{'text': 'a', 'id': 1}], tok)
-  with pytest.raises(UserError, match="row 1 .*'rating' is 'x'"):
+  with pytest.raises(UserError, match="'rating' is 'x'"):
     read([{'text': 'a', 'rating': 1}, {'text': 'a', 'rating': 'x'}], tok)
-  with pytest.raises(UserError, match="row 1 .*'rating' is 1000"):
+  with pytest.raises(UserError, match="'rating' is 1000"):
     read([{'text': 'a', 'rating': 1}, {'text': 'a', 'rating': 10**400}], tok)
   both = {'chosen': 'a', 'rejected': 'b'}
-  with pytest.raises(UserError, match="row 1 .*'rejected' is None"):
+  with pytest.raises(UserError, match="'rejected' is None"):
     read([both, {'chosen': 'a'}], tok)
   with pytest.raises(UserError, match='no two ratings .* 2 to 2'):
     read([{'text': 'a', 'rating': 2}] * 4, tok)
