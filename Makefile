@@ -95,13 +95,13 @@ demo: setup  ## sft, reward model, J-BOND and evaluation, into runs/demo
 	  $(PYTHON) -m bond_jax.$$stage --config=$(CONFIG) --workdir=$(WORKDIR); \
 	done
 
-test: venv libtpu browser  ## the core test suite; needs no network and no data
+test: venv  ## the core test suite; needs no network and no data
 	@$(PYTHON) -m pytest -n 2 --dist loadfile
 
 test-docs: venv libtpu  ## run every command of README.md and docs/ (minutes)
 	@$(PYTHON) -m pytest -n 2 --dist loadgroup -m slow tests/test_commands.py
 
-test-long: venv  ## whole runs that the core suite leaves out (minutes)
+test-long: venv libtpu browser  ## what the core suite leaves out (minutes)
 	@$(PYTHON) -m pytest -n 2 --dist loadfile -m long
 
 test-meshes: venv  ## every mesh, with all numbers of micro-batches (minutes)

@@ -51,6 +51,17 @@ TINY = {
 }  # fmt: skip
 
 
+def core(count: int, cases) -> list:
+  """Cases of a test: the first `count`, and others for `make test-long`."""
+  return [
+    pytest.param(
+      *(case if isinstance(case, tuple) else (case,)),
+      marks=() if i < count else pytest.mark.long,
+    )
+    for i, case in enumerate(cases)
+  ]
+
+
 def random_params(config: gemma.Config, seed: int):
   """Parameters of which none is zero, norms included, float32."""
   shapes = jax.eval_shape(lambda: gemma.init(config, jax.random.key(0)))

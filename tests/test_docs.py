@@ -10,6 +10,7 @@ import sys
 
 import ml_collections
 import mutate
+import pytest
 import toy
 
 from bond_jax.rewards import calling, make, serve
@@ -35,6 +36,7 @@ def test_the_page_names_its_files():
   ]
 
 
+@pytest.mark.long
 def test_an_algorithm_is_added_by_the_files_of_the_page(tmp_path):
   for name in FILES:
     path = os.path.join(toy.ROOT, name)

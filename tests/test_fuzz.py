@@ -39,6 +39,7 @@ def watch(tmp_path_factory):
   return fuzzing.Watch(str(tmp_path_factory.getbasetemp()))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize('name', sorted(fuzz_targets.TARGETS))
 def test_a_reader_takes_an_input_or_refuses_it(name, tmp_path, watch):
   target = fuzz_targets.TARGETS[name](tmp_path)

@@ -208,6 +208,7 @@ def of_an_exact_run(workdir):
   return {key for row in toy.rows(workdir, 'train') for key in row}
 
 
+@pytest.mark.long
 def test_the_page_has_what_other_runs_leave(tmp_path):
   page = sections('metrics')
   left = of_the_algorithms() | of_a_reward() | of_an_exact_run(str(tmp_path))

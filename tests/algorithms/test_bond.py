@@ -8,6 +8,7 @@ import functools
 import itertools
 import math
 
+from conftest import core
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -128,8 +129,13 @@ def monte_carlo(n=3, k=2, zero='half'):
 # -- the gradient -------------------------------------------------------------
 
 
-@pytest.mark.parametrize('k', [1, 2, 3])
-@pytest.mark.parametrize('n', [2, 3, 4])
+@pytest.mark.parametrize(
+  'n, k',
+  core(
+    3,
+    [(2, 3), (3, 2), (4, 1), (2, 1), (2, 2), (3, 1), (3, 3), (4, 2), (4, 3)],
+  ),
+)
 def test_the_gradient_with_monte_carlo_quantiles(x64, n, k):
   """Fewer, as many and more comparisons than draws that compete for best."""
   cases = [
@@ -196,7 +202,7 @@ def test_the_gradient_with_two_completions_of_the_policy(x64):
   prove(cases, *tables(5), FOUR)
 
 
-@pytest.mark.parametrize('m', [1, 2])
+@pytest.mark.parametrize('m', core(1, [1, 2]))
 def test_the_baseline_leaves_the_expectation_alone(x64, m):
   """Two prompts, all pairs of their tuples; and any other sampler's baseline,
   which is the only place where the sampler's log-probs go."""

@@ -9,6 +9,7 @@ import functools
 import itertools
 import math
 
+from conftest import core
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -101,15 +102,18 @@ def pairwise_risk(theta, anchor, reference, win, law, b, e):
   return (q[:, None] * q[None, :] * gap**2).sum() / 2
 
 
-@pytest.mark.parametrize('risk', RISKS)
+CASES = [
+  (ONE_TOKEN, 3, 1, 0.0, 1.0),
+  (ONE_TOKEN, 4, 4, 0.1, 3.0),
+  (TWO_TOKENS, 3, 2, 0.3, 1.5),
+  (ONE_TOKEN, 2, 2, 0.3, 1.5),
+]
+# Each case and each risk, then the other pairs.
+PAIRS = [(RISKS[(i + j) % 3], *CASES[i]) for j in range(3) for i in range(4)]
+
+
 @pytest.mark.parametrize(
-  ('law', 'k', 'rows', 'kl_weight', 'step_size'),
-  [
-    (ONE_TOKEN, 2, 2, 0.3, 1.5),
-    (ONE_TOKEN, 3, 1, 0.0, 1.0),
-    (ONE_TOKEN, 4, 4, 0.1, 3.0),
-    (TWO_TOKENS, 3, 2, 0.3, 1.5),
-  ],
+  ('risk', 'law', 'k', 'rows', 'kl_weight', 'step_size'), core(4, PAIRS)
 )
 def test_expected_gradient_is_the_risk_s(
   x64, risk, law, k, rows, kl_weight, step_size
@@ -133,7 +137,15 @@ def test_expected_gradient_is_the_risk_s(
 
 @pytest.mark.parametrize(
   ('law', 'k', 'rows'),
-  [(ONE_TOKEN, 2, 2), (ONE_TOKEN, 4, 2), (ONE_TOKEN, 4, 4), (TWO_TOKENS, 3, 3)],
+  core(
+    2,
+    [
+      (ONE_TOKEN, 4, 2),
+      (TWO_TOKENS, 3, 3),
+      (ONE_TOKEN, 2, 2),
+      (ONE_TOKEN, 4, 4),
+    ],
+  ),
 )
 def test_fitted_constant_gives_the_pairwise_risk_s_gradient(x64, law, k, rows):
   algorithm = make(constant='fitted', num_anchor=k, rows=rows)
@@ -255,7 +267,7 @@ def test_the_equilibrium_is_a_fixed_point_of_squared_risk(x64, constant):
     np.testing.assert_allclose(there, 0, atol=1e-14)
 
 
-@pytest.mark.parametrize('risk', ['kl', 'nce'])
+@pytest.mark.parametrize('risk', core(1, ['kl', 'nce']))
 def test_fixed_points_of_the_other_risks(x64, risk):
   """Within 0.005 nats of the equilibrium, if the constant is fitted."""
   log_r, win = laws(2, 4)[1], wins(4)[0]

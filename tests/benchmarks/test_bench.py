@@ -96,6 +96,7 @@ def test_the_head_agrees_with_the_plain_one():
   assert law.shape == (2, 33) and ((shape > 0) & (shape < 1)).all()
 
 
+@pytest.mark.long
 def test_our_worker_answers(tmp_path):
   """Also that one which fails says why, and goes on."""
   workers, skipped = peers.start(['ours'], str(tmp_path))

@@ -12,6 +12,8 @@ import toy
 from benchmarks.papers import reproduce
 from bond_jax.errors import UserError
 
+pytestmark = pytest.mark.long
+
 
 def get_config():
   """Two runs of a few steps; the second draws twice for each rollout's cost."""

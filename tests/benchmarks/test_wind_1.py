@@ -22,6 +22,7 @@ def small(monkeypatch):
     monkeypatch.setitem(wind_1.SETTINGS, key, value)
 
 
+@pytest.mark.long
 def test_the_figure_writes_what_it_draws(small, tmp_path, capsys):
   wind_1.main(str(tmp_path), 3)
   png = (tmp_path / 'bandit_figure1.png').read_bytes()
@@ -52,6 +53,7 @@ def test_a_folder_that_cannot_be_written_is_a_user_error(tmp_path):
     wind_1.main(str(tmp_path / 'file'), 0)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
   'args, message',
   [([], '--out'), (['--out=x', 'y'], "unexpected argument 'y'")],

@@ -168,6 +168,7 @@ def test_what_is_wrong_with_a_builder_is_one_line(data_dir, tmp_path):
   )
 
 
+@pytest.mark.long
 def test_a_hundred_thousand_lines(tmp_path):
   """Unicode, empty lines, two files; rows are where they were written."""
   count, files = 0, []

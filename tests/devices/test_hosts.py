@@ -66,6 +66,7 @@ command.execute(main, '')
 """
 
 
+@pytest.mark.long
 def test_every_row_has_one_owner_that_holds_it(tmp_path):
   ended = launch(tmp_path, 4, OWNERS)
   assert ended.status == 0, ended.said
@@ -119,6 +120,7 @@ def the_line(ended: several.Ended) -> str:
   return first[0]
 
 
+@pytest.mark.long
 def test_other_configs_are_named(tmp_path):
   workdir, flag = str(tmp_path / 'run'), 'config.train.batch'
   line = ridge(**{'workdir': workdir, flag: '$((8 + JAX_PROCESS_ID / 2 * 8))'})
@@ -128,6 +130,7 @@ def test_other_configs_are_named(tmp_path):
   assert not os.path.exists(workdir)
 
 
+@pytest.mark.long
 def test_other_code_is_named(tmp_path):
   """Of host 1, who also asks for another stage."""
   copy = tmp_path / 'copy'
@@ -145,6 +148,7 @@ def test_other_code_is_named(tmp_path):
   assert '(code.algorithms/bond.py: ' in said
 
 
+@pytest.mark.long
 def test_a_workdir_that_is_not_shared(tmp_path):
   mine = {'workdir': f'{tmp_path}/$JAX_PROCESS_ID', 'config.mesh.data': '-1'}
   said = the_line(several.launch(2, *in_bash(ridge(**mine))))
@@ -152,6 +156,7 @@ def test_a_workdir_that_is_not_shared(tmp_path):
   assert 'is not shared: host 1 did not see there what host 0 wrote' in said
 
 
+@pytest.mark.long
 def test_hosts_without_a_device_in_the_mesh(tmp_path):
   command = several.run(toy.folder(), '1,1', f'sft={tmp_path}/run')
   said = the_line(several.launch(2, *command))
@@ -161,6 +166,7 @@ def test_hosts_without_a_device_in_the_mesh(tmp_path):
 ALONE = 'from bond_jax.devices import hosts; hosts.start(timeout=1)'
 
 
+@pytest.mark.long
 @pytest.mark.parametrize('host', ['0', '1'])
 def test_a_host_that_stays_alone_ends(host):
   with socket.socket() as held:  # nobody else gets this port meanwhile
@@ -214,6 +220,7 @@ def fails(tmp_path, count, how):
   return several.launch(count, sys.executable, str(path), how)
 
 
+@pytest.mark.long
 def test_a_bug_ends_all_and_shows_where(tmp_path):
   ended = fails(tmp_path, 3, 'bug')
   assert ended.status == 1
@@ -221,11 +228,13 @@ def test_a_bug_ends_all_and_shows_where(tmp_path):
   assert "{}['where']" in ended.said[1] and 'Traceback' not in ended.said[0]
 
 
+@pytest.mark.long
 def test_errors_at_the_same_time_are_one_line(tmp_path):
   said = the_line(fails(tmp_path, 3, 'two'))
   assert said in [f'host {i}: the same, {i}' for i in range(3)]
 
 
+@pytest.mark.long
 def test_after_a_host_was_killed_the_others_end(tmp_path):
   ended = fails(tmp_path, 3, 'kill')
   assert ended.status
@@ -268,6 +277,7 @@ def test_the_launcher_tells_processes_apart():
   assert sorted(done.stderr.splitlines()) == [f'[{i}] e' for i in range(3)]
 
 
+@pytest.mark.long
 def test_the_launcher_ends_those_that_go_on(tmp_path):
   line = (
     f'cd {tmp_path}; if [ $JAX_PROCESS_ID = 1 ]; then'

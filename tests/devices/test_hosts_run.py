@@ -90,6 +90,7 @@ def test_killed_on_two_and_on_four_hosts_it_ends_as_on_one(one, tmp_path):
   near(*(x['params']['final_norm']['scale'] for x in (a, b)))
 
 
+@pytest.mark.long
 def test_hosts_that_hold_the_same_rows_share_them_out(one, tmp_path):
   """A model axis across hosts; and a reward that fails on one of them."""
   config = several.get_config(toy.folder(), data=1, model=2)

@@ -9,10 +9,13 @@ import report_page
 
 from bond_jax.evaluation.report import page as report
 
-pytestmark = pytest.mark.skipif(
-  not browser.installed(),
-  reason=f'NO BROWSER in {browser.FOLDER}: "make browser" installs it',
-)
+pytestmark = [
+  pytest.mark.long,
+  pytest.mark.skipif(
+    not browser.installed(),
+    reason=f'NO BROWSER in {browser.FOLDER}: "make browser" installs it',
+  ),
+]
 
 # Every way in which a page can be wider than its window.
 WIDER = """[...document.querySelectorAll('body *')]

@@ -96,6 +96,7 @@ def test_the_commands_exist(name, tmp_path):
       assert values['--workdir'].startswith('runs/')
 
 
+@pytest.mark.long
 @pytest.mark.parametrize('stage', ['movie_reviews', 'reward_model'])
 def test_a_pod_that_is_evicted_hands_the_signal_on(tmp_path, stage):
   """And says by its status that it is to start again."""
@@ -121,6 +122,7 @@ def test_a_pod_that_is_evicted_hands_the_signal_on(tmp_path, stage):
   assert pod()['terminationGracePeriodSeconds'] > stopping.BOUND
 
 
+@pytest.mark.long
 def test_a_pod_ends_with_the_status_of_its_stage(tmp_path):
   (tmp_path / 'launch').mkdir()
   path = tmp_path / 'launch' / 'tpu_vm.sh'

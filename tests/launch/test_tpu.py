@@ -18,6 +18,8 @@ from clouds import (
 import pytest
 import toy
 
+pytestmark = pytest.mark.long
+
 CREATED = {
   'vm': 'tpu-vm create demo --zone=us-west4-a --quiet'
   ' --accelerator-type=v5litepod-16 --spot --version=v2-alpha-tpuv5-lite',

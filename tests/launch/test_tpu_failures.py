@@ -7,6 +7,8 @@ import subprocess
 from clouds import Cloud, COMMAND, PATIENCE, STAND_INS
 import pytest
 
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture
 def cloud(tmp_path, request):

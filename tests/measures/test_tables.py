@@ -317,6 +317,7 @@ def test_rock_paper_scissors_diverges_above_its_step_size(factor):
   assert np.sign(round(exact - 1, 9)) == np.sign(factor - 1)
 
 
+@pytest.mark.long
 def test_three_iterations_of_the_paper_s_comparison_come_near_equilibrium():
   """configs/ultrafeedback_wind.py, with exact steps on arms without ties."""
   args = ultrafeedback_wind.ALGORITHMS['wind'][2]

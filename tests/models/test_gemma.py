@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 
-from conftest import random_params, TINY
+from conftest import core, random_params, TINY
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -71,7 +71,7 @@ def test_fewer_layers_than_the_pattern_has():
   check_against_the_plain_model(config, random_params(config, 0))
 
 
-@pytest.mark.parametrize('name', ['gemma3', 'gemma2'])
+@pytest.mark.parametrize('name', core(1, ['gemma3', 'gemma2']))
 def test_decoding_by_token_is_the_full_forward_pass(tiny, name):
   """Prefill of mixed prompt lengths, then one token at a time; some rows end.
 
@@ -122,7 +122,7 @@ def test_a_token_sees_itself_and_its_past_alone(tiny):
   assert (out[mask][seen[mask]] > 0).all()
 
 
-@pytest.mark.parametrize('layers', [1, 2])
+@pytest.mark.parametrize('layers', core(1, [2, 1]))
 def test_a_local_layer_sees_its_window_and_no_further(layers):
   """The window counts positions: padding in between does not narrow it."""
   config = dataclasses.replace(
@@ -168,6 +168,7 @@ def test_remat_and_scan_change_no_gradient():
     jax.tree.map(close, plain, other)
 
 
+@pytest.mark.long
 def test_what_a_backward_pass_computes_again():
   """Of products with weights all, or none; the CPU compiler counts them."""
   config = dataclasses.replace(TINY['gemma2'], features=64, feed_forward=256)

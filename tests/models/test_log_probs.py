@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import re
 
-from conftest import random_params, TINY
+from conftest import core, random_params, TINY
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -175,7 +175,9 @@ def chunked_head(policy, params, batch, weight, chunk):
   return (log_probs(policy, params, *batch, chunk=chunk) * weight).sum()
 
 
-@pytest.mark.parametrize('mesh', [(1, 1), (8, 1), (4, 2), (1, 8)])
+@pytest.mark.parametrize(
+  'mesh', core(1, [((4, 2),), ((1, 1),), ((8, 1),), ((1, 8),)])
+)
 def test_the_head_on_every_mesh(mesh):
   """Values, gradients, and what of the logits a device ever holds."""
   policy, chunk = head('float32'), 8

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 
-from conftest import random_params, TINY
+from conftest import core, random_params, TINY
 from flax import traverse_util
 import jax
 import jax.numpy as jnp
@@ -32,7 +32,7 @@ from bond_jax.models.gemma import model as gemma
 # -- the model ----------------------------------------------------------------
 
 
-@pytest.mark.parametrize('name', FAMILIES)
+@pytest.mark.parametrize('name', core(1, FAMILIES))
 def test_adapters_are_the_merged_weights(name):
   """Scanned, decoded from a cache, unrolled; by A and B or their product.
 

@@ -2,6 +2,7 @@
 
 import functools
 
+from conftest import core
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -143,7 +144,7 @@ def test_first_offsets_give_disjoint_streams(draw, prompts, drawn):
     same(draw(prompts, 1, k), jax.tree.map(lambda x, k=k: x[:, [k]], drawn))
 
 
-@pytest.mark.parametrize('slots', [1, 3, 5, 23, 24, 100])
+@pytest.mark.parametrize('slots', core(2, [3, 100, 1, 5, 23, 24]))
 def test_slots_do_not_matter(draw, prompts, drawn, slots):
   """24 completions, one after another or nearly all at once."""
   same(draw(prompts, slots=slots), drawn)
@@ -151,7 +152,7 @@ def test_slots_do_not_matter(draw, prompts, drawn, slots):
 
 @pytest.mark.parametrize(
   'name, scan',
-  [('gemma3', False), ('gemma3', True), ('gemma1_multi_head', True)],
+  core(1, [('gemma3', True), ('gemma3', False), ('gemma1_multi_head', True)]),
 )
 def test_slots_do_not_matter_to_other_models(tiny, prompts, name, scan):
   """Windows that the prompt fills and that completions leave behind."""
@@ -175,13 +176,16 @@ def test_slots_do_not_matter_to_other_models(tiny, prompts, name, scan):
 
 @pytest.mark.parametrize(
   'shape, sampling, slots, scan',
-  [
-    ((8, 1), (8, 1), 0, False),
-    ((8, 1), (2, 4), 8, True),
-    ((4, 2), (4, 2), 8, False),
-    ((8, 1), (1, 8), 0, True),
-    ((2, 4), (8, 1), 0, True),
-  ],
+  core(
+    1,
+    [
+      ((8, 1), (2, 4), 8, True),
+      ((8, 1), (8, 1), 0, False),
+      ((4, 2), (4, 2), 8, False),
+      ((8, 1), (1, 8), 0, True),
+      ((2, 4), (8, 1), 0, True),
+    ],
+  ),
 )
 def test_the_mesh_does_not_matter(
   tiny, prompts, drawn, shape, sampling, slots, scan
@@ -285,7 +289,7 @@ def test_sampling_stops_when_every_row_has_ended():
   assert len(calls) == 2  # the second token, and the third
 
 
-@pytest.mark.parametrize('slots', [1, 2, 3, 5, 8])
+@pytest.mark.parametrize('slots', core(1, [3, 1, 2, 5, 8]))
 def test_a_slot_takes_the_next_completion_at_once(slots):
   """The steps that it takes are those of a queue of known lengths."""
   tokens = [2, 4, 3, 2, 3, 4, 2, 2]

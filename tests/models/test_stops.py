@@ -206,6 +206,7 @@ def test_a_slot_begins_anew(slots):
     assert m.sum() == (ends(y[m]) or 6)
 
 
+@pytest.mark.long
 def test_devices_and_slots_do_not_matter_to_a_model(tiny):
   """And its log-probs are those of what was drawn, the end included."""
   config, params = tiny('gemma2')

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 
+from conftest import core
 import jax
 import numpy as np
 import pytest
@@ -402,6 +403,7 @@ def test_resuming_is_going_on(finished, tmp_path, monkeypatch):
   toy.same_end(workdir, finished, 'reward', step=STEPS)
 
 
+@pytest.mark.long
 def test_a_signal_costs_nothing(finished, tmp_path, monkeypatch):
   check, workdir = guard.check_finite, str(tmp_path / 'run')
 
@@ -419,6 +421,7 @@ def test_a_signal_costs_nothing(finished, tmp_path, monkeypatch):
   toy.same_end(workdir, finished, 'reward', step=STEPS)
 
 
+@pytest.mark.long
 def test_eight_devices_learn_the_same(finished, tmp_path, capsys):
   config, workdir = get_config(steps=10), str(tmp_path / 'run')
   config.mesh.update(dict(data=4, model=2))
@@ -430,7 +433,7 @@ def test_eight_devices_learn_the_same(finished, tmp_path, capsys):
       assert ours[key] == pytest.approx(theirs[key], rel=2e-3)
 
 
-@pytest.mark.parametrize('loss', ['margin', 'regression'])
+@pytest.mark.parametrize('loss', core(1, ['regression', 'margin']))
 def test_the_other_losses_learn_too(loss, tmp_path):
   config, workdir = get_config(loss=loss, margin=0.5), str(tmp_path / 'run')
   toy.run('reward_model', config, workdir)

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 
+from conftest import core
 import pytest
 from test_checkpoint import mesh, same, saved, state_of  # noqa: F401
 import toy
@@ -60,7 +61,7 @@ DAMAGES = {
 }
 
 
-@pytest.mark.parametrize('how', DAMAGES)
+@pytest.mark.parametrize('how', core(4, DAMAGES))
 def test_the_one_before_is_used(tmp_path, mesh, how, capsys):  # noqa: F811
   folder = str(saved(tmp_path, [0.1, 0.2], mesh))
   DAMAGES[how](f'{folder}/2')

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 
+from conftest import core
 import jax
 import numpy as np
 import pytest
@@ -80,7 +81,9 @@ def call(code, *args):
   )  # fmt: skip
 
 
-@pytest.mark.parametrize('failure, status', [('stop', 2), ('go_on', 0)])
+@pytest.mark.parametrize(
+  'failure, status', core(1, [('stop', 2), ('go_on', 0)])
+)
 def test_a_file_that_may_not_grow(tmp_path, failure, status):
   folder = str(tmp_path / 'checkpoints')
   done = call(SAVES, failure, folder)
@@ -233,7 +236,7 @@ def test_what_must_be_saved_and_fails_is_an_error(tmp_path, mesh, monkeypatch): 
       save(saver, 3, mesh, must=True)
 
 
-@pytest.mark.parametrize('stage', ['sft', 'reward_model', 'train'])
+@pytest.mark.parametrize('stage', core(1, ['train', 'sft', 'reward_model']))
 def test_the_last_step_of_a_stage_is_on_a_slow_store(
   stage, tmp_path, slow_store
 ):
@@ -264,7 +267,7 @@ def learned(config):
   return config
 
 
-@pytest.mark.parametrize('stage', ['sft', 'train'])
+@pytest.mark.parametrize('stage', core(1, ['train', 'sft']))
 def test_the_step_of_a_stop_is_on_a_slow_store(
   stage, tmp_path, slow_store, monkeypatch
 ):

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 
+from conftest import core
 import pytest
 import several
 import toy
@@ -61,18 +62,33 @@ def _survives():
 
 @pytest.mark.parametrize(
   'how, bound, signals, status, says',
-  [
-    ('loop', 60, [signal.SIGTERM], 143, 'some: SIGTERM: ended after step 4,'),
-    ('loop', 60, [signal.SIGINT], 130, 'some: SIGINT: ended after step 4,'),
-    ('stuck', 60, 2 * [signal.SIGTERM], 143, 'a second signal: ended at once'),
-    ('stuck', 60, 2 * [signal.SIGINT], 130, 'a second signal: ended at once'),
-    ('stuck', 1, [signal.SIGTERM], 143, 'not at the end of a step after 1'),
-    ('asking', 60, [signal.SIGTERM], 143, 'SIGTERM: ended before anything of'),
-    ('asking', 60, [signal.SIGINT], 130, 'interrupted; the same command'),
-    ('asking in a step', 60, 2 * [signal.SIGINT], 130, 'ended at once'),
-    ('idle', 60, [signal.SIGTERM], 143, 'SIGTERM: ended before anything of'),
-    ('idle', 60, [signal.SIGINT], 130, 'interrupted; the same command'),
-  ],
+  core(
+    3,
+    [
+      ('loop', 60, [signal.SIGTERM], 143, 'some: SIGTERM: ended after step 4,'),
+      (
+        'stuck',
+        60,
+        2 * [signal.SIGTERM],
+        143,
+        'a second signal: ended at once',
+      ),
+      ('asking', 60, [signal.SIGINT], 130, 'interrupted; the same command'),
+      ('loop', 60, [signal.SIGINT], 130, 'some: SIGINT: ended after step 4,'),
+      ('stuck', 60, 2 * [signal.SIGINT], 130, 'a second signal: ended at once'),
+      ('stuck', 1, [signal.SIGTERM], 143, 'not at the end of a step after 1'),
+      (
+        'asking',
+        60,
+        [signal.SIGTERM],
+        143,
+        'SIGTERM: ended before anything of',
+      ),
+      ('asking in a step', 60, 2 * [signal.SIGINT], 130, 'ended at once'),
+      ('idle', 60, [signal.SIGTERM], 143, 'SIGTERM: ended before anything of'),
+      ('idle', 60, [signal.SIGINT], 130, 'interrupted; the same command'),
+    ],
+  ),
 )
 def test_signals(how, bound, signals, status, says):
   process = subprocess.Popen(
@@ -151,6 +167,7 @@ def test_in_the_last_step_the_stage_is_done_and_the_next_not_begun(tmp_path):
   toy.run('train', config, workdir)  # the signal is forgotten
 
 
+@pytest.mark.long
 def test_the_supervised_stage_stops_too(tmp_path, monkeypatch):
   config, check = toy.get_config(toy.folder()), guard.check_finite
 

@@ -55,6 +55,7 @@ def found():
   return plan.plan(small(), 'cpu:8')
 
 
+@pytest.mark.long
 def test_a_plan_counts_what_is_kept_beside_each_program(found):
   assert found['fits'] and list(found['programs']) == PROGRAMS
   kept = found['resident_bytes']
@@ -81,6 +82,7 @@ def test_a_plan_counts_what_is_kept_beside_each_program(found):
   )
 
 
+@pytest.mark.long
 def test_no_program_gathers_all_parameters_at_once(found):
   whole = 8 * found['resident_bytes']['parameters']
   for name, row in found['programs'].items():
@@ -105,11 +107,16 @@ def test_a_reference_that_is_the_anchor_stays():
   assert wanted['update'].resident == pytest.approx(all_kept, abs=64)
 
 
-def test_what_does_not_fit_is_said_with_what_to_try(found):
-  kept = found['resident_bytes']['parameters']
-  less = dict(found, fits=False, hbm_bytes=found['peak_bytes'] - 1)
-  less['hbm_bytes'] = max(less['hbm_bytes'], 5 * kept)
-  said = plan.verdict(less)
+def test_what_does_not_fit_is_said_with_what_to_try():
+  kept = 2**20
+  found = dict(
+    resident_bytes=dict(parameters=kept, optimizer=2 * kept, reference=kept),
+    programs={name: dict(peak_bytes=6 * kept) for name in PROGRAMS},
+    reference_on_chip=False, hbm_bytes=8 * kept, too_much={}, slots=0,
+    batch=16, micro_batches=2,
+  )  # fmt: skip
+  assert plan.verdict(dict(found, fits=True)).startswith('fits: at most 0.01 ')
+  said = plan.verdict(dict(found, fits=False, hbm_bytes=5 * kept))
   assert said.startswith('does not fit: ')
   over = dict(found, fits=False, too_much={'update': 16.3 * 2**30})
   said = plan.verdict(over)
@@ -163,6 +170,7 @@ def test_without_the_compiler(monkeypatch):
     chips.devices('v5e:2x2')
 
 
+@pytest.mark.long
 @LINUX
 def test_the_tpu_compiler():
   """A tiny model fits, and there are times."""
@@ -177,6 +185,7 @@ def test_the_tpu_compiler():
   assert sum(x['bytes'] for x in sent.values()) > 0
 
 
+@pytest.mark.long
 @LINUX
 def test_the_command_without_a_run_s_data(tmp_path):
   """All weights of Gemma 2B, and Adam, are too much for one chip."""
@@ -216,6 +225,7 @@ def test_slices_have_whole_parts_of_the_data_axis():
     sharding.make_mesh(1, 8, devices=list(devices))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize('end, status, says', [
   ('os.abort()', 2, 'error: the compiler was ended by SIGABRT in the program'),
   ('sys.exit(7)', 7, ''),

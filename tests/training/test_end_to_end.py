@@ -56,6 +56,7 @@ def test_a_finished_run_is_left_alone(capsys):
   assert toy.listing(toy.finished()) == before
 
 
+@pytest.mark.long
 def test_kill_9_and_again_ends_as_an_undisturbed_run(tmp_path):
   """The four commands, `train` dying at step 5: also a second run of it all."""
   workdir = str(tmp_path / 'run')
@@ -89,6 +90,7 @@ def test_kill_9_and_again_ends_as_an_undisturbed_run(tmp_path):
   assert [x for x in lines if not x.startswith('evaluate ')] == []
 
 
+@pytest.mark.long
 def test_mistakes_are_one_line_and_status_2(tmp_path):
   """Through the real commands; `test_command` and others have the rest."""
   workdir = str(tmp_path / 'run')

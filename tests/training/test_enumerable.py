@@ -352,6 +352,7 @@ def fail_at(monkeypatch, call):
   monkeypatch.setattr(enumerable, 'lookup', failing)
 
 
+@pytest.mark.long
 def test_a_run_goes_on_where_it_was_killed(finished, tmp_path, monkeypatch):
   """The learned quantile and its optimizer with it."""
   workdir = str(tmp_path / 'run')

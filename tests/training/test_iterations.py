@@ -4,6 +4,7 @@ import collections
 import contextlib
 import threading
 
+from conftest import core
 import jax
 import jax.numpy as jnp
 import language
@@ -161,7 +162,9 @@ def test_rows_say_when_the_anchor_moved(finished):
   assert toy.summary(finished[0], 'train')['anchor_drift'] > 1e-3
 
 
-@pytest.mark.parametrize('where', [('rollout', 4), ('update', 7)])
+@pytest.mark.parametrize(
+  'where', core(1, [(('update', 7),), (('rollout', 4),)])
+)
 def test_a_run_goes_on_from_its_last_whole_iteration(
   finished, tmp_path, monkeypatch, where
 ):

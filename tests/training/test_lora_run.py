@@ -152,6 +152,7 @@ def test_training_moves_adapters_and_nothing_else(one_device):
   assert 0 < rows[-1]['anchor/drift'] < 1
 
 
+@pytest.mark.long
 def test_eight_devices_are_one(one_device):
   tokens, _, states, *_ = one_device
   tokens8, _, states8, frozen, state = run(sharding.make_mesh(4, 2))
@@ -299,6 +300,7 @@ def same(a, b):
   jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize('exact', [False, True])
 def test_a_stop_in_between_changes_no_bit(started, whole, tmp_path, exact):
   config = toy_config(exact)

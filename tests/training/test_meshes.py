@@ -108,10 +108,13 @@ def distance(a, b):
   return float(off / optax.tree.norm(b))
 
 
-# Enough to see every axis and either kind; `make test-meshes` has them all.
+# Enough to see every axis and either kind: `make test-long` has these, and
+# `make test-meshes` the others.
 QUICK = {('full', (2, 4), 4), ('lora', (4, 2), 2)}
 CASES = [
-  pytest.param(*case, marks=() if case in QUICK else pytest.mark.slow)
+  pytest.param(
+    *case, marks=pytest.mark.long if case in QUICK else pytest.mark.slow
+  )
   for case in itertools.product(
     ('full', 'lora'), [(1, 1), (8, 1), (4, 2), (2, 4), (1, 8)], (1, 2, 4)
   )

@@ -1,10 +1,12 @@
 """The first stage: what it learns, and that a kill costs nothing."""
 
+import functools
 import json
 import os
 import shutil
 import time
 
+from conftest import core
 import jax
 import numpy as np
 import pytest
@@ -74,6 +76,7 @@ def test_resuming_is_going_on(config, workdir, monkeypatch):
   toy.same_end(workdir, toy.finished(), 'sft')
 
 
+@pytest.mark.long
 def test_kill_9_from_outside(config, tmp_path):
   """Long enough that the kill lands somewhere within, also within a save."""
   args = [
@@ -103,14 +106,17 @@ def test_kill_9_from_outside(config, tmp_path):
 @pytest.mark.filterwarnings('ignore:overflow')
 @pytest.mark.parametrize(
   'rate, says, saved',
-  [
-    (
-      1e30,
-      'step 3 changed nothing: .* gradient nan',
-      [1, 2],
-    ),  # huge, then broken
-    (1e39, 'step 1: validation_loss is nan', []),  # the loss is still good
-  ],
+  core(
+    1,
+    [
+      (
+        1e30,
+        'step 3 changed nothing: .* gradient nan',
+        [1, 2],
+      ),  # huge, then broken
+      (1e39, 'step 1: validation_loss is nan', []),  # the loss is still good
+    ],
+  ),
 )
 def test_a_loss_that_is_no_number_stops_the_run(
   config, workdir, rate, says, saved
@@ -128,7 +134,7 @@ def test_a_loss_that_is_no_number_stops_the_run(
   assert [row['step'] for row in toy.rows(workdir, 'sft')] == saved
 
 
-@pytest.mark.parametrize('content', [b'', b'no model', None])
+@pytest.mark.parametrize('content', core(1, [None, b'', b'no model']))
 def test_a_corrupt_tokenizer_is_one_line(config, workdir, content):
   os.mkdir(workdir)
   path = os.path.join(workdir, 'tokenizer.model')
@@ -167,7 +173,9 @@ def test_answers_are_what_is_learnt(config, workdir, tmp_path):
   policy = policies.make_policy(config.model, config.tokenizer.vocab_size)
   prompts, completion, mask = next(sft.batches_of(config, tokenizer, 'train'))
   assert mask[:, 0].sum(-1).max() > 2 and (prompts.mask.sum(-1) > 1).all()
-  init = policy.init(configs.key(config.seed, 'sft'))
-  log_p = log_probs(policy, init, prompts, completion, mask, chunk=3)
+  init = jax.jit(policy.init)(configs.key(config.seed, 'sft'))
+  log_p = jax.jit(functools.partial(log_probs, policy, chunk=3))(
+    init, prompts, completion, mask
+  )
   expected = -np.asarray(log_p)[mask].mean()
   assert rows[0]['loss'] == pytest.approx(float(expected), rel=1e-5)

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 
-from conftest import random_params, TINY
+from conftest import core, random_params, TINY
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -150,16 +150,15 @@ def test_rollout_is_the_policy_s_and_then_the_anchor_s(
 def test_micro_batches_change_nothing(setup, update, frozen, prompts, drawn):
   prompts = prompts._replace(weight=np.float32([1, 1, 0, 1, 1, 1, 1, 1]))
   runs = [
-    update(n)(start(setup, frozen), frozen, prompts, *drawn) for n in (1, 2, 4)
+    update(n)(start(setup, frozen), frozen, prompts, *drawn) for n in (1, 2)
   ]
-  (state, metrics), *others = jax.device_get(runs)
+  (state, metrics), (other, other_metrics) = jax.device_get(runs)
   assert metrics['gradient_norm'] > 0.1
-  for other, other_metrics in others:
-    close(other, state, rtol=0, atol=1e-6)
-    close(other_metrics, metrics, rtol=1e-4, atol=1e-6)
+  close(other, state, rtol=0, atol=1e-6)
+  close(other_metrics, metrics, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize('parts', [1, 4])
+@pytest.mark.parametrize('parts', core(1, [1, 4]))
 def test_buckets_change_nothing_but_the_order(
   setup, frozen, prompts, drawn, parts
 ):
@@ -188,7 +187,7 @@ def test_buckets_change_nothing_but_the_order(
   )
   mesh = sharding.make_mesh(parts, 1)
   runs = []
-  for buckets, micro in ((1, 1), (1, 2), (3, 2)):
+  for buckets, micro in ((1, 1), (3, 2)):
     changed = setup._replace(
       buckets=buckets,
       micro_batches=micro,
@@ -386,6 +385,7 @@ def test_a_step_that_is_not_finite_changes_nothing(
     np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.long
 def test_a_finite_loss_with_an_infinite_gradient_is_skipped_too(
   setup, frozen, prompts, drawn
 ):
@@ -554,6 +554,7 @@ def test_the_quantile_learns_by_its_cross_entropy(
   np.testing.assert_allclose(metrics['signal/mean'], mean, rtol=1e-4)
 
 
+@pytest.mark.long
 def test_the_quantile_sees_no_split_and_no_filler(
   learned, learned_update, frozen, prompts, drawn
 ):

@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 
-from conftest import random_params
+from conftest import core, random_params
 import jax
 import numpy as np
 import pytest
@@ -96,7 +96,7 @@ def test_the_checkpoint_that_was_asked_for(runs, tmp_path, which, seed, capsys):
   assert tokenizer.load(ours).sha256 == tokenizer.load(theirs).sha256
 
 
-@pytest.mark.parametrize('form', ['hf', 'official'])
+@pytest.mark.parametrize('form', core(1, ['hf', 'official']))
 def test_what_the_policy_started_from(runs, tmp_path, form):
   """The sft stage's parameters; with LoRA a fresh adapter adds nothing."""
   for name in ('full', 'low'):
@@ -193,10 +193,13 @@ def test_a_run_that_is_not_finished(runs, tmp_path):
 
 @pytest.mark.parametrize(
   'args, why',
-  [
-    (['--workdir=/no/run', '--out=x'], 'cannot read /no/run/config.json'),
-    (['--workdir=r', '--out=x', '--format=gguf'], 'hf|adapter|official'),
-  ],
+  core(
+    1,
+    [
+      (['--workdir=/no/run', '--out=x'], 'cannot read /no/run/config.json'),
+      (['--workdir=r', '--out=x', '--format=gguf'], 'hf|adapter|official'),
+    ],
+  ),
 )
 def test_the_command_line_has_one_line_for_each_error(tmp_path, args, why):
   result = subprocess.run(

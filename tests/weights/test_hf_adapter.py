@@ -4,7 +4,7 @@ import dataclasses
 import json
 import sys
 
-from conftest import TINY
+from conftest import core, TINY
 import jax
 import ml_dtypes
 import numpy as np
@@ -76,8 +76,15 @@ def rewrite(folder, function):
 # -- Round trips
 
 
-@pytest.mark.parametrize('name', TINY)
-@pytest.mark.parametrize('targets', ['attn|mlp', 'q.*_einsum|linear'])
+# Each model once, then the other targets.
+CASES = [
+  (name, ('attn|mlp', 'q.*_einsum|linear')[(i + j) % 2])
+  for j in range(2)
+  for i, name in enumerate(TINY)
+]
+
+
+@pytest.mark.parametrize('name, targets', core(1, CASES))
 def test_out_and_in_bit_for_bit(tmp_path, name, targets):
   """Onto 8 devices and onto 1, and the same folder again from there."""
   config = sizes_of(name)

@@ -5,6 +5,7 @@ import json
 import os
 import sys
 
+from conftest import core
 from folders import (
   change,
   CONFIGS,
@@ -33,7 +34,8 @@ from bond_jax.weights.huggingface import config_json, reader, writer
 
 
 @pytest.mark.parametrize(
-  'name, shard_bytes', [*((name, 3000) for name in CONFIGS), ('gemma3', 10**9)]
+  'name, shard_bytes',
+  core(2, [('gemma3', 10**9), *((name, 3000) for name in CONFIGS)]),
 )
 def test_out_of_eight_devices_and_into_four(tmp_path, name, shard_bytes):
   config, params = params_of(name)
@@ -154,8 +156,14 @@ def test_the_text_model_of_one_that_sees_images(tmp_path, prefix):
   same(reader.load(str(folder), config, like_of(config, mesh_of())), params)
 
 
-@pytest.mark.parametrize('name', ['gemma3', 'gemma2', 'gemma1_multi_head'])
-@pytest.mark.parametrize('head', [False, True])
+HEADS = [
+  (name, head)
+  for head in (True, False)
+  for name in ('gemma2', 'gemma3', 'gemma1_multi_head')
+]
+
+
+@pytest.mark.parametrize('name, head', core(1, HEADS))
 def test_rows_beyond_the_vocabulary_are_cut(tmp_path, name, head):
   """And never drawn, where we keep some; and out again without them."""
   config, _ = exported(name, tmp_path / 'x')

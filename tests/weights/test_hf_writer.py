@@ -4,6 +4,7 @@ import dataclasses
 import os
 import resource
 
+from conftest import core
 from folders import change, CONFIGS, exported, params_of, read
 import jax
 import ml_dtypes
@@ -119,7 +120,7 @@ def adapters_of(config, targets='attn|mlp', rank=2):
   )
 
 
-@pytest.mark.parametrize('name', CONFIGS)
+@pytest.mark.parametrize('name', core(1, CONFIGS))
 def test_adapters_add_up_to_the_merged_model(tmp_path, name):
   """base + alpha / r B A of the adapter's folder is the merged folder."""
   config, params = params_of(name)

@@ -3,6 +3,7 @@
 import json
 import os
 
+from conftest import core
 import jax
 import numpy as np
 import pytest
@@ -212,7 +213,10 @@ def test_whose_vocabulary_is_missing(tmp_path, path, says, not_said):
 
 
 @pytest.mark.parametrize(
-  'name', ['gemma_2b', 'gemma_7b', 'gemma3_270m', 'gemma3_1b', 'gemma3_4b_lora']
+  'name',
+  core(
+    1, ['gemma_2b', 'gemma_7b', 'gemma3_270m', 'gemma3_1b', 'gemma3_4b_lora']
+  ),
 )
 def test_configs_ask_for_what_they_need(name):
   out = toy.command(
@@ -226,11 +230,18 @@ def test_configs_ask_for_what_they_need(name):
 
 @pytest.mark.parametrize(
   'stage, config, flags',
-  [
-    ('train', 'xsum_bond.py:backward_weight=1', 'reward.args.path train.steps'),
-    ('sft', 'xsum_sft.py', 'weights tokenizer.path'),
-    ('train', 'ultrafeedback_wind.py:algorithm=sppo', 'data.name weights'),
-  ],
+  core(
+    0,
+    [
+      (
+        'train',
+        'xsum_bond.py:backward_weight=1',
+        'reward.args.path train.steps',
+      ),
+      ('sft', 'xsum_sft.py', 'weights tokenizer.path'),
+      ('train', 'ultrafeedback_wind.py:algorithm=sppo', 'data.name weights'),
+    ],
+  ),
 )
 def test_the_papers_settings_ask_too(stage, config, flags):
   out = toy.command(stage, f'--config=configs/{config}', '--workdir=/nowhere/x')

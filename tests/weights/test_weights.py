@@ -8,7 +8,7 @@ import pathlib
 import resource
 import shutil
 
-from conftest import random_params, TINY
+from conftest import core, random_params, TINY
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -180,7 +180,8 @@ def test_the_parameters_of_a_training_run(tiny, tmp_path):
 
 
 @pytest.mark.parametrize(
-  'stored, wanted', [('bfloat16', 'float32'), ('float32', 'bfloat16')]
+  'stored, wanted',
+  core(1, [('float32', 'bfloat16'), ('bfloat16', 'float32')]),
 )
 def test_dtype_is_the_wanted_one(stored, wanted, tiny, tmp_path):
   config, params = tiny('gemma3')
@@ -192,7 +193,8 @@ def test_dtype_is_the_wanted_one(stored, wanted, tiny, tmp_path):
 
 
 @pytest.mark.parametrize(
-  'name, dtype', [*((name, 'bfloat16') for name in TINY), ('gemma2', 'float32')]
+  'name, dtype',
+  core(1, [('gemma2', 'float32'), *((name, 'bfloat16') for name in TINY)]),
 )
 def test_saving_and_loading_changes_no_bit(name, dtype, tiny, tmp_path):
   """Saved from eight devices, loaded on four."""
