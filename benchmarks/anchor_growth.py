@@ -72,7 +72,9 @@ def growth(backward_weight: float, inner: int) -> np.ndarray:
 def table_growth(backward_weight: float) -> np.ndarray:
   """The same of free logits, the anchor mixed in logit space."""
   config = get_config()
-  task = enumerable.make(config, '', sharding.make_mesh(data=1, model=1))
+  task = enumerable.make(
+    stages.Run(config, '', sharding.make_mesh(data=1, model=1))
+  )
   known = enumerable.know(config, task.policy, task.frozen)
 
   def loss(logits, log_anchor, terms):
@@ -115,7 +117,12 @@ def sampled(config, workdir: str) -> np.ndarray:
   """[moves, log m of the policy] at each probe of an ordinary run."""
   config.train.steps, config.train.save_every = 500, 20
   stages.stage(
-    'train', distil.train, config, workdir, folder='train', check=checks.check
+    'train',
+    distil.train,
+    config,
+    workdir,
+    folder='train',
+    open_run=checks.open_run,
   )
   rows = log.read_rows(os.path.join(workdir, 'train', 'metrics.jsonl'))
   found = [(r['step'], r['effective_n']) for r in rows if 'effective_n' in r]

@@ -9,6 +9,7 @@ from benchmarks import objectives
 from bond_jax.algorithms.parts import anchors
 from bond_jax.devices import sharding
 from bond_jax.measures import exact
+from bond_jax.runs import stages
 from bond_jax.training import enumerable
 
 
@@ -17,7 +18,9 @@ def descend(config, **args):
 
   Arguments as those of `laws`.
   """
-  task = enumerable.make(config, '', sharding.make_mesh(data=1, model=1))
+  task = enumerable.make(
+    stages.Run(config, '', sharding.make_mesh(data=1, model=1))
+  )
   known = enumerable.know(config, task.policy, task.frozen)
   for both in laws(config, **args):
     yield tuple(exact.measure(law, known) for law in both)
@@ -36,7 +39,9 @@ def laws(config, *, backward_weight, rate, moves, first, inner, optimizer):
       of the others.
     optimizer: of optax.
   """
-  task = enumerable.make(config, '', sharding.make_mesh(data=1, model=1))
+  task = enumerable.make(
+    stages.Run(config, '', sharding.make_mesh(data=1, model=1))
+  )
   known = enumerable.know(config, task.policy, task.frozen)
   log_law = enumerable.log_law(config, task.policy)
   law = enumerable.exact_law(config, task.policy)

@@ -19,7 +19,7 @@ import optax
 from benchmarks import exact_gradients
 from bond_jax.devices import sharding
 from bond_jax.measures import tables
-from bond_jax.runs import environment, show
+from bond_jax.runs import environment, show, stages
 from bond_jax.training import enumerable
 from configs import enumerable as config_file
 
@@ -46,7 +46,9 @@ def told(log_policy: np.ndarray, log_reference: np.ndarray) -> list[float]:
 def main(_) -> None:
   environment.configure_jax()
   config = config_file.get_config('algorithm=jbond')
-  task = enumerable.make(config, '', sharding.make_mesh(data=1, model=1))
+  task = enumerable.make(
+    stages.Run(config, '', sharding.make_mesh(data=1, model=1))
+  )
   known = enumerable.know(config, task.policy, task.frozen)
   head = ['policy', 'KL']
   head += [f'{k} {what}' for k in ESTIMATES for what in ('bias', 'deviation')]

@@ -62,7 +62,12 @@ def points(rows) -> Points:
 
 def sampled(config, workdir: str) -> Points:
   stages.stage(
-    'train', distil.train, config, workdir, folder='train', check=checks.check
+    'train',
+    distil.train,
+    config,
+    workdir,
+    folder='train',
+    open_run=checks.open_run,
   )
   path = os.path.join(workdir, 'train', 'metrics.jsonl')
   return points(log.read_rows(path))

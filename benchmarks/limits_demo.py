@@ -46,7 +46,7 @@ def run(out: str, label: str) -> tuple[list[dict], dict]:
     config.model.sizes = changes['model.sizes']
   workdir = os.path.join(out, start)
   stages.stage(
-    'sft', sft.train, config, workdir, folder='sft', check=checks.check
+    'sft', sft.train, config, workdir, folder='sft', open_run=checks.open_run
   )
   stage.main(config, workdir)
   config = demo.get_config()
@@ -56,7 +56,7 @@ def run(out: str, label: str) -> tuple[list[dict], dict]:
   distil.main(config, workdir)
   stages.stage(
       'evaluate', evaluate.evaluate, config, workdir, folder='.',
-      check=checks.check, table=evaluate.headlines, checkpoint='last',
+      open_run=checks.open_run, table=evaluate.headlines, checkpoint='last',
   )  # fmt: skip
   rows = log.read_rows(os.path.join(workdir, 'train', 'metrics.jsonl'))
   return (

@@ -62,7 +62,12 @@ def run_all(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
     run = config.runs[name]
     folder = os.path.join(workdir, 'runs', name)
     stages.stage(
-      'train', distil.train, run, folder, folder='train', check=checks.check
+      'train',
+      distil.train,
+      run,
+      folder,
+      folder='train',
+      open_run=checks.open_run,
     )
     rows = log.read_rows(os.path.join(folder, 'train', 'metrics.jsonl'))
     out[config.labels[name]] = series(rows, run)
@@ -103,7 +108,9 @@ def series(rows: list[dict[str, Any]], run) -> Series:
 
 def best_of_n(run: ml_collections.ConfigDict, ns) -> Series:
   """The same measures of exact Best-of-N, for each N."""
-  task = enumerable.make(run, '', sharding.make_mesh(data=1, model=1))
+  task = enumerable.make(
+    stages.Run(run, '', sharding.make_mesh(data=1, model=1))
+  )
   known = enumerable.know(run, task.policy, task.frozen)
   rows = [
     exact.measure(tables.best_of_n(known.log_reference, known.reward, n), known)

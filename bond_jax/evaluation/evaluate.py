@@ -11,8 +11,8 @@ from typing import Any
 import jax
 import ml_collections
 
-from bond_jax.data import examples, sources
-from bond_jax.devices import hosts, sharding, shares
+from bond_jax.data import examples
+from bond_jax.devices import hosts, shares
 from bond_jax.errors import UserError
 from bond_jax.evaluation import completions, history, sweep
 from bond_jax.evaluation.report import page
@@ -55,8 +55,7 @@ def logs_folder(folder: str) -> str:
 
 
 def evaluate(
-  config: ml_collections.ConfigDict,
-  workdir: str,
+  run: stages.Run,
   folder: str = '.',
   checkpoint: int | str = 'last',
   against: str = 'reference',
@@ -64,16 +63,15 @@ def evaluate(
   """Draws, judges and reports; returns the summary of the whole run.
 
   Args:
-    config: of the run.
-    workdir: of the run.
-    folder: below it, in which the results go.
+    run: of which the policy is.
+    folder: below its own, in which the results go.
     checkpoint: of the policy.
     against: 'reference', or the folder of another run.
   """
-  settings, mesh = config.evaluate, sharding.make_mesh(**config.mesh)
-  tokenizer = load.load_tokenizer(config, workdir)
+  config, workdir, mesh, _ = run
+  settings, tokenizer = config.evaluate, load.load_tokenizer(config, workdir)
   # Read before weights are loaded, so that a bad row shows early.
-  held_out = sources.rows(config, 'test')
+  held_out = run.rows('test')
   read = functools.partial(text_task.texts, config, tokenizer, held_out)
   prompts = examples.fixed_prompts(
     held_out,
@@ -231,7 +229,7 @@ def main(
   hosts.start()  # before anything that hosts must agree on
   environment.configure_jax()
   stages.check_stage('evaluate', config, workdir)
-  checks.check(config)  # also where there is a checkpoint already
+  run = checks.open_run(config, workdir)  # also if it is finished already
   if against != 'reference':
     against = os.path.normpath(against)
   step = load.find_step(workdir, 'train', checkpoint)
@@ -239,7 +237,7 @@ def main(
   hosts.once(lambda: check_finished(config, workdir, folder, step, against))
   stages.stage(
       'evaluate', functools.partial(evaluate, folder=folder), config, workdir,
-      folder=folder, check=checks.check, table=headlines, checkpoint=step,
+      folder=folder, open_run=lambda *_: run, table=headlines, checkpoint=step,
       against=against,
   )  # fmt: skip
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import time
 from typing import Any
@@ -20,39 +21,43 @@ def main(config: ml_collections.ConfigDict, workdir: str) -> None:
   hosts.start()
   stages.check_stage('reward_model', config, workdir)
   fields.check(config.to_dict(), text_task.NEEDED)
-  check_splits(config)
   work, table = train.train, reward_report.headlines
   if config.reward_model.kind == 'ridge':
     work, table = ridge, show.scalars
   stages.stage(
-    'reward_model', work, config, workdir, folder='reward', check=checks.check,
+    'reward_model', work, config, workdir, folder='reward', open_run=open_run,
     table=table,
   )  # fmt: skip
 
 
-def check_splits(config: ml_collections.ConfigDict) -> None:
-  """Refuses rows on which the model is both fitted, chosen or judged.
+def open_run(config: ml_collections.ConfigDict, workdir: str) -> stages.Run:
+  """The run, with the rows of the reward model's data.
 
-  The model, its penalty or its last step, is chosen on the validation split.
+  A UserError for rows on which the model is both fitted, chosen or judged: its
+  penalty or its last step is chosen on the validation split.
   """
-  ridge = config.reward_model.kind == 'ridge'
-  mine = config if ridge else configs.of_reward_model(config)
-  rows = {split: sources.rows(mine, split) for split in preferences.SPLITS}
-  sources.check_apart(rows, *itertools.combinations(rows, 2))
+  run = checks.open_run(config, workdir)
+  if config.reward_model.kind != 'ridge' and 'data' in config.reward_model:
+    mine = configs.of_reward_model(config)
+    rows = functools.cache(functools.partial(sources.rows, mine))
+    run = run._replace(rows=rows)
+  splits = {split: run.rows(split) for split in preferences.SPLITS}
+  sources.check_apart(splits, *itertools.combinations(splits, 2))
+  return run
 
 
-def ridge(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
+def ridge(run: stages.Run) -> dict[str, Any]:
   """Fits the ridge regression, on one host alone; returns the summary."""
   # Here, because it imports scikit-learn, which takes a second.
   from bond_jax.reward_models import ridge_fit
 
-  start = time.perf_counter()
+  start, config = time.perf_counter(), run.config
   settings = {k: v for k, v in config.reward_model.items() if k != 'kind'}
   report = hosts.once(
     lambda: ridge_fit.build(
-      {split: sources.rows(config, split) for split in preferences.SPLITS},
+      {split: run.rows(split) for split in preferences.SPLITS},
       vocab_size=config.tokenizer.vocab_size,
-      workdir=workdir,
+      workdir=run.workdir,
       **settings,
     )
   )

@@ -14,7 +14,6 @@ import os
 from typing import Any
 
 import jax
-import ml_collections
 import numpy as np
 
 from bond_jax.data import preferences
@@ -33,6 +32,7 @@ from bond_jax.runs import (
   log,
   provenance,
   saving,
+  stages,
   stopping,
 )
 from bond_jax.training import guard as guard_lib
@@ -235,14 +235,12 @@ def _fit(config, folder, batches, held_out, state, update, score, mesh):
     return saver.best(state.params)
 
 
-def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
+def train(run: stages.Run) -> dict[str, Any]:
   """Runs the stage to its end, from its last checkpoint if it has one."""
+  config, workdir, mesh, _ = run
   settings, folder = config.reward_model, os.path.join(workdir, 'reward')
-  mesh = sharding.make_mesh(**config.mesh)
   mine = configs.of_reward_model(config)
-  sources = {
-    split: sources_lib.rows(mine, split) for split in preferences.SPLITS
-  }
+  sources = {split: run.rows(split) for split in preferences.SPLITS}
   tokenizer = _tokenizer(config, mine, sources, workdir)
   judged = read_splits(config, mine, sources, tokenizer)
   batches = make_batches(config, judged['train'], tokenizer)

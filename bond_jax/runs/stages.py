@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 import json
 import os
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import Mesh
@@ -26,6 +26,16 @@ from bond_jax.runs import (
   show,
   stopping,
 )
+
+
+class Run(NamedTuple):
+  """What a stage works on, opened once."""
+
+  config: ml_collections.ConfigDict
+  workdir: str
+  mesh: Mesh
+  # Split -> the rows of the run's data, which are opened when first asked for.
+  rows: Callable[[str], Any] | None = None
 
 
 def check_stage(
@@ -106,7 +116,7 @@ def stage(
   workdir: str,
   *,
   folder: str,
-  check: Callable[[ml_collections.ConfigDict], Mesh],
+  open_run: Callable[[ml_collections.ConfigDict, str], Run],
   table: Callable[[dict[str, Any]], list[tuple]] = show.scalars,
   **asked: str,
 ) -> None:
@@ -114,11 +124,12 @@ def stage(
 
   Args:
     name: of the stage, for people.
-    work: (config, workdir, **asked) -> the summary.
+    work: (run, **asked) -> the summary.
     config: of the run.
     workdir: of the run.
     folder: in which the summary goes.
-    check: config -> its mesh; a UserError if some stage could not work with it.
+    open_run: (config, workdir) -> the run; a UserError if some stage could not
+      work with the config.
     table: what of the summary is shown at the end.
     **asked: flags beside the config; the summary repeats them.
   """
@@ -127,25 +138,25 @@ def stage(
   if not begin(name, config, path, workdir, asked):
     return
   with stopping.listening():
-    _work(name, work, config, workdir, path, check, table, asked)
+    _work(name, work, config, workdir, path, open_run, table, asked)
     stopping.hear(hosts.gather(stopping.asked()))
     if stopping.due():  # no stage after it shall start
       raise stopping.stopped(name, None)
 
 
-def _work(name, work, config, workdir, path, check, table, asked) -> None:
+def _work(name, work, config, workdir, path, open_run, table, asked) -> None:
   """Runs a stage that is not finished; see `stage`."""
   check_stage(name, config, workdir)
-  mesh = check(config)
-  hosts.check_mesh(mesh)
+  run = open_run(config, workdir)
+  hosts.check_mesh(run.mesh)
   with lock.held(workdir, name):
     claim(config, workdir, os.path.dirname(path))
-    devices = f'{mesh.size} {jax.default_backend()} device(s)'
+    devices = f'{run.mesh.size} {jax.default_backend()} device(s)'
     if hosts.count() > 1:
       devices += f' of {hosts.count()} hosts'
     hosts.say(f'{name}: {config.model.name} on {devices}, into {workdir}')
     with saving.on_disk(workdir):
-      summary = work(config, workdir, **asked)
+      summary = work(run, **asked)
       summary = {**summary, **asked, 'versions': environment.versions()}
       if hosts.first():
         files.write_json(path, summary)

@@ -2,23 +2,36 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 from jax.sharding import Mesh
 import ml_collections
 
+from bond_jax.data import sources
 from bond_jax.devices import sharding
 from bond_jax.errors import UserError
 from bond_jax.models import policies
 from bond_jax.runs import (
   configs,
   fields,
+  stages,
 )
 from bond_jax.training import setups
 
 
-def check(config: ml_collections.ConfigDict) -> Mesh:
-  """The mesh of a config; a UserError for what no stage could work with."""
+def open_run(config: ml_collections.ConfigDict, workdir: str) -> stages.Run:
+  """A run whose config every stage could work with; else a UserError."""
+  rows = functools.cache(functools.partial(sources.rows, config))
+  return stages.Run(config, workdir, check(config, rows), rows)
+
+
+def check(config: ml_collections.ConfigDict, rows=None) -> Mesh:
+  """The mesh of a config; a UserError for what no stage could work with.
+
+  `rows(split)` are those of its data; they are opened here without it.
+  """
+  rows = rows or functools.partial(sources.rows, config)
   fields.check(config.to_dict(), fields.NEEDED)
   settings = config.train
   if not config.model.temperature:
@@ -44,7 +57,7 @@ def check(config: ml_collections.ConfigDict) -> Mesh:
         f' train.rollouts x train.epochs = {steps}: a checkpoint holds no half'
         ' iteration.'
       )
-  setups.task(config).check(config, mesh)
+  setups.task(config).check(config, mesh, rows)
   if 'reward_model' in config:
     check_reward_model(config, mesh)
   return mesh

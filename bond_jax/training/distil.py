@@ -194,17 +194,17 @@ def make_guard(
   return guard_lib.Guard('train', config.train.skip_limit, look, settings.stop)
 
 
-def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
+def train(run: stages.Run) -> dict[str, Any]:
   """Runs the stage to its end, from its last checkpoint if it has one."""
+  config, workdir, mesh, _ = run
   settings, folder = config.train, os.path.join(workdir, 'train')
-  mesh = sharding.make_mesh(**config.mesh)
   # Before anything large is loaded: it sees whether the inputs have changed.
   saver = saving.Saver(
     os.path.join(folder, 'checkpoints'), 'train', config.save_failure,
     provenance.of(config, mesh),
     lambda: provenance.inputs(config, workdir, 'train'),
   )  # fmt: skip
-  task = setups.task(config).make(config, workdir, mesh)
+  task = setups.task(config).make(run)
   setup = setups.make_setup(config, task.policy, task.stop, mesh)
   cost = costs.of_config(config, setup.algorithm)
   hosts.say(f'train: {costs.line(cost)}')
@@ -231,7 +231,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
       if command.debugging():
         guard_lib.rerun(setup, state, frozen, batch)
 
-    run = Distillation(
+    each = Distillation(
         setup, make_programs(setup, mesh, state), task.batches, task.reward,
         frozen, whole, configs.key(config.seed, 'train'),
         configs.key(config.seed, 'order'), mesh, writer.phase,
@@ -239,7 +239,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
     )  # fmt: skip
 
     def iteration(state):
-      yield from iterate(run, state)
+      yield from iterate(each, state)
       compiled.append(progress.compilations(*Programs._fields))
 
     job = loop.Job(
@@ -292,5 +292,5 @@ def summarise(rows: list[dict[str, Any]], moves: bool) -> dict[str, Any]:
 
 def main(config: ml_collections.ConfigDict, workdir: str) -> None:
   stages.stage(
-    'train', train, config, workdir, folder='train', check=checks.check
+    'train', train, config, workdir, folder='train', open_run=checks.open_run
   )

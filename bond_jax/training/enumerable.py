@@ -25,7 +25,7 @@ from bond_jax.measures import exact
 from bond_jax.models import policies, sampling
 from bond_jax.models.stops import Stop
 from bond_jax.rewards import calling
-from bond_jax.runs import configs, fields
+from bond_jax.runs import configs, fields, stages
 from bond_jax.training import tasks
 from bond_jax.types import Frozen, Params, Policy, Prompts, Rollout
 
@@ -103,8 +103,9 @@ class Cycle:
     del state
 
 
-def check(config: ml_collections.ConfigDict, mesh) -> None:
+def check(config: ml_collections.ConfigDict, mesh, rows) -> None:
   """Refuses sizes that do not make a language."""
+  del rows  # it has none
   fields.check(config.to_dict(), ('enumerable',))
   settings = config.enumerable
   powers = (
@@ -169,9 +170,9 @@ def exact_law(config: ml_collections.ConfigDict, policy: Policy):
   return law
 
 
-def make(config: ml_collections.ConfigDict, workdir: str, mesh) -> tasks.Task:
+def make(run: stages.Run) -> tasks.Task:
   """The task: reference and rewards are drawn by the seed of the language."""
-  del workdir
+  config, mesh = run.config, run.mesh
   settings = config.enumerable
   policy = make_policy(config)
   init = lambda: policy.init(configs.key(settings.seed, 'reference'))

@@ -69,10 +69,10 @@ def init_state(config, policy: Policy, optimizer, mesh) -> TrainState:
 def batches_of(
   config: ml_collections.ConfigDict,
   tokenizer: tokenizer_lib.Tokenizer,
-  split: str,
+  rows: examples.Source,
 ):
   """Whole texts, or answers to prompts, as `sft.target` says."""
-  settings, rows = config.sft, sources.rows(config, split)
+  settings = config.sft
   kwargs = dict(
     length=settings.length,
     batch=settings.batch,
@@ -122,17 +122,17 @@ def load_vocabulary(
   )
 
 
-def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
+def train(run: stages.Run) -> dict[str, Any]:
   """Runs the stage to its end, from its last checkpoint if it has one."""
+  config, workdir, mesh, _ = run
   settings, folder = config.sft, os.path.join(workdir, 'sft')
-  mesh = sharding.make_mesh(**config.mesh)
-  rows = sources.rows(config, 'train')
+  rows = run.rows('train')
   tokenizer = load_vocabulary(config, workdir, rows)
   # A bad row shows before weights are loaded.
   batches = functools.partial(batches_of, config, tokenizer)
-  held_out = batches('validation')
+  held_out = batches(run.rows('validation'))
   held_out = [next(held_out) for _ in range(settings.validation_batches)]
-  batches = batches('train')
+  batches = batches(rows)
   of_data = look_at(config, tokenizer, rows)
   policy = policies.make_policy(
     config.model, config.tokenizer.vocab_size, full=True
@@ -185,4 +185,6 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
 
 
 def main(config: ml_collections.ConfigDict, workdir: str) -> None:
-  stages.stage('sft', train, config, workdir, folder='sft', check=checks.check)
+  stages.stage(
+    'sft', train, config, workdir, folder='sft', open_run=checks.open_run
+  )

@@ -26,6 +26,7 @@ from bond_jax.rewards import make as making
 from bond_jax.runs import (
   configs,
   fields,
+  stages,
 )
 from bond_jax.training import tasks
 from bond_jax.types import (
@@ -40,7 +41,7 @@ NEEDED = ('data', 'weights', 'tokenizer', 'prompt', 'stop', 'reward', 'gold',
           'train.probe_completions')  # fmt: skip
 
 
-def check(config: ml_collections.ConfigDict, mesh) -> None:
+def check(config: ml_collections.ConfigDict, mesh, rows) -> None:
   """Refuses what some stage could not work with.
 
   A wrong setting of a late stage must not cost the early ones.
@@ -61,17 +62,18 @@ def check(config: ml_collections.ConfigDict, mesh) -> None:
   sampling.check(policy, config.length, stop, config.slots, parts)
   for name in ('reward', 'gold'):
     making.check_reward(config[name], name)
-  rows = {split: sources.rows(config, split) for split in preferences.SPLITS}
-  sources.check_apart(rows, ('train', 'validation'), ('train', 'test'))
+  splits = {split: rows(split) for split in preferences.SPLITS}
+  sources.check_apart(splits, ('train', 'validation'), ('train', 'test'))
 
 
-def make(config: ml_collections.ConfigDict, workdir: str, mesh) -> tasks.Task:
+def make(run: stages.Run) -> tasks.Task:
   """The task of a run whose sft stage has finished."""
+  config, workdir, mesh = run.config, run.workdir, run.mesh
   tokenizer = load.load_tokenizer(config, workdir)
   stop = stops.of(tokenizer, config.stop)
   encode = load.make_encoder(config, tokenizer)
   # A bad row shows before weights are loaded, also one that is used later.
-  rows, held_out = (sources.rows(config, s) for s in ('train', 'validation'))
+  rows, held_out = run.rows('train'), run.rows('validation')
   whole = load.make_encoder(config, tokenizer, longer='drop')
   facts = look_at(rows, whole, config.prompt)
   prompts = examples.fixed_prompts(
@@ -80,7 +82,7 @@ def make(config: ml_collections.ConfigDict, workdir: str, mesh) -> tasks.Task:
     length=config.prompt.length,
     count=config.train.probe_prompts,
   )
-  for part in sources.parts(sources.rows(config, 'test')):
+  for part in sources.parts(run.rows('test')):
     made = sources.each(part.rows, encode)
     list(itertools.islice(made, config.evaluate.prompts))
   policy = policies.make_policy(config.model, config.tokenizer.vocab_size)

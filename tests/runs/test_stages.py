@@ -152,12 +152,18 @@ def test_a_stage_works_once(config, tmp_path, capsys):
   workdir = str(tmp_path / 'run')
   calls = []
 
-  def work(config, workdir, **asked):
+  def work(run, **asked):
     calls.append(asked)
     return {'loss': 0.25, 'phases': {'a': 1}}
 
   run = lambda **asked: stages.stage(
-    'sft', work, config, workdir, folder='sft', check=checks.check, **asked
+    'sft',
+    work,
+    config,
+    workdir,
+    folder='sft',
+    open_run=checks.open_run,
+    **asked,
   )
   run(checkpoint='last')
   written = toy.listing(workdir)
@@ -185,13 +191,13 @@ def test_a_stage_works_once(config, tmp_path, capsys):
 def test_a_stage_that_fails_is_not_done(config, tmp_path):
   workdir = str(tmp_path / 'run')
 
-  def work(config, workdir):
+  def work(run):
     raise UserError('no')
 
   for _ in range(2):
     with pytest.raises(UserError, match='no'):
       stages.stage(
-        'sft', work, config, workdir, folder='sft', check=checks.check
+        'sft', work, config, workdir, folder='sft', open_run=checks.open_run
       )
   assert sorted(toy.listing(workdir)) == ['config.json', 'version.json']
 

@@ -16,6 +16,7 @@ from bond_jax.measures import aggregate, exact, tables
 from bond_jax.models import sampling, scalar_head
 from bond_jax.models.log_probs import log_probs
 from bond_jax.models.stops import Stop
+from bond_jax.runs import stages
 from bond_jax.training import enumerable
 from bond_jax.types import Rollout
 
@@ -82,7 +83,7 @@ def test_prompts_come_in_turn_and_draw_apart():
 def task():
   """The task of the tiny config; its policy is far from uniform."""
   config = language.get_config('jbond')
-  task = enumerable.make(config, '', sharding.make_mesh(1, 1))
+  task = enumerable.make(stages.Run(config, '', sharding.make_mesh(1, 1)))
   rng = np.random.default_rng(0)
   noise = lambda x: x + 0.5 * rng.standard_normal(x.shape).astype(np.float32)
   return task, jax.tree.map(noise, task.frozen.reference)

@@ -1,5 +1,6 @@
 """What the text stages do with rows before they load weights."""
 
+import functools
 import json
 
 from conftest import core
@@ -13,6 +14,7 @@ from bond_jax.devices import sharding
 from bond_jax.errors import UserError
 from bond_jax.evaluation import evaluate
 from bond_jax.reward_models import train
+from bond_jax.runs import stages
 from bond_jax.training import sft, text_task
 from bond_jax.types import Rollout
 
@@ -27,9 +29,14 @@ MESH = sharding.make_mesh(1, 1)
 STAGES = {
   'sft': sft.train,
   'reward_model': train.train,
-  'train': lambda config, workdir: text_task.make(config, workdir, MESH),
+  'train': text_task.make,
   'evaluate': evaluate.evaluate,
 }
+
+
+def run_of(config, workdir):
+  rows = functools.partial(sources.rows, config)
+  return stages.Run(config, workdir, MESH, rows)
 
 
 @pytest.fixture
@@ -94,7 +101,7 @@ def test_a_bad_row_is_named_before_weights_are_loaded(
   if stage in ('train', 'evaluate'):
     with config.unlocked():
       del config.sft
-  work = lambda: STAGES[stage](config, str(tmp_path))
+  work = lambda: STAGES[stage](run_of(config, str(tmp_path)))
   weights = 'no_weights|has not finished'
   with pytest.raises(UserError, match=weights):  # what comes after the rows
     work()
@@ -116,7 +123,7 @@ def test_a_vocabulary_needs_texts(config, tmp_path):
   """Of messages alone none is trained, which is said in one line."""
   config.tokenizer.path = ''
   with pytest.raises(UserError, match='a vocabulary is trained on') as e:
-    sft.train(config, str(tmp_path))
+    sft.train(run_of(config, str(tmp_path)))
   assert str(e.value).startswith(f'{tmp_path}/train.jsonl:1: a row has no text')
   assert 'tokenizer.path' in str(e.value)
 
