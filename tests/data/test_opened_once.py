@@ -13,7 +13,8 @@ SPLITS = {'train': 1, 'validation': 1, 'test': 1}
 @pytest.mark.parametrize('stage', toy.STAGES)
 def test_a_command_opens_each_split_once(tmp_path, monkeypatch, stage):
   workdir, opened, source = str(tmp_path), collections.Counter(), sources.source
-  toy.before(stage, workdir)
+  if stage in ('train', 'evaluate'):
+    toy.before(stage, workdir)
 
   def counting(name, split, **kwargs):
     opened[split] += 1

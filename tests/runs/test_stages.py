@@ -337,7 +337,7 @@ def test_what_is_drawn_divides_into_the_parts_that_draw(config, path):
 def test_a_local_layer_sees_something(config):
   change(config, 'model.name', 'gemma_2b')
   change(config, 'model.sizes.pattern', ('local',))
-  with pytest.raises(UserError, match='a local layer sees window positions'):
+  with pytest.raises(UserError, match='local layers need a window'):
     checks.check(config)
   change(config, 'model.sizes.window', 4)
   checks.check(config)
