@@ -25,7 +25,7 @@ import sentencepiece
 
 from bond_jax.devices import hosts
 from bond_jax.errors import BadRow, UserError
-from bond_jax.runs import paths
+from bond_jax.runs import files, paths
 
 # What begins and ends a turn, up to Gemma 3 and from Gemma 4 on.
 TURNS = ('<start_of_turn>', '<end_of_turn>'), ('<|turn>', '<turn|>')
@@ -293,11 +293,9 @@ def train(sentences: Iterable[str], path: str, vocab_size: int) -> Tokenizer:
       f'cannot train a vocabulary of {vocab_size} pieces on this text: {reason}'
     ) from e
   content = model.getvalue()
-  temporary = path + '.tmp'
   os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
-  with open(temporary, 'wb') as f:
+  with files.whole(path, 'wb') as f:
     f.write(content)
-  os.replace(temporary, path)
   return parse(content, path)
 
 

@@ -1,6 +1,5 @@
-"""The stage that trains a reward, and what judges it.
+"""The stage that trains a reward.
 
 ridge_fit.py fits n-grams to ratings, train.py a Gemma with a scalar head to
-what people prefer; report.py says how good either is on texts that it has not
-seen. Start at stage.py.
+preferences; report.py measures the latter on held-out texts. Start at stage.py.
 """

@@ -1,15 +1,21 @@
-"""How good a reward model is on texts it has not seen, for people to read."""
+"""The quality of a reward model on held-out texts, for people to read.
+
+Beside it stands a bag of words, the least that a reward model must beat.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
 from bond_jax.data import preferences
+from bond_jax.errors import UserError
 from bond_jax.measures import curves
 from bond_jax.measures import preferences as measures
-from bond_jax.reward_models import bag_of_words
+
+PENALTIES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)  # C, the inverse of it
 
 
 def leads(score: np.ndarray, judged: preferences.Judged) -> np.ndarray:
@@ -17,12 +23,44 @@ def leads(score: np.ndarray, judged: preferences.Judged) -> np.ndarray:
   return score[judged.pairs[:, 0]] - score[judged.pairs[:, 1]]
 
 
+def bag_of_words(
+  train: preferences.Judged, validation: preferences.Judged
+) -> tuple[Callable[[Sequence[str]], np.ndarray], float]:
+  """Logistic regression of preferences on differences of word counts.
+
+  Returns a function from texts to their scores f64[N], and the C that was best
+  on the validation pairs.
+  """
+  # Here, because importing it takes a second, and few stages need it.
+  import scipy.sparse
+  from sklearn.feature_extraction.text import CountVectorizer
+  from sklearn.linear_model import LogisticRegression
+
+  counter = CountVectorizer(dtype=np.float64)
+  try:
+    counts = counter.fit_transform(train.texts)
+  except ValueError as e:  # an empty vocabulary
+    raise UserError(f'the texts hold no words to count: {e}') from e
+  # Both classes are needed: every other difference is turned around, which
+  # changes nothing without an intercept.
+  sign = np.where(np.arange(len(train.pairs)) % 2, -1.0, 1.0)
+  x = scipy.sparse.diags(sign) @ leads(counts, train)
+  held_out = leads(counter.transform(validation.texts), validation)
+  best = (-np.inf, 0.0, None)
+  for c in PENALTIES:
+    model = LogisticRegression(C=c, fit_intercept=False, max_iter=1000)
+    weight = model.fit(x, sign).coef_[0]
+    right = np.sign(held_out @ weight).sum()  # less those that are wrong
+    if right > best[0]:
+      best = (right, c, weight)
+  _, c, weight = best
+  return lambda texts: counter.transform(texts) @ weight, c
+
+
 def report(
   scores: dict[str, np.ndarray], judged: dict[str, preferences.Judged]
 ) -> dict[str, Any]:
-  """What the summary says of a trained model, all of the test split.
-
-  `scores` are those of the texts of the validation and the test split.
+  """The summary of a trained model, of its scores of validation and test texts.
 
   Scores are divided by the temperature at which the validation pairs have the
   smallest log-loss; the reward that others read is divided by it too.
@@ -30,20 +68,18 @@ def report(
   train, held_out, test = (judged[split] for split in preferences.SPLITS)
   temperature = measures.temperature(leads(scores['validation'], held_out))
   lead = leads(scores['test'] / temperature, test)
-  words, penalty = bag_of_words.fit(
-    (train.texts, train.pairs), (held_out.texts, held_out.pairs)
-  )
-  lead_held_out = leads(words(held_out.texts), held_out)
+  words, penalty = bag_of_words(train, held_out)
   word_lead = leads(words(test.texts), test)
-  word_lead /= measures.temperature(lead_held_out)
+  word_lead /= measures.temperature(leads(words(held_out.texts), held_out))
   both = np.stack([measures.right(lead), measures.right(word_lead)], 1)
   draws = measures.bootstrap(both, test.unit[test.pairs])
   error, table = measures.calibration(lead)
+  each = lambda count: {k: count(judged[k]) for k in preferences.SPLITS}
   found = {
-    'texts': {split: len(judged[split].texts) for split in preferences.SPLITS},
-    'pairs': {split: len(judged[split].pairs) for split in preferences.SPLITS},
-    'left_out': {split: judged[split].left_out for split in preferences.SPLITS},
-    'bad_rows': {split: len(judged[split].bad) for split in preferences.SPLITS},
+    'texts': each(lambda part: len(part.texts)),
+    'pairs': each(lambda part: len(part.pairs)),
+    'left_out': each(lambda part: part.left_out),
+    'bad_rows': each(lambda part: len(part.bad)),
     'accuracy': float(both[:, 0].mean()),
     'accuracy_interval': curves.interval(draws[:, 0]),
     'log_loss': measures.log_loss(lead),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 import os
+from typing import Any
 
 import numpy as np
 import scipy.stats
@@ -37,8 +38,8 @@ def fit(
     vocab_size: of the pieces.
     order: length of the longest n-grams.
     min_count: an n-gram needs to be in that many training texts.
-    alphas: penalties, of which the one with the highest correlation on the
-      validation texts is kept.
+    alphas: penalties; the one with the highest correlation on the validation
+      texts is kept.
 
   Returns:
     The arrays of model.npz (without the tokenizer), and numbers to report.
@@ -71,19 +72,14 @@ def fit(
       'no reward model has a correlation with the validation ratings: are'
       ' all ratings the same?'
     )
-  found = {
-    'keys': keys,
-    'scale': scale,
-    'weight': model.coef_,
-    'intercept': np.float64(model.intercept_),
-    'order': np.int64(order),
-    'base': np.int64(base),
-  }
-  report = {
-    'features': len(keys),
-    'alpha': float(alpha),
-    'validation_pearson': pearson,
-  }
+  found = dict(
+    keys=keys, scale=scale, weight=model.coef_,
+    intercept=np.float64(model.intercept_), order=np.int64(order),
+    base=np.int64(base),
+  )  # fmt: skip
+  report = dict(
+    features=len(keys), alpha=float(alpha), validation_pearson=pearson
+  )
   return found, report
 
 
@@ -102,13 +98,15 @@ def build(
   *,
   vocab_size: int,
   workdir: str,
-  order: int,
-  min_count: int,
-  alphas: Sequence[float],
+  **settings: Any,
 ) -> dict[str, float]:
-  """Fits, saves and judges the reward model of a run; returns the report.
+  """Fits, saves and measures the reward model of a run; returns the report.
 
-  `splits` are the rows of train, validation and test.
+  Args:
+    splits: the rows of train, validation and test.
+    vocab_size: of the run's tokenizer, which is trained if it is missing.
+    workdir: of the run.
+    **settings: see `fit`.
   """
   texts, ratings, skipped = {}, {}, 0
   for split, rows in splits.items():
@@ -124,15 +122,11 @@ def build(
   tokenizer = tokenizer_lib.ensure(
     os.path.join(workdir, 'tokenizer.model'), texts['train'], vocab_size
   )
-  ids = {s: tokenizer.processor.encode(t) for s, t in texts.items()}
-  found, report = fit(
-    (ids['train'], ratings['train']),
-    (ids['validation'], ratings['validation']),
-    vocab_size=tokenizer.vocab_size,
-    order=order,
-    min_count=min_count,
-    alphas=alphas,
-  )
+  data = [
+    (tokenizer.processor.encode(texts[split]), ratings[split])
+    for split in ('train', 'validation')
+  ]
+  found, report = fit(*data, vocab_size=tokenizer.vocab_size, **settings)
   model = np.frombuffer(tokenizer.processor.serialized_model_proto(), np.uint8)
   path = os.path.join(workdir, 'reward', 'model.npz')
   files.write(path, {**found, 'tokenizer': model})

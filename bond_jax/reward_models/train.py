@@ -1,9 +1,7 @@
-"""Training a Gemma with a scalar head on what people prefer: kind='gemma'.
+"""Training a Gemma with a scalar head on preferences: kind='gemma'.
 
-Called by the stage `reward_model`. It leaves in reward/ what
-`rewards.gemma.scalar_head` reads: checkpoints, tokenizer.model, model.json; and
-the summary says how good the model is on texts that it has not seen, beside a
-bag of words fitted to the same pairs.
+It leaves in reward/ what `rewards.gemma.scalar_head` reads: checkpoints,
+tokenizer.model, model.json.
 """
 
 from __future__ import annotations
@@ -49,21 +47,12 @@ def _tokenizer(config, mine, sources, workdir: str):
   """The run's vocabulary, or the section's: a file, or trained on its rows."""
   if 'tokenizer' not in config.reward_model or mine.tokenizer.path:
     return load.load_tokenizer(mine, workdir)
-  said = sources_lib.each(sources['train'], preferences.texts)
+  texts = sources_lib.each(sources['train'], preferences.texts)
   return tokenizer_lib.ensure(
     os.path.join(workdir, 'reward', 'tokenizer.model'),
-    itertools.chain.from_iterable(said),
+    itertools.chain.from_iterable(texts),
     mine.tokenizer.vocab_size,
   )
-
-
-def _keep_tokenizer(tokenizer: tokenizer_lib.Tokenizer, folder: str) -> None:
-  """Puts the vocabulary beside the model, for its reader, whole or not."""
-  path = os.path.join(folder, 'tokenizer.model')
-  if not os.path.exists(path):
-    with open(path + '.tmp', 'wb') as f:
-      f.write(tokenizer.processor.serialized_model_proto())
-    os.replace(path + '.tmp', path)
 
 
 def make_loss(
@@ -132,7 +121,7 @@ def init_state(
 def read_splits(
   config, mine, sources, tokenizer
 ) -> dict[str, preferences.Judged]:
-  """What people said of the texts of each split; see `preferences.read`.
+  """The judged texts of each split; see `preferences.read`.
 
   Rated texts of the held-out splits meet more others than those of training.
   """
@@ -285,7 +274,9 @@ def train(run: stages.Run) -> dict[str, Any]:
   )
   path = os.path.join(folder, 'model.json')
   if hosts.first():
-    _keep_tokenizer(tokenizer, folder)
+    vocabulary = os.path.join(folder, tokenizer_lib.FILE)
+    with files.whole(vocabulary, 'wb') as f:
+      f.write(tokenizer.processor.serialized_model_proto())
     files.write_json(path, described)
   _, times = loop.times(folder)
   return {
