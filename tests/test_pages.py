@@ -212,7 +212,7 @@ def of_an_exact_run(workdir):
 def test_the_page_has_what_other_runs_leave(tmp_path):
   page = sections('metrics')
   left = of_the_algorithms() | of_a_reward() | of_an_exact_run(str(tmp_path))
-  left |= {f'watch/{name}' for name in watch.MEANING}
+  left |= {f'watch/{name}' for name in watch.ADVICE}
   usual = names(page['train/metrics.jsonl'])
   assert names(page['In some runs only']) == left - usual
 

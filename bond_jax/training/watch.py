@@ -1,7 +1,7 @@
 """What goes wrong slowly in training, seen in its metrics, and what to do.
 
-`look` compares the latest rows of metrics.jsonl with the first ones; what it
-finds is a line of advice for each name in MEANING.
+`look` compares the latest rows of metrics.jsonl with the first ones, and finds
+some of the names in ADVICE.
 """
 
 from __future__ import annotations
@@ -17,15 +17,19 @@ WINDOW = 20  # rows at either end; the first row compiles, and counts in neither
 PHASES = 'seconds/sample', 'seconds/reward', 'seconds/update'
 
 
-# What a name says of a run, as a report does afterwards.
-MEANING = {
-  'kl': 'the KL to the reference was above its limit',
-  'entropy': 'the entropy had fallen far: the policy said ever the same',
-  'length': 'completions were far longer, or shorter, than at first',
-  'signal': 'the reward hardly gave a signal',
-  'anchor': 'the anchor did not move',
-  'speed': 'steps took far longer than at first',
-  'skipped': 'steps were not finite, and changed nothing',
+# What each warning means for the run; said while training and by the report.
+ADVICE = {
+  'kl': 'look at the completions before trusting the reward; take an earlier'
+  ' checkpoint, or a smaller anchor rate or a larger KL weight',
+  'entropy': 'the policy repeats itself; take an earlier checkpoint, or a lower'
+  ' learning rate or anchor rate',
+  'length': 'the reward may be measuring length; set reward.length_penalty',
+  'signal': 'rewards that tie teach nothing; use a finer reward, or more'
+  ' completions of a prompt',
+  'anchor': 'its rate may be 0, its dtype bfloat16, or the policy may not move',
+  'speed': 'the reward may be slow, the machine shared, or a program compiled'
+  ' anew',
+  'skipped': 'a lower learning rate is the usual remedy',
 }
 
 
@@ -46,7 +50,7 @@ def look(
   speed: float,
   moves: bool,
 ) -> dict[str, str]:
-  """What is wrong at the last of the rows, by name; nothing, if nothing is.
+  """Warnings at the last of the rows, by name.
 
   Args:
     rows: of metrics.jsonl, from the first step on.
@@ -56,60 +60,47 @@ def look(
       below one over it.
     signal: share of prompts with a signal, below which it warns.
     speed: seconds of a step, against the first rows': above this many times.
-    moves: whether the anchor should.
+    moves: whether the anchor should move.
   """
   rows = [row for row in rows if 'loss' in row]
   early, late = rows[1 : 1 + WINDOW], rows[-WINDOW:]
   found = {}
   paid = _last(rows, 'kl/reference')
   if kl and paid is not None and paid > kl:
-    found['kl'] = (
-      f'the KL to the reference is {paid:.1f} nats, above {kl:g}: look at the'
-      ' completions; a smaller anchor rate or a KL weight holds it.'
-    )
+    found['kl'] = f'the KL to the reference is {paid:.1f} nats, above {kl:g}'
   if skipped := sum(row.get('skipped') or 0 for row in late):
     found['skipped'] = (
       f'{skipped:.0f} of the last {len(late)} steps were not finite and changed'
-      ' nothing; a lower learning rate is the usual remedy.'
+      ' nothing'
     )
-  if len(rows) < 2 * WINDOW + 1:
-    return found
-  if (share := _mean(late, 'signal/fires')) is not None and share < signal:
-    found['signal'] = (
-      f'the reward gave a signal on {share:.1%} of the prompts: it ties; use a'
-      ' finer reward, or more completions of a prompt.'
-    )
-  drift = _last(rows, 'anchor/drift')
-  if moves and drift is not None and drift < 1e-6:
-    found['anchor'] = (
-      'the anchor has not moved: is its rate 0, or the policy standing still?'
-    )
-  return found | _changes(early, late, entropy, length, speed)
+  if len(rows) > 2 * WINDOW:
+    share, drift = _mean(late, 'signal/fires'), _last(rows, 'anchor/drift')
+    if share is not None and share < signal:
+      found['signal'] = (
+        f'the reward gave a signal on {share:.1%} of prompts'
+      )
+    if moves and drift is not None and drift < 1e-6:
+      found['anchor'] = 'the anchor has not moved'
+    found |= _changes(early, late, entropy, length, speed)
+  return {name: f'{what}: {ADVICE[name]}.' for name, what in found.items()}
 
 
 def _changes(early, late, entropy, length, speed) -> dict[str, str]:
-  """What is far from what it was in the first rows."""
+  """Measures that are far from those of the first rows."""
   found = {}
   ratio = _ratio(early, late, 'entropy/token')
   if ratio is not None and ratio < entropy:
-    found['entropy'] = (
-      f'the entropy per token is {ratio:.0%} of what it was: the policy says'
-      ' ever the same; a smaller anchor rate, or an earlier checkpoint.'
-    )
+    found['entropy'] = f'the entropy per token is {ratio:.0%} of what it was'
   ratio = _ratio(early, late, 'length/completion')
   if ratio is not None and not 1 / length <= ratio <= length:
-    found['length'] = (
-      f'completions are {ratio:.1f} times as long as at first: the reward may'
-      ' be measuring length; see reward.length_penalty.'
-    )
+    found['length'] = f'completions are {ratio:.1f} times as long as at first'
   seconds = [
     statistics.median(sum(row.get(k) or 0 for k in PHASES) for row in some)
     for some in (early, late)
   ]
   if seconds[0] and seconds[1] > speed * seconds[0]:
     found['speed'] = (
-      f'a step takes {seconds[1] / seconds[0]:.1f} times as long as at first:'
-      ' is the reward slow, the machine shared, or does something compile anew?'
+      f'a step takes {seconds[1] / seconds[0]:.1f} times as long as at first'
     )
   return found
 

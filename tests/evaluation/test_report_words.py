@@ -43,18 +43,18 @@ ROWS = [{'step': s, 'loss': 0.1, 'sampler_gap': 1e-3} for s in (1, 2, 3)]
   [
     (
       {'signal_fires': 0.04},
-      'fires on only 4% of the prompts',
-      'Your reward has ties',
+      'a signal on only 4% of the prompts',
+      'use a finer reward',
     ),
     ({'tie_rate': 0.38}, '38% of the pairs', 'finer reward'),
-    ({'kl': 12.0}, '12.0 nats. Above 10', 'earlier checkpoint'),
+    ({'kl': 12.0}, '12.0 nats, above 10', 'earlier checkpoint'),
     ({'anchor_drift': 0.0}, 'anchor has not moved', 'bfloat16'),
     (
       {'length_policy': 20.0},
-      'reward rises, but the length doubled (2.0 times that of the reference)',
+      'reward rises, but the length is 2.0 times that of the reference',
       'reward.length_penalty',
     ),
-    ({'length_policy': 4.0}, 'the length halved (0.4 times that', 'penalty'),
+    ({'length_policy': 4.0}, 'the length is 0.4 times that', 'penalty'),
     (
       {'length_controlled_win_rate': 0.66},
       'only 66.0% instead of 80.0%',
@@ -136,8 +136,7 @@ def test_cautions_repeat_what_training_warned_of():
   rows = [{'step': s, 'loss': 0.1} for s in range(1, 9)]
   rows[3]['watch/entropy'] = rows[5]['watch/entropy'] = 1.0
   (line,) = cautions({}, rows)
-  assert 'While training, the entropy had fallen far' in line
-  assert '(seen at 2 saves, steps 4 to 6)' in line
+  assert 'Training warned of entropy at 2 saves, steps 4 to 6: the pol' in line
 
 
 def test_cautions_of_what_is_unknown():

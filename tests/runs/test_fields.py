@@ -360,7 +360,7 @@ def test_the_choices_are_those_of_the_code():
   assert fields.POOLS == scalar_head.POOLS
   assert fields.REWARD_FAILURES == calling.FAILURES
   assert fields.SAVE_FAILURES == saving.FAILURES
-  assert tuple(watch.MEANING) == fields.WARNINGS
+  assert tuple(watch.ADVICE) == fields.WARNINGS
 
 
 @pytest.mark.parametrize(

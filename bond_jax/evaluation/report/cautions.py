@@ -1,4 +1,4 @@
-"""What a reader of a report should know before believing its numbers."""
+"""Warnings of a report: what to know before believing its numbers."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 
 from bond_jax.evaluation.report.words import opponent
-from bond_jax.training import watch
+from bond_jax.training.watch import ADVICE
 
 Rows = Sequence[Mapping[str, Any]]
+Checks = Iterator[tuple[bool, str]]  # whether a warning holds, and its text
 
 
 def cautions(
@@ -22,9 +23,9 @@ def cautions(
   Args:
     summary: of the whole run; what is missing or None gives no warning.
     train: rows of training.
-    gold: what the other judge is called.
+    gold: the name of the other judge.
   """
-  # A comparison with NaN is False: what is not known gives no caution.
+  # A comparison with NaN is False: an unknown number gives no warning.
   got = {k: np.nan if v is None else v for k, v in summary.items()}
   got = collections.defaultdict(lambda: np.nan, got)
   other = opponent(summary)
@@ -37,7 +38,7 @@ def cautions(
   return [line for holds, line in checks if holds]
 
 
-def _of_outcome(got, other: str, gold: str) -> Iterator[tuple[bool, str]]:
+def _of_outcome(got, other: str, gold: str) -> Checks:
   low, high = np.min(got['win_rate_interval']), np.max(got['win_rate_interval'])
   yield (
     low <= 0.5 <= high,
@@ -60,42 +61,36 @@ def _of_outcome(got, other: str, gold: str) -> Iterator[tuple[bool, str]]:
   yield (
     rate - controlled > 0.1,
     f'At equal length the policy wins only {controlled:.1%} instead of'
-    f' {rate:.1%}: much of the win rate is length. Set'
-    ' reward.length_penalty, or use a reward that length does not move.',
+    f' {rate:.1%}: {ADVICE["length"]}.',
   )
   yield (
     got['kl'] > 10,
-    f'The KL to {other} is {got["kl"]:.1f} nats. Above 10 the policy writes'
-    ' what that one almost never would; look at the completions before trusting'
-    ' the reward, and take an earlier checkpoint.',
+    f'The KL to {other} is {got["kl"]:.1f} nats, above 10: {ADVICE["kl"]}.',
   )
 
 
-def _of_reward(got, other: str) -> Iterator[tuple[bool, str]]:
+def _of_reward(got, other: str) -> Checks:
   yield (
     got['signal_fires'] < 0.2,
-    f'The signal fires on only {got["signal_fires"]:.0%} of the prompts;'
-    ' without ties J-BOND has one on a third of them. Your reward has ties,'
-    ' and rewards that tie teach nothing: use a finer one.',
+    'The reward gave a signal on only'
+    f' {got["signal_fires"]:.0%} of the prompts: {ADVICE["signal"]}.',
   )
   yield (
     got['tie_rate'] > 0.1,
-    f'{got["tie_rate"]:.0%} of the pairs of completions of {other} tie,'
-    ' so the closed form of Best-of-N is wrong here; only the curve of this'
-    ' task counts. A finer reward would separate them.',
+    f'{got["tie_rate"]:.0%} of the pairs of completions of {other} tie: compare'
+    ' with the Best-of-N curve of this task, not with the one without ties. A'
+    ' finer reward would separate them.',
   )
   times = got['length_policy'] / got['length_reference']
   gained = got['reward_policy'] > got['reward_reference']
-  change = 'doubled' if times >= 2 else 'halved'
   yield (
     gained and (times >= 2 or times <= 0.5),
-    f'The reward rises, but the length {change} ({times:.1f} times that'
-    f' of {other}): the reward may be measuring length. Compare the rewards'
-    ' by length below; set reward.length_penalty.',
+    f'The reward rises, but the length is {times:.1f} times that of {other}:'
+    f' {ADVICE["length"]}. Compare the rewards by length below.',
   )
 
 
-def _of_text(got, name: str) -> Iterator[tuple[bool, str]]:
+def _of_text(got, name: str) -> Checks:
   side = lambda key: (got[f'{key}_policy'], got[f'{key}_reference'])
   own, other = side('truncated')
   yield (
@@ -108,15 +103,13 @@ def _of_text(got, name: str) -> Iterator[tuple[bool, str]]:
   yield (
     own < 0.5 * other,
     f'The entropy has collapsed: {own:.3g} nats per completion, {other:.3g} of'
-    f' {name}. The policy says few things. Lower the learning rate, or'
-    ' take an earlier checkpoint.',
+    f' {name}: {ADVICE["entropy"]}.',
   )
   own, other = side('distinct_completions')
   yield (
     own < 0.8 * other,
     f"Only {own:.0%} of a prompt's completions differ (of"
-    f' {name}: {other:.0%}): the policy says the same again and again. Take an'
-    ' earlier checkpoint.',
+    f' {name}: {other:.0%}): {ADVICE["entropy"]}.',
   )
   own, other = side('distinct_2')
   yield (
@@ -126,11 +119,10 @@ def _of_text(got, name: str) -> Iterator[tuple[bool, str]]:
   )
 
 
-def _of_training(got, train: Rows) -> Iterator[tuple[bool, str]]:
+def _of_training(got, train: Rows) -> Checks:
   yield (
     got['anchor_drift'] < 1e-6,
-    'The anchor has not moved. Is its rate 0, or is it kept in bfloat16?'
-    ' Without it, J-BOND cannot go beyond the best of a few.',
+    f'The anchor has not moved: {ADVICE["anchor"]}.',
   )
   gaps = [r['sampler_gap'] for r in train if r.get('sampler_gap') is not None]
   gap = float(np.median(gaps)) if gaps else np.nan
@@ -149,13 +141,12 @@ def _of_training(got, train: Rows) -> Iterator[tuple[bool, str]]:
   yield (
     bool(broken),
     f'The loss was not finite on {len(broken)} rows, the first at step'
-    f' {broken[0] if broken else None}. Lower the learning rate.',
+    f' {broken[0] if broken else None}: {ADVICE["skipped"]}.',
   )
-  for name, meaning in watch.MEANING.items():
+  for name, advice in ADVICE.items():
     steps = [r['step'] for r in train if r.get(f'watch/{name}')]
     yield (
       bool(steps),
-      f'While training, {meaning} (seen at {len(steps)} saves, steps'
-      f' {min(steps, default=0)} to {max(steps, default=0)}). Compare an'
-      ' earlier checkpoint.',
+      f'Training warned of {name} at {len(steps)} saves, steps'
+      f' {min(steps, default=0)} to {max(steps, default=0)}: {advice}.',
     )
