@@ -125,7 +125,7 @@ class Saver:
       return
     self._settle()
     self._failure = 'stop' if must else self._failure
-    if error := _first_error(rows):
+    if error := _first_error(rows, OSError):
       self._fail(step, error)
       return
     self._writing = step
@@ -214,12 +214,12 @@ def on_disk(workdir: str) -> Iterator[None]:
     ) from e
 
 
-def _first_error(act: Callable[[], Any]) -> str | None:
+def _first_error(act: Callable[[], Any], kind=Exception) -> str | None:
   """Calls act() on all hosts; the first error of any, on all of them."""
   error = None
   try:
     act()
-  except Exception as e:
+  except kind as e:
     error = _brief(e)
   return next(filter(None, hosts.gather(error)), None)
 

@@ -92,12 +92,12 @@ def due() -> int | None:
 def stopped(stage: str, step: int | None) -> Stopped:
   """What all hosts raise after a step that is saved; None is the last step."""
   number = due()
-  done = 'the stage is finished, and no other one starts.'
-  if step is not None:
-    done = (
-      f'ended after step {step}, which is saved; the same command goes on from'
-      ' there.'
-    )
+  done = (
+    'the stage is finished, and no other one starts.'
+    if step is None
+    else f'ended after step {step}, which is saved; the same command goes on'
+    ' from there.'
+  )
   name = signal.Signals(number).name
   return Stopped(f'{stage}: {name}: {done}', 128 + number, together=True)
 
