@@ -159,7 +159,7 @@ def gather(value: Any) -> list[Any]:
   else:
     parts = client.blocking_key_value_get_bytes(f'{folder}/all', _FOREVER)
     parts = _loads(parts)
-  # Host 0 has heard of all in this round, so that they have read the last one.
+  # Host 0 has the values of all in this round, so all have read the last one.
   if first() and (last := int(folder.rpartition('/')[2])):
     client.key_value_delete(f'bond_jax/{last - 1}/')
   return [_loads(part) for part in parts]
@@ -213,14 +213,14 @@ def check_shared(folder: str, patience: float = 5.0) -> None:
     return
 
   def write() -> str:
-    # A new name each time, of which no file system remembers its absence.
+    # A new name each time: file systems cache that a name is absent.
     name = f'.hosts-{os.urandom(8).hex()}'
     with open(os.path.join(folder, name), 'w', encoding='utf-8'):
       return name
 
   path, until = os.path.join(folder, once(write)), time.monotonic() + patience
   while not (seen := os.path.exists(path)) and time.monotonic() < until:
-    time.sleep(0.2)  # what others wrote may take a while to be seen
+    time.sleep(0.2)  # the file may become visible late
   blind = [i for i, sees in enumerate(gather(seen)) if not sees]
   once(lambda: os.remove(path))
   if blind:

@@ -1,10 +1,10 @@
-"""Which host reads and rewards which rows of a batch, and the whole of them.
+"""Which host rewards which rows of a batch, and how all hosts get the results.
 
-Prompts are on every host, since each reads the whole batch. What was drawn is
-on the mesh, and a host can read only the rows that its devices hold: those of a
-part of mesh axis `data`. Where `data` has fewer parts than there are hosts,
-several hold the same rows. So each row is given one owner among the hosts that
-hold it; owners ask the reward about their rows, and tell all others.
+Prompts are on every host: each reads the whole batch. Completions are on the
+mesh, and a host can read only the rows that its devices hold, a part of mesh
+axis `data`. Where `data` has fewer parts than there are hosts, several hold the
+same rows. So each row has one owner among the hosts that hold it; owners call
+the reward with their rows, and send the results to all others.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def owners(mesh: Mesh, size: int) -> np.ndarray:
 
 
 def own(mesh: Mesh, size: int) -> np.ndarray:
-  """The rows that this host owns, in order; there may be none: i64[N]."""
+  """The rows that this host owns, in order: i64[N]; N may be 0."""
   return np.flatnonzero(owners(mesh, size) == jax.process_index())
 
 
@@ -57,9 +57,9 @@ def take(tree: Any, rows: np.ndarray) -> Any:
 
 
 def join(parts: Sequence[tuple[np.ndarray, Any]]) -> Any:
-  """The whole of what owners made of their rows: (rows, tree of arrays) each.
+  """Joins the results of all owners, (rows, tree of arrays) each, in row order.
 
-  The tree of an owner of no rows does not count.
+  The tree of an owner without rows is ignored.
   """
   order = np.argsort(np.concatenate([rows for rows, _ in parts]))
   trees = [tree for rows, tree in parts if len(rows)]
@@ -67,7 +67,7 @@ def join(parts: Sequence[tuple[np.ndarray, Any]]) -> Any:
 
 
 def over(rows: np.ndarray, f: Callable[[], Any]) -> Any:
-  """f() of every host, about the rows that it owns; the whole, on all hosts."""
+  """Calls f() on every host that owns `rows`; the results of all, on all."""
   return join(hosts.gather((rows, f() if len(rows) else None)))
 
 

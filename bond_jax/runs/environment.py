@@ -1,4 +1,4 @@
-"""What of the process and of its surroundings may change a number."""
+"""Settings of jax and versions of packages, which may change a number."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ _SETTINGS = (
 
 
 def configure_jax() -> None:
-  """The settings that every number of the project rests on.
+  """Pins the settings of jax that change numbers, against the environment.
 
-  Pinned, whatever the environment says; `record` has those left to it.
+  `record` returns those that the environment may change.
   """
   jax.config.update('jax_enable_x64', False)
   jax.config.update('jax_numpy_dtype_promotion', 'standard')
@@ -33,10 +33,10 @@ def configure_jax() -> None:
 
 
 def keep_compilations(backend: str) -> None:
-  """Keeps compiled programs for later runs, where compiling takes minutes.
+  """Caches compiled programs for later runs, where compiling takes minutes.
 
-  In JAX_COMPILATION_CACHE_DIR, or else in ~/.cache/bond_jax; on CPUs, whose
-  programs are small here and fit one kind of CPU alone, only in the former.
+  The folder is JAX_COMPILATION_CACHE_DIR, or else ~/.cache/bond_jax. On CPUs it
+  is only the former: a program fits one kind of CPU, and is small here.
   """
   if backend != 'cpu' and not jax.config.jax_compilation_cache_dir:
     folder = os.path.expanduser('~/.cache/bond_jax')
@@ -51,7 +51,7 @@ def versions() -> dict[str, str]:
 
 
 def record() -> dict[str, Any]:
-  """What may differ between two runs of one command, and change their bits."""
+  """Versions and settings that may differ between two runs of one command."""
   values = jax.config.values.items()
   return {
     'versions': versions() | {'python': platform.python_version()},

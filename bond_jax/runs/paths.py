@@ -13,13 +13,13 @@ from bond_jax.errors import UserError
 def expanded(path: str) -> str:
   """The path with a ~ at its head replaced, as a shell does it.
 
-  A UserError for that of a user who is not there.
+  A UserError if there is no such user.
   """
   found = os.path.expanduser(path)
   if found.startswith('~'):
     raise UserError(
-      f'{path}: there is no home folder {path.partition("/")[0]}; a folder here'
-      f' that is called so is ./{path}.'
+      f'{path}: there is no home folder {path.partition("/")[0]}; for a folder'
+      f' of that name here, give ./{path}.'
     )
   return found
 
@@ -39,9 +39,9 @@ def flag(
 
 
 def home(workdir: str, started: str) -> str:
-  """The folder that a run was `started` in, which its paths are relative to.
+  """The folder that a run was `started` in, to which its paths are relative.
 
-  Where none is known, or the one that is is not here, the current one.
+  The current one, if that is not known or not on this machine.
   """
   here = os.getcwd()
   if started in ('', here):
@@ -56,7 +56,7 @@ def home(workdir: str, started: str) -> str:
 
 
 def go_to(folder: str) -> None:
-  """Makes a folder the current one; flags that are paths mean what they did."""
+  """Changes the current folder; flags that are paths keep their meaning."""
   here = os.getcwd()
   os.chdir(folder)
   for name in flags.FLAGS:

@@ -49,9 +49,8 @@ def of(config: ml_collections.ConfigDict, mesh: Mesh) -> dict[str, Any]:
 
 
 def _sha(value: Any) -> str:
-  return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[
-    :12
-  ]
+  text = json.dumps(value, sort_keys=True).encode()
+  return hashlib.sha256(text).hexdigest()[:12]
 
 
 def inputs(

@@ -56,7 +56,7 @@ class Saver:
     self._checkpoints = checkpoint.manager(self.folder)
     self.start = checkpoint.last_step(self._checkpoints)
     self._stage, self._failure, self._facts = stage, failure, facts
-    self._writing: int | None = None  # the step whose save has not been seen
+    self._writing: int | None = None  # a step whose save has not been checked
     self._read, self._inputs = inputs, inputs()
     configs.agree({'inputs': self._inputs})
     if self.start is not None:
