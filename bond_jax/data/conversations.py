@@ -1,17 +1,17 @@
-"""What a row says: prompts and answers, in each of the ways they are written.
+"""The fields of a row: prompts and answers, in each way to write them.
 
-A row is a dict. What it says to the program:
+A row is a dict. The program reads
 
   text                 the prompt, or the text that prompts are openings of
   messages             a prompt of turns, each with a role and a content
   prompt               either of these, in rows that have neither
   conversations        turns, in rows that have none of these
   chosen, rejected     two answers to it, texts or messages: a preference pair;
-                       with messages, or whole texts, no prompt need be there.
+                       with messages, or whole texts, it needs no prompt.
                        Two transcripts of HH-RLHF hold one, if nothing else does
 
-A field that is null, NaN or an empty list is as if it were not there. Whatever
-else a row holds, rewards find it in `Context.rows`.
+A field that is null, NaN or an empty list counts as absent. Rewards find all
+other fields in `Context.rows`.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ from bond_jax.errors import BadRow
 Row = dict[str, Any]
 Messages = Sequence[dict[str, str]]  # of 'role' and 'content'
 
-# Fields of ours, of which nothing is read where they are null.
+# Fields that count as absent where they are null.
 _OURS = ('text', 'messages', 'prompt', 'conversations', 'chosen', 'rejected',
          'completion', 'margin', 'rating')  # fmt: skip
-_ROLES = {'human': 'user', 'gpt': 'assistant'}  # of ShareGPT, in our words
+_ROLES = {'human': 'user', 'gpt': 'assistant'}  # of ShareGPT
 _HUMAN, _ASSISTANT = '\n\nHuman:', '\n\nAssistant:'  # of HH-RLHF
 
 
-def asked(row: Row) -> Messages:
-  """The turns that are answered: a row's messages, or its text as the user's.
+def prompt_turns(row: Row) -> Messages:
+  """The turns to answer: a row's messages, or its text as the user's.
 
   A BadRow if it has neither.
   """
@@ -52,30 +52,41 @@ def asked(row: Row) -> Messages:
 
 
 def prepare(fields: Mapping[str, str], row: Any) -> Row:
-  """The row under our names, its turns as ours; a BadRow if it is none."""
+  """The row under our names, with messages as ours; a BadRow if it is none.
+
+  Args:
+    fields: our name -> the name in the row.
+    row: as it was read.
+  """
   if not isinstance(row, dict):
     raise _no_row(row)
-  for ours, theirs in fields.items():
-    if theirs not in row:
-      raise BadRow(
-        f'no field {theirs!r}, which data.fields calls {ours!r}; it has'
-        f' {", ".join(row)}.'
-      )
-  if fields:
-    named = {ours: row[theirs] for ours, theirs in fields.items()}
-    gone = set(fields.values())
-    if not {'text', 'messages'}.isdisjoint(fields):
-      gone |= {'text', 'messages'}
-    row = {k: v for k, v in row.items() if k not in gone} | named
+  row = _renamed(fields, row)
   row = {k: _listed(v) if k in _OURS else v for k, v in row.items()}
   row = {k: v for k, v in row.items() if k not in _OURS or not _is_null(v)}
+  has_prompt = lambda: not {'text', 'messages'}.isdisjoint(row)
   for name in 'prompt', 'conversations':
-    if {'text', 'messages'}.isdisjoint(row):
-      ours = {str: 'text', list: 'messages'}.get(type(row.get(name)))
-      row = {ours if ours and k == name else k: v for k, v in row.items()}
-  if {'text', 'messages'}.isdisjoint(row) and (held := transcripts(row)):
-    row['messages'] = held[0]
+    kind = {str: 'text', list: 'messages'}.get(type(row.get(name)))
+    if kind and not has_prompt():
+      row = {kind if k == name else k: v for k, v in row.items()}
+  if not has_prompt() and (found := transcripts(row)):
+    row['messages'] = found[0]
   return _checked(row)
+
+
+def _renamed(fields: Mapping[str, str], row: Row) -> Row:
+  if not fields:
+    return row
+  for name, field in fields.items():
+    if field not in row:
+      raise BadRow(
+        f'no field {field!r}, which data.fields calls {name!r}; it has'
+        f' {", ".join(row)}.'
+      )
+  named = {name: row[field] for name, field in fields.items()}
+  gone = set(fields.values())
+  if not {'text', 'messages'}.isdisjoint(fields):
+    gone |= {'text', 'messages'}
+  return {k: v for k, v in row.items() if k not in gone} | named
 
 
 def _is_null(value: Any) -> bool:
@@ -95,8 +106,8 @@ def _listed(value: Any) -> Any:
 def _no_row(row: Any) -> BadRow:
   known = ''
   if isinstance(row, dict):
-    there = [k for k, v in row.items() if v is not None]
-    known = f'; it has {", ".join(there) or "nothing"}'
+    names = [k for k, v in row.items() if v is not None]
+    known = f'; it has {", ".join(names) or "nothing"}'
   return BadRow(
     'expected an object with a string "text", or with "messages", a list of'
     ' objects with strings "role" and "content", or with "chosen" and'
@@ -128,15 +139,15 @@ def _conversation(row: Row) -> Row:
   turns = _turns(row['messages'], 'messages')
   if 'from' not in row['messages'][0]:
     return {'messages': turns}
-  asked = list(turns)
-  while asked and asked[-1]['role'] == 'assistant':
-    asked.pop()
-  if not asked:
+  prompt = list(turns)
+  while prompt and prompt[-1]['role'] == 'assistant':
+    prompt.pop()
+  if not prompt:
     raise BadRow('the conversation has no turn of a user.')
   answer = {}
-  if len(asked) == len(turns) - 1 and 'completion' not in row:
+  if len(prompt) == len(turns) - 1 and 'completion' not in row:
     answer = {'completion': turns[-1]['content']}
-  return {'messages': asked, **answer}
+  return {'messages': prompt, **answer}
 
 
 def _turns(value: Any, name: str) -> list[dict[str, Any]]:
@@ -186,21 +197,21 @@ def transcripts(row: Row) -> tuple[list[dict[str, str]], str, str] | None:
   None where these are no transcripts, or differ before the last answer, and
   where the row has another prompt.
   """
-  said = []
+  talks = []
   for name in 'chosen', 'rejected':
     text = row.get(name)
     if not isinstance(text, str) or not text.startswith(_HUMAN):
       return None
     _, *pieces = re.split(f'({_HUMAN}|{_ASSISTANT})', text)
-    said.append(
+    talks.append(
       [
         {'role': 'user' if who == _HUMAN else 'assistant', 'content': x.strip()}
         for who, x in zip(pieces[::2], pieces[1::2], strict=True)
       ]
     )
-  (*asked, chosen), (*other, rejected) = said
-  if asked != other or {chosen['role'], rejected['role']} != {'assistant'}:
+  (*prompt, chosen), (*other, rejected) = talks
+  if prompt != other or {chosen['role'], rejected['role']} != {'assistant'}:
     return None
-  if row.get('text') is not None or (row.get('messages') or asked) != asked:
+  if row.get('text') is not None or (row.get('messages') or prompt) != prompt:
     return None
-  return asked, chosen['content'], rejected['content']
+  return prompt, chosen['content'], rejected['content']

@@ -20,7 +20,7 @@ import grain
 import numpy as np
 
 from bond_jax.data import sources
-from bond_jax.data.conversations import asked
+from bond_jax.data.conversations import prompt_turns
 from bond_jax.data.sources import Row, Source, source  # noqa: F401 (for callers)
 from bond_jax.data.tokenizer import chat, Tokenizer
 from bond_jax.errors import BadRow, UserError
@@ -162,7 +162,7 @@ def encoder(
     return fit(pieces_of(row))
 
   def turn(row: Row) -> list[int] | None:
-    return fit(chat(tokenizer, asked(row), system=system))
+    return fit(chat(tokenizer, prompt_turns(row), system=system))
 
   return dict(zip(KINDS, (opening, text, turn), strict=True))[kind]
 
@@ -172,7 +172,7 @@ def last_words(row: Row, kind: str = 'turn') -> str:
 
   Whole, also where it is cut: the text, or of a turn what was said last.
   """
-  return asked(row)[-1]['content'] if kind == 'turn' else row['text']
+  return prompt_turns(row)[-1]['content'] if kind == 'turn' else row['text']
 
 
 def check_prompt(kind: str, length: int, longer: str) -> None:

