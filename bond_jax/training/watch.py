@@ -76,9 +76,7 @@ def look(
   if len(rows) > 2 * WINDOW:
     share, drift = _mean(late, 'signal/fires'), _last(rows, 'anchor/drift')
     if share is not None and share < signal:
-      found['signal'] = (
-        f'the reward gave a signal on {share:.1%} of prompts'
-      )
+      found['signal'] = f'the reward gave a signal on {share:.1%} of prompts'
     if moves and drift is not None and drift < 1e-6:
       found['anchor'] = 'the anchor has not moved'
     found |= _changes(early, late, entropy, length, speed)

@@ -1,5 +1,6 @@
 """Rows: from every kind of place, under our names, or one line about them."""
 
+import functools
 import gzip
 import json
 import os
@@ -564,7 +565,9 @@ def of_windows(request, tmp_path, data_dir):
 )
 def test_no_row_is_both_fitted_and_judged(of_windows, windows, pair):
   mesh = sharding.make_mesh(1, 1)
-  check = lambda: text_task.check(of_windows(windows), mesh)
+  made = of_windows(windows)
+  rows = functools.partial(sources.rows, made)
+  check = lambda: text_task.check(made, mesh, rows)
   if pair:
     says(check, f'the splits {pair} have', 'rows in common', '{split}', '[:5%]')
   else:
