@@ -1,4 +1,4 @@
-"""What a reward returns: numbers, or one line that says what is wrong."""
+"""The answers of rewards: arrays of finite numbers, or a one-line error."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ def check(
 ) -> np.ndarray:
   """Returns `values` as f32 if they are finite numbers of the right shape.
 
-  That is [B, K], or [B, K, K] if they are probabilities that i beats j: with
-  their transpose they are 1, to a thousandth, and made so exactly.
+  That is [B, K], or for probabilities that i beats j [B, K, K], which sum to 1
+  with their transpose, to a thousandth, and are made to do so exactly.
   """
   expected = (
     f'expected one number per completion, {list(shape)}, or per pair of them,'
@@ -94,10 +94,9 @@ def combine(
 
 
 def plain(values: Any) -> Any:
-  """What NumPy can read of an answer: arrays of any framework, also in lists.
+  """The answer for NumPy: arrays of any framework, also in lists.
 
-  torch's tensors with a gradient, on a GPU or in bfloat16, and bfloat16 of jax
-  are numbers as all others.
+  torch's tensors may have a gradient, and be on a GPU or in bfloat16.
   """
   if isinstance(values, list | tuple):
     return [plain(value) for value in values]

@@ -1,8 +1,8 @@
-"""Rewards are other people's code: how they are called, checked and survived.
+"""How rewards are called, checked and survived: they are other people's code.
 
-A reward may raise, hang, return NaN or the wrong shape. Whatever it does ends
-in one line that names it and the prompt, or, if the config says so, in a prompt
-that is left out of the step and counted. How one is made is in `rewards.make`.
+A reward may raise, hang, return NaN or the wrong shape. Any of these ends in
+one line that names it and the prompt, or, if the config says so, in a prompt
+that is left out of the step and counted. `rewards.make` makes rewards.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ _MANY = 8  # distinct completions that hardly all deserve one number
 
 
 class Scored(NamedTuple):
-  """What a step gets to know of B prompts with K completions each."""
+  """The rewards of B prompts with K completions each."""
 
   value: np.ndarray  # f32[B, K]; of a judge f32[B, K, K], P(i beats j)
   weight: np.ndarray  # f32[B], 0: the reward failed on this prompt
   metrics: dict[str, float]
-  # What gave one number to all completions, and which; '' is the total.
+  # Parts with one number for all completions, and it; '' is the total.
   constant: tuple[tuple[str, float], ...] = ()
   error: str = ''  # of a batch without any reward; see `join`
 
 
-# What is asked, as a reward is called: prompts, completions, context.
+# The arguments of a reward: prompts, completions, context.
 Texts = tuple[Sequence[str], Sequence[Sequence[str]], Context]
 
 
@@ -46,8 +46,8 @@ def asker(
 ) -> Callable[..., Scored]:
   """Returns `score` of this reward by these rules, for all of a stage.
 
-  Says at once, and once, when a reward, or a part of it, has one number for
-  every completion: a library that swallows its own errors looks like that.
+  Warns once where a reward, or a part of it, has one number for every
+  completion: a library that swallows its own errors looks like that.
   """
   told = set()
 
@@ -82,9 +82,7 @@ def score(
 
   Args:
     reward: any.
-    prompts: B of them.
-    completions: K of each.
-    context: see `Context`.
+    prompts, completions, context: B of them, K of each, see `Context`.
     missing_eos_penalty: taken off completions that were cut.
     length_penalty: taken off per token.
     failure: 'stop', a UserError; 'skip', the prompts on which the reward fails
@@ -118,8 +116,9 @@ def score(
     )
   constant = _constant({'': value, **parts}, weight > 0, completions)
   if value.ndim == 2:
+    lengths = [[len(y) for y in row] for row in context.tokens]
     penalty = missing_eos_penalty * ~context.finished
-    penalty = penalty + length_penalty * _lengths(context)
+    penalty = penalty + length_penalty * np.array(lengths, np.float32)
     value = (value - penalty).astype(np.float32)
   metrics = {
     f'score/{name}': float(part[weight > 0].mean())
@@ -131,22 +130,21 @@ def score(
 
 
 def _constant(
-  values: Mapping[str, np.ndarray], kept: np.ndarray, completions
+  values: Mapping[str, np.ndarray], rewarded: np.ndarray, completions
 ) -> tuple[tuple[str, float], ...]:
   """The names whose values are one number for many distinct completions."""
-  asked = [ys for ys, keep in zip(completions, kept) if keep]
-  if len({y for ys in asked for y in ys}) < _MANY:
+  texts = {y for ys, used in zip(completions, rewarded) if used for y in ys}
+  if len(texts) < _MANY:
     return ()
-  some = {name: value[kept] for name, value in values.items()}
+  some = {name: value[rewarded] for name, value in values.items()}
   return tuple((k, float(v.flat[0])) for k, v in some.items() if not np.ptp(v))
 
 
 def join(parts: Sequence[tuple[np.ndarray, Scored | None]]) -> Scored:
-  """What all hosts found, of what each found of its rows of the batch.
+  """The rewards of a batch, of the rows and rewards of each host.
 
-  The metrics are those of one host that has all rows: means over the prompts
-  that were rewarded, and a count. They differ by rounding alone. A UserError
-  if no prompt of all hosts was rewarded, or if their rewards are of two kinds.
+  The metrics are those of one host that has all rows, but for rounding. A
+  UserError if no prompt was rewarded, or if the rewards are of two kinds.
   """
   found = [part for _, part in parts if part]
   good = [part for part in found if part.weight.any()]
@@ -190,7 +188,7 @@ def call(
   try:
     values = reward(prompts, completions, context)
   except UserError:
-    raise  # it says all there is to say
+    raise  # complete as it is
   except (Exception, SystemExit) as e:
     where = _first_that_raises(reward, prompts, completions, context)
     raise UserError(
@@ -215,15 +213,15 @@ def against(
 
   Args:
     ask: the judge; see `asker`.
-    texts: what is asked about.
+    texts: the completions, with prompts and context.
     opponents: m completions of the same prompts.
   """
   prompts, completions, context = texts
-  _, others, theirs = opponents
+  _, others, other = opponents
   m = len(others[0])
   both = [[*a, *b] for a, b in zip(completions, others, strict=True)]
-  tokens = [[*a, *b] for a, b in zip(context.tokens, theirs.tokens)]
-  finished = np.concatenate([context.finished, theirs.finished], 1)
+  tokens = [[*a, *b] for a, b in zip(context.tokens, other.tokens)]
+  finished = np.concatenate([context.finished, other.finished], 1)
   found = ask(prompts, both, context._replace(tokens=tokens, finished=finished))
   if not found.weight.any():
     return found
@@ -302,7 +300,7 @@ def _check_alike(found: Iterable[tuple[np.ndarray, Mapping]]) -> None:
 
 
 def _first_that_raises(reward, prompts, completions, context: Context) -> str:
-  """Asks for one prompt at a time, to find the one that is to blame."""
+  """The first prompt on which the reward raises alone, for an error."""
   for i in range(len(prompts)):
     try:
       reward(*some([i], prompts, completions, context))
@@ -312,15 +310,11 @@ def _first_that_raises(reward, prompts, completions, context: Context) -> str:
 
 
 def some(index: Sequence[int], prompts, completions, context: Context):
-  """What a reward gets when it is asked about some of the prompts."""
+  """The arguments of a reward for some of the prompts."""
   rows, tokens, finished, turns = context
   pick = lambda xs: [xs[i] for i in index]
   part = Context(pick(rows), pick(tokens), finished[np.array(index)], turns)
   return pick(prompts), pick(completions), part
-
-
-def _lengths(context: Context) -> np.ndarray:
-  return np.array([[len(y) for y in row] for row in context.tokens], np.float32)
 
 
 def name_of(reward) -> str:

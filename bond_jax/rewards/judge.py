@@ -27,8 +27,8 @@ def both_orders(
   """Returns the judge that asks `compare` for each pair in both orders.
 
   Args:
-    compare: f(prompt, a, b, row) -> the probability that a beats b. What it
-      gives to the place alone, first or second, cancels.
+    compare: f(prompt, a, b, row) -> the probability that a beats b. What the
+      place is worth, first or second, cancels.
   """
   return all_at_once(lambda pairs: [compare(*pair) for pair in pairs])
 
@@ -38,7 +38,7 @@ def all_at_once(
 ) -> PreferenceFn:
   """The same of a function that answers many questions in one call.
 
-  win[i, j] = (s(i, j) + 1 - s(j, i)) / 2 with s what `compare` says, and
+  win[i, j] = (s(i, j) + 1 - s(j, i)) / 2 with s from `compare`, and
   win[j, i] = 1 - win[i, j] exactly. A UserError if s is no probability.
   """
 
@@ -51,8 +51,8 @@ def all_at_once(
       for prompt, ys, row in zip(prompts, completions, context.rows)
       for a, b in zip(i, j)
     ]
-    said = _probabilities(compare(pairs) if pairs else [], pairs)
-    one, other = np.split(said.reshape(len(prompts), -1), 2, axis=1)
+    wins = _probabilities(compare(pairs) if pairs else [], pairs)
+    one, other = np.split(wins.reshape(len(prompts), -1), 2, axis=1)
     win = np.full((len(prompts), k, k), 0.5)
     win[:, first, second] = (one + 1 - other) / 2
     win[:, second, first] = 1 - win[:, first, second]
@@ -61,13 +61,13 @@ def all_at_once(
   return judge
 
 
-def _probabilities(said: Any, pairs: Sequence[Pair]) -> np.ndarray:
+def _probabilities(answer: Any, pairs: Sequence[Pair]) -> np.ndarray:
   """f64[X]; averaged, a logit or a score might look like one."""
   try:
-    values = np.asarray(answers.plain(said), np.float64)
+    values = np.asarray(answers.plain(answer), np.float64)
   except Exception as e:
     raise UserError(
-      f'a judge answered {type(said).__name__}, expected one probability for'
+      f'a judge answered {type(answer).__name__}, expected one probability for'
       f' each of {len(pairs)} pairs: {answers.reason(e)}.'
     ) from e
   if values.shape != (len(pairs),):

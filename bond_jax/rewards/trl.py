@@ -17,27 +17,27 @@ def reward(function: str) -> RewardFn:
 
   It is called with flat lists, an entry for each completion: texts, or lists
   of messages in a conversation; the tokens as `completion_ids`; and each field
-  of the rows. None, where it has no say, counts 0, as in TRL's sum.
+  of the rows. None counts 0, as in TRL's sum.
 
   Args:
     function: module:function; it may be async.
   """
-  theirs = make.load(function)
+  scorer = make.load(function)
 
   def trl_reward(prompts, completions, context):
     size = len(completions[0])
     each = lambda values: [value for value in values for _ in range(size)]
-    asked, said = prompts, [y for ys in completions for y in ys]
+    questions, texts = prompts, [y for ys in completions for y in ys]
     if context.turns:
-      asked = [
+      questions = [
         row.get('messages') or [{'role': 'user', 'content': prompt}]
         for prompt, row in zip(prompts, context.rows)
       ]
-      said = [[{'role': 'assistant', 'content': y}] for y in said]
+      texts = [[{'role': 'assistant', 'content': y}] for y in texts]
     names = {name for row in context.rows for name in row} - _OWN
-    values = theirs(
-      prompts=each(asked),
-      completions=said,
+    values = scorer(
+      prompts=each(questions),
+      completions=texts,
       completion_ids=[y for ys in context.tokens for y in ys],
       **{k: each([row.get(k) for row in context.rows]) for k in names},
     )
@@ -46,5 +46,5 @@ def reward(function: str) -> RewardFn:
     values = [0.0 if value is None else value for value in values]
     return [values[i : i + size] for i in range(0, len(values), size)]
 
-  trl_reward.__name__ = function  # what scoring calls it
+  trl_reward.__name__ = function  # for errors
   return trl_reward
