@@ -162,12 +162,12 @@ def skipped(bad: Sequence[BadRow], count: int, what: str) -> str:
 
 
 def check_apart(rows: Mapping[str, Source], *pairs: tuple[str, str]) -> None:
-  """Refuses pairs of splits that have rows of the same place in common."""
+  """Refuses pairs of splits that have rows of one place in common."""
   for one, other in pairs:
     both = itertools.product(_held(rows[one]), _held(rows[other]))
-    for (name, mine), (theirs, their) in both:
-      common = range(max(mine.start, their.start), min(mine.stop, their.stop))
-      if name == theirs and common:
+    for (name, some), (other_name, others) in both:
+      common = range(max(some.start, others.start), min(some.stop, others.stop))
+      if name == other_name and common:
         raise UserError(
           f'the splits {one} and {other} have {len(common)} rows in common,'
           f' of {name}: nothing may be fitted and judged on the same ones.'
@@ -197,7 +197,7 @@ def source(
   splits: Mapping[str, str] | None = None,
   bad_rows: str = 'stop',
 ) -> Source:
-  """Returns the rows of a split; a UserError says what is wrong, and where.
+  """Opens the rows of a split; a UserError names the first bad one.
 
   Args:
     name: a TFDS builder; a path that ends in .jsonl, .json, these with .gz, or
@@ -217,8 +217,8 @@ def source(
       f'data.bad_rows is {bad_rows!r}; known are {", ".join(BAD_ROWS)}.'
     )
   fields, skip = fields or {}, bad_rows == 'skip'
-  asked = (splits or {}).get(split, split)
-  split, window = _window(asked)
+  written = (splits or {}).get(split, split)
+  split, window = _window(written)
   hub = 'hf:' if name.startswith('hf:') else ''
   name = hub + paths.expanded(name.removeprefix(hub))
   filled = name.replace('{split}', split)
@@ -236,7 +236,7 @@ def source(
     table = readers.builder(name, split, paths.expanded(data_dir))
   rows = Rows(table, fields, window(table.size), skip)
   if not rows:
-    raise UserError(f'{filled} is empty: it has no rows of split {asked!r}.')
+    raise UserError(f'{filled} is empty: it has no rows of split {written!r}.')
   bad = []  # before anything is spent
   if next(each(rows, lambda row: row, bad.append), None) is None:
     raise UserError(f'all {len(rows)} rows are bad; the first: {bad[0]}')

@@ -23,7 +23,6 @@ import re
 import numpy as np
 import sentencepiece
 
-from bond_jax.devices import hosts
 from bond_jax.errors import BadRow, UserError
 from bond_jax.runs import files, paths
 
@@ -300,14 +299,10 @@ def ensure(path: str, sentences: Iterable[str], vocab_size: int) -> Tokenizer:
   """Loads the tokenizer at `path`, after training it unless it is there.
 
   `sentences` is read only if it must be: pass a generator. Of several hosts
-  one trains it.
+  one calls this first: see `hosts.once`.
   """
-
-  def make() -> None:
-    if not os.path.exists(path):
-      train(sentences, path, vocab_size)
-
-  hosts.once(make)
+  if not os.path.exists(path):
+    train(sentences, path, vocab_size)
   tokenizer = load(path, remedy=OWN)
   if tokenizer.vocab_size != vocab_size:
     raise UserError(

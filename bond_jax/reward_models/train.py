@@ -48,11 +48,14 @@ def _tokenizer(config, mine, sources, workdir: str):
   if 'tokenizer' not in config.reward_model or mine.tokenizer.path:
     return load.load_tokenizer(mine, workdir)
   texts = sources_lib.each(sources['train'], preferences.texts)
-  return tokenizer_lib.ensure(
+  ensure = functools.partial(
+    tokenizer_lib.ensure,
     os.path.join(workdir, 'reward', 'tokenizer.model'),
     itertools.chain.from_iterable(texts),
     mine.tokenizer.vocab_size,
   )
+  hosts.once(lambda: ensure() and None)  # one trains it
+  return ensure()
 
 
 def make_loss(

@@ -13,7 +13,7 @@ import numpy as np
 
 from bond_jax.data import examples, sources
 from bond_jax.data import tokenizer as tokenizer_lib
-from bond_jax.devices import sharding
+from bond_jax.devices import hosts, sharding
 from bond_jax.models import policies
 from bond_jax.models.log_probs import log_probs
 from bond_jax.runs import configs, log, provenance, saving, stages, stopping
@@ -115,11 +115,14 @@ def load_vocabulary(
     answer = row.get('completion')
     return text + answer if isinstance(answer, str) else text
 
-  return tokenizer_lib.ensure(
+  ensure = functools.partial(
+    tokenizer_lib.ensure,
     os.path.join(workdir, 'tokenizer.model'),
     sources.each(rows, said),
     config.tokenizer.vocab_size,
   )
+  hosts.once(lambda: ensure() and None)  # one trains it
+  return ensure()
 
 
 def train(run: stages.Run) -> dict[str, Any]:
