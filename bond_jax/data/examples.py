@@ -11,7 +11,7 @@ devices hold, because which rows are too long is not known before they are read.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 import itertools
 from typing import Any, NamedTuple
 import zlib
@@ -41,7 +41,7 @@ def sentences(
   to T = `length`, or cut there and then without EOS. A batch may span epochs.
   """
   make = sentence(tokenizer, length)
-  return _pairs(rows, make, tokenizer, 1, length, batch, seed)
+  return _pairs(rows, make, 1, length, batch, seed)
 
 
 def answers(
@@ -60,13 +60,12 @@ def answers(
   drawn one does, with the end of a turn where the vocabulary has one, else EOS.
   """
   make = answer(encode, tokenizer, length)
-  return _pairs(rows, make, tokenizer, prompt_length, length, batch, seed)
+  return _pairs(rows, make, prompt_length, length, batch, seed)
 
 
 def _pairs(
   rows: Source,
   make: Make,
-  tokenizer: Tokenizer,
   prompt_length: int,
   length: int,
   batch: int,
@@ -74,12 +73,9 @@ def _pairs(
 ) -> grain.DatasetIterator:
   def collate(examples):
     ids, pairs = zip(*examples, strict=True)
-    asked, pieces = zip(*pairs, strict=True)
-    # completion i32[B, 1, T], mask bool[B, 1, T], padded on the right
-    mask = np.arange(length) < np.array([len(p) for p in pieces])[:, None]
-    completion = np.full(mask.shape, tokenizer.pad_id, np.int32)
-    completion[mask] = np.concatenate(pieces)
-    prompts = _prompts(ids, asked, prompt_length)
+    prompts, pieces = zip(*pairs, strict=True)
+    completion, mask = pack(pieces, length)
+    prompts = _prompts(ids, prompts, prompt_length)
     return prompts, completion[:, None], mask[:, None]
 
   return _iterate(rows, make, collate, batch, seed)
@@ -214,15 +210,7 @@ def fixed_prompts(
 
   Of a mixture each source gives the first of its own, as many as its share.
   """
-  found = _distinct_prompts(sources.parts(rows), encode, count, length)
-  return _prompts(found.values(), found.keys(), length)
-
-
-def _distinct_prompts(
-  parts: Sequence[sources.Part], encode: Encode, count: int, length: int
-) -> dict[tuple[int, ...], int]:
-  """The ids of so many prompts, by their pieces."""
-  found = {}
+  parts, found = sources.parts(rows), {}  # pieces -> id
 
   def search(part: sources.Part) -> Iterator[int]:
     for i in range(len(part.rows)):
@@ -246,7 +234,7 @@ def _distinct_prompts(
         f' {count} are asked for{" of all sources" if len(parts) > 1 else ""}.'
         ' Ask for fewer, choose another length, or give more data.'
       )
-  return found
+  return _prompts(found.values(), found.keys(), length)
 
 
 def _who(part: sources.Part) -> str:
@@ -307,13 +295,29 @@ def describe(
   return lines
 
 
-def _prompts(ids, pieces, length: int) -> Prompts:
-  """Packs piece lists into Prompts, padded on the left with PAD, 0."""
+def pack(
+  pieces: Iterable[Sequence[int]], length: int, left: bool = False
+) -> tuple[np.ndarray, np.ndarray]:
+  """Tokens i32[R, length], padded with PAD, 0, and where they are not padding.
+
+  Args:
+    pieces: of R texts.
+    length: of the longest, or more.
+    left: pads on the left, else on the right.
+  """
+  pieces = list(pieces)
   lengths = np.array([len(p) for p in pieces])
-  mask = np.arange(length) >= length - lengths[:, None]
+  mask = np.arange(length) < lengths[:, None]
+  if left:
+    mask = np.arange(length) >= length - lengths[:, None]
   tokens = np.zeros(mask.shape, np.int32)
   tokens[mask] = list(itertools.chain.from_iterable(pieces))
-  weight = np.ones(len(lengths), np.float32)
+  return tokens, mask
+
+
+def _prompts(ids, pieces, length: int) -> Prompts:
+  tokens, mask = pack(pieces, length, left=True)
+  weight = np.ones(len(tokens), np.float32)
   return Prompts(tokens, mask, np.array(list(ids), np.int32), weight)
 
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from bond_jax.data import sources
 from bond_jax.data.conversations import Messages, prompt_turns, transcripts
-from bond_jax.data.examples import Row, Source
+from bond_jax.data.examples import pack, Row, Source
 from bond_jax.data.tokenizer import chat, Tokenizer
 from bond_jax.errors import BadRow, UserError
 
@@ -240,17 +240,6 @@ def pairs_of(
       found.append(better[fits])
       left = np.concatenate([pairs[~fits].ravel(), odd])
   return np.unique(np.concatenate(found), axis=0)
-
-
-def pack(
-  pieces: Sequence[Sequence[int]], length: int
-) -> tuple[np.ndarray, np.ndarray]:
-  """Texts as tokens i32[R, length] and mask bool[R, length]."""
-  sizes = np.array([len(p) for p in pieces])
-  mask = np.arange(length) < sizes[:, None]
-  tokens = np.zeros(mask.shape, np.int32)
-  tokens[mask] = np.concatenate(pieces)
-  return tokens, mask
 
 
 def batches(

@@ -17,7 +17,7 @@ import jax
 from jax.sharding import AxisType, Mesh
 import numpy as np
 
-from bond_jax.data import conversations, preferences
+from bond_jax.data import conversations, examples, preferences
 from bond_jax.data import tokenizer as tokenizer_lib
 from bond_jax.devices import sharding
 from bond_jax.errors import UserError
@@ -93,7 +93,7 @@ def scorer(policy: Policy, pool: str, mesh: Mesh, batch: int):
       for start in range(0, len(index), rows):
         some = index[start : start + rows]
         filled = some + some[:1] * (rows - len(some))
-        batch = preferences.pack([pieces[i] for i in filled], length)
+        batch = examples.pack([pieces[i] for i in filled], length)
         values = program(params, *sharding.put_batch(batch, mesh))
         found[some] = jax.device_get(values)[: len(some)]
     return found
