@@ -166,7 +166,7 @@ def encoder(
 def last_words(row: Row, kind: str = 'turn') -> str:
   """The prompt that `encoder` makes of a row, as a person would quote it.
 
-  Whole, also where it is cut: the text, or of a turn what was said last.
+  Whole, also where it is cut: the text, or the last of the turns.
   """
   return prompt_turns(row)[-1]['content'] if kind == 'turn' else row['text']
 

@@ -206,10 +206,10 @@ def source(
       owner/name@commit, with a subset owner/name:subset@commit.
     split: train, validation or test.
     data_dir: where TFDS builders are prepared.
-    fields: our name -> theirs. If it names the text and not the messages, or
-      the other way round, what they call the other is dropped.
-    splits: our split -> theirs, of which [a:b] takes rows or per cent:
-      {'validation': 'train[:5%]'}.
+    fields: our name -> the name in the rows. If it names the text and not the
+      messages, or the other way round, their field of that name is dropped.
+    splits: our split -> the name in the data, of which [a:b] takes rows or per
+      cent: {'validation': 'train[:5%]'}.
     bad_rows: 'stop' at the first one, or 'skip' them, as `made` does.
   """
   if bad_rows not in BAD_ROWS:

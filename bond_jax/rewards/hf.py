@@ -21,7 +21,7 @@ from bond_jax.rewards.text import judged
 from bond_jax.types import PreferenceFn, RewardFn
 from bond_jax.weights.huggingface import reader
 
-# The order of PairRM: what was asked, then the two answers.
+# The order of PairRM: the prompt, then the two answers.
 TEMPLATE = '<|source|>{prompt}<|candidate1|>{a}<|candidate2|>{b}'
 
 Texts = Sequence[tuple[str, ...]]  # [X] of one text, or of two that are a pair

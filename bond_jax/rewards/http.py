@@ -97,8 +97,8 @@ def scorer(
         errors.append(e)
         return None
 
-    asked = [submit(ask, *request) for request in batches]
-    answers = [future.result() for future in asked]
+    calls = [submit(ask, *request) for request in batches]
+    answers = [future.result() for future in calls]
     if errors:
       raise errors[0]
     kinds = sorted({kind for kind, _ in answers})

@@ -1,10 +1,10 @@
-"""Any reward of ours behind HTTP, so that it can run on another machine.
+"""A server of any reward over HTTP, so that it can run on another machine.
 
     python -m bond_jax.rewards.serve --function=bond_jax.rewards.text:vader
 
-`--args` are the function's arguments as JSON. Other machines are answered with
-`--host=0.0.0.0`: to whoever asks, without a password and unencrypted. What is
-asked and answered is in docs/rewards.md.
+`--args` are the function's arguments as JSON. `--host=0.0.0.0` lets other
+machines ask, all of them, without a password and unencrypted. The schema is in
+docs/rewards.md.
 """
 
 from __future__ import annotations
@@ -50,12 +50,12 @@ def serve(reward: RewardFn | PreferenceFn, host: str, port: int) -> Server:
         if not 0 <= size <= MOST:
           self.close_connection = True
           raise ValueError(f'a request has 0 to {MOST} bytes, got {size}')
-        asked = read(self.rfile.read(size))
+        texts = read(self.rfile.read(size))
       except (TypeError, ValueError) as e:  # also of a length that is no number
         return self._send(400, {'error': ' '.join(f'{e}'.split())})
       try:
         with turn:
-          value, _ = calling.call(reward, *asked)
+          value, _ = calling.call(reward, *texts)
       except UserError as e:
         print(f'error: {e}', file=sys.stderr, flush=True)
         return self._send(500, {'error': str(e)})
@@ -71,7 +71,7 @@ def serve(reward: RewardFn | PreferenceFn, host: str, port: int) -> Server:
         self.end_headers()
         self.wfile.write(content)
       except ConnectionError:
-        pass  # who asked has not waited
+        pass  # the client has hung up
 
     def log_message(self, *args):
       del args
