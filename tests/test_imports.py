@@ -1,6 +1,7 @@
 """The house rules: which room may import which, and sizes, from the source."""
 
 import ast
+import functools
 import pathlib
 import subprocess
 import sys
@@ -38,6 +39,7 @@ def is_core(name):
   return name in CORE or room(name) in ('algorithms', 'models')
 
 
+@functools.cache
 def imports(path):
   """Full names of all modules that a file imports, wherever in it."""
   names = set()

@@ -281,6 +281,7 @@ def test_restored_iterator_goes_on(rows, tok, make):
   _assert_equal([next(other) for _ in range(10)], expected)
 
 
+@pytest.mark.long
 def test_restored_in_another_process(path, rows, tok, tmp_path):
   (tmp_path / 'tok.model').write_bytes(tok.processor.serialized_model_proto())
   it = MAKERS['openings'](rows, tok)
@@ -301,6 +302,7 @@ print(json.dumps(next(it).tokens.tolist()))
   assert json.loads(out.splitlines()[-1]) == next(it).tokens.tolist()
 
 
+@pytest.mark.long
 def test_no_tensorflow(path):
   script = f"""
 import sys

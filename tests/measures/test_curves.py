@@ -211,6 +211,7 @@ def test_tilt_costs_no_more_than_best_of_n():
   assert np.all(at_same_rate[rate > 0.8] > 0.97 * kl[rate > 0.8])
 
 
+@pytest.mark.long
 def test_bootstrap_covers_as_often_as_it_says():
   # Prompts are clusters: within one all completions share most of the noise.
   rng = np.random.default_rng(0)

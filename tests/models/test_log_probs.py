@@ -219,6 +219,7 @@ def arrays(text):
   return {tuple(map(int, s.split(','))) for s in found}
 
 
+@pytest.mark.long
 def test_rows_stay_on_their_devices_in_a_whole_model():
   """Eight do not divide the vocabulary: the embedding is split by features,
   which the hidden states must not follow."""
@@ -264,6 +265,7 @@ def test_the_head_in_double_precision(x64):
   jax.tree.map(close, found, expected)
 
 
+@pytest.mark.long
 def test_memory_depends_on_the_chunk_alone():
   """Four times the rows or positions, the same memory beside the hidden."""
   policy = head('float32')

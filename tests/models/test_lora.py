@@ -32,7 +32,7 @@ from bond_jax.models.gemma import model as gemma
 # -- the model ----------------------------------------------------------------
 
 
-@pytest.mark.parametrize('name', core(1, FAMILIES))
+@pytest.mark.parametrize('name', core(1, sorted(FAMILIES)))
 def test_adapters_are_the_merged_weights(name):
   """Scanned, decoded from a cache, unrolled; by A and B or their product.
 

@@ -1,6 +1,6 @@
 """The scalar head: which hidden state it reads, and what cannot reach it."""
 
-from conftest import random_params, TINY
+from conftest import core, random_params, TINY
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -92,7 +92,7 @@ def test_it_starts_at_zero_with_parameters_of_its_own(model):
     assert ours.unsafe_buffer_pointer() != theirs.unsafe_buffer_pointer()
 
 
-@pytest.mark.parametrize('pool', scalar_head.POOLS)
+@pytest.mark.parametrize('pool', core(1, scalar_head.POOLS))
 def test_a_text_is_scored_as_it_would_be_alone(model, pool):
   """Whatever the padding holds, and on whichever side of the text it is."""
   policy, params = model

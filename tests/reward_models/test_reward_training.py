@@ -384,6 +384,7 @@ def test_scores_are_those_that_the_summary_reports(finished):
   )
 
 
+@pytest.mark.long
 def test_resuming_is_going_on(finished, tmp_path, monkeypatch):
   check, workdir = guard.check_finite, str(tmp_path / 'run')
 
@@ -433,6 +434,7 @@ def test_eight_devices_learn_the_same(finished, tmp_path, capsys):
       assert ours[key] == pytest.approx(theirs[key], rel=2e-3)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize('loss', core(1, ['regression', 'margin']))
 def test_the_other_losses_learn_too(loss, tmp_path):
   config, workdir = get_config(loss=loss, margin=0.5), str(tmp_path / 'run')

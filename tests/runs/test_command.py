@@ -3,9 +3,8 @@
 import json
 import os
 import re
-import subprocess
-import sys
 
+import forked
 import ml_collections
 import pytest
 import toy
@@ -15,7 +14,7 @@ from bond_jax.errors import UserError
 from bond_jax.rewards import make
 from bond_jax.runs import configs, files
 
-# The smallest command there is: it starts in a fraction of a second.
+# The smallest command there is.
 SCRIPT = """
 from bond_jax import errors
 from bond_jax.runs import command
@@ -51,13 +50,8 @@ def call(tmp_path_factory):
   def run(*args, config=True):
     if config and not any(arg.startswith('--config=') for arg in args):
       args = ['--config=config.py', *args]
-    return subprocess.run(
-      [sys.executable, 'script.py', *args],
-      cwd=folder,
-      env={**os.environ, 'PYTHONPATH': toy.ROOT, 'HOME': str(folder)},
-      capture_output=True,
-      text=True,
-    )
+    where = str(folder)
+    return forked.call('script.py', *args, folder=where, HOME=where)
 
   return run
 
@@ -202,10 +196,7 @@ def test_a_run_s_paths_are_relative_to_where_it_was_started(
   (tmp_path / 'where.py').write_text(WHERE)
 
   def call(*args):
-    done = subprocess.run(
-      [sys.executable, '../where.py', *args], capture_output=True, text=True,
-      cwd=here, env={**os.environ, 'PYTHONPATH': toy.ROOT},
-    )  # fmt: skip
+    done = forked.call('../where.py', *args, folder=str(here))
     assert done.returncode == 0, done.stderr
     return done
 

@@ -172,6 +172,7 @@ def accept(monkeypatch):
   monkeypatch.setattr(flags.FLAGS['accept_changes'], 'value', True)
 
 
+@pytest.mark.long
 def test_supervised_training_goes_on_from_the_same_data_alone(
   place, monkeypatch, capsys
 ):
@@ -313,6 +314,7 @@ def test_a_policy_stands_on_what_it_was_trained_on(command, place, monkeypatch):
   act()
 
 
+@pytest.mark.long
 def test_the_environment_changes_no_number(monkeypatch):
   """x64, promotion, the generator: pinned, whatever is set around us."""
   script = (

@@ -81,6 +81,7 @@ def call(code, *args):
   )  # fmt: skip
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
   'failure, status', core(1, [('stop', 2), ('go_on', 0)])
 )
@@ -103,6 +104,7 @@ def test_a_file_that_may_not_grow(tmp_path, failure, status):
     assert sorted(os.listdir(folder)) == ['1', '3']
 
 
+@pytest.mark.long
 def test_rows_that_cannot_be_written_are_written_later(tmp_path):
   done = call(ROWS, str(tmp_path))
   assert done.returncode == 0, done.stderr
@@ -163,6 +165,7 @@ def test_a_full_and_a_read_only_disk_stop_the_run(on_tmpfs, how, says):
   toy.same_end(end, toy.finished(), 'train')
 
 
+@pytest.mark.long
 def test_a_disk_that_is_full_for_a_while(on_tmpfs):
   """Rows, too, are those of an undisturbed run."""
   config = toy.get_config(toy.folder())

@@ -185,6 +185,7 @@ def test_the_supervised_stage_stops_too(tmp_path, monkeypatch):
   toy.same_end(str(tmp_path), toy.finished(), 'sft')
 
 
+@pytest.mark.long
 def test_what_is_broken_is_not_saved_on_request(tmp_path, monkeypatch):
   """A step whose parameters no validation has seen."""
   config, make = toy.get_config(toy.folder()), distil.make_programs

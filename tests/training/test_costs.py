@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 
-from conftest import TINY
+from conftest import random_params, TINY
 import jax
 import jax.numpy as jnp
 import optax
@@ -103,7 +103,7 @@ def test_tokens_are_those_that_the_programs_process(name):
       optimizer=optax.sgd(0.1), length=T, stop=Stop(()), rollouts=1, epochs=1,
       micro_batches=MICRO, chunk=1024,
   )  # fmt: skip
-  frozen = Frozen(model.init(jax.random.key(0)), {})
+  frozen = Frozen(random_params(SIZES, 0), {})
   state = step_lib.init_state(setup, frozen)
   prompts, key = make_prompts(), jax.random.key(1)
 
@@ -153,7 +153,7 @@ def test_counters_are_the_closed_form_where_nothing_ends():
       policy=model, algorithm=JBOND, optimizer=optax.sgd(0.1), length=T,
       stop=Stop(()), rollouts=1, epochs=1, micro_batches=MICRO, chunk=1024,
   )  # fmt: skip
-  frozen, key = Frozen(model.init(jax.random.key(0)), {}), jax.random.key(1)
+  frozen, key = Frozen(random_params(SIZES, 0), {}), jax.random.key(1)
   state = distil.init_state(setup, frozen, mesh)
   programs = distil.make_programs(setup, mesh, state)
   prompts = sharding.put_batch(make_prompts(), mesh)

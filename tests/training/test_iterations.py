@@ -162,6 +162,7 @@ def test_rows_say_when_the_anchor_moved(finished):
   assert toy.summary(finished[0], 'train')['anchor_drift'] > 1e-3
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
   'where', core(1, [(('update', 7),), (('rollout', 4),)])
 )

@@ -58,6 +58,7 @@ def test_the_loss_is_nats_per_token_and_falls(config):
   assert last['loss'] < first['loss'] - 0.1
 
 
+@pytest.mark.long
 def test_resuming_is_going_on(config, workdir, monkeypatch):
   check = guard.check_finite
 

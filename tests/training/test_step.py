@@ -160,7 +160,7 @@ def test_micro_batches_change_nothing(setup, update, frozen, prompts, drawn):
 
 @pytest.mark.parametrize('parts', core(1, [1, 4]))
 def test_buckets_change_nothing_but_the_order(
-  setup, frozen, prompts, drawn, parts
+  setup, update, frozen, prompts, drawn, parts
 ):
   """Rows of like lengths together, cut to what they need."""
   sizes = []
@@ -185,24 +185,20 @@ def test_buckets_change_nothing_but_the_order(
     mask=prompts.mask & ~(short[:, None] & (np.arange(4) < 2)[None]),
     weight=np.float32([1, 1, 0, 1, 1, 1, 1, 1]),
   )
-  mesh = sharding.make_mesh(parts, 1)
-  runs = []
-  for buckets, micro in ((1, 1), (3, 2)):
-    changed = setup._replace(
-      buckets=buckets,
-      micro_batches=micro,
-      mesh=mesh,
-      policy=setup.policy._replace(hidden=hidden),
-    )
-    program = jax.jit(functools.partial(whole_step, changed))
-    sizes.clear()
-    runs.append(program(start(setup, frozen, 0.3), frozen, prompts, *drawn))
-    jax.block_until_ready(runs[-1])
-    jax.effects_barrier()
-  (state, metrics), *others = jax.device_get(runs)
-  for other, other_metrics in others:
-    close(other, state, rtol=0, atol=1e-6)
-    close(other_metrics, metrics, rtol=1e-4, atol=1e-6)
+  changed = setup._replace(
+    buckets=3,
+    micro_batches=2,
+    mesh=sharding.make_mesh(parts, 1),
+    policy=setup.policy._replace(hidden=hidden),
+  )
+  runs = [
+    program(start(setup, frozen, 0.3), frozen, prompts, *drawn)
+    for program in (update(1), jax.jit(functools.partial(whole_step, changed)))
+  ]
+  (state, metrics), (other, other_metrics) = jax.device_get(runs)
+  jax.effects_barrier()
+  close(other, state, rtol=0, atol=1e-6)
+  close(other_metrics, metrics, rtol=1e-4, atol=1e-6)
   # One anchor row and two of the policy, per prompt and micro-batch.
   assert [rows for rows, _ in sizes] == [4, 4, 8, 8]
   # P' + T' - 1: 2 + 2 - 1, of a third of both, and 4 + 5 - 1.
@@ -451,6 +447,7 @@ def test_a_fixed_anchor_is_the_reference_and_no_copy(setup, frozen):
   assert step_lib.init_state(fixed, frozen).anchor == {}
 
 
+@pytest.mark.long
 def test_eight_devices_are_one(setup, draw, update, frozen, prompts):
   """Three steps on a 4 x 2 mesh: the same tokens, the same parameters."""
 

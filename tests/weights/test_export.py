@@ -191,6 +191,7 @@ def test_a_run_that_is_not_finished(runs, tmp_path):
   assert os.listdir(tmp_path) == ['run']
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
   'args, why',
   core(

@@ -212,6 +212,7 @@ def test_whose_vocabulary_is_missing(tmp_path, path, says, not_said):
   assert not_said not in str(e.value)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
   'name',
   core(
