@@ -125,6 +125,7 @@ def test_order_does_not_matter(draw, prompts, drawn):
   same(draw(take(prompts, order)), take(drawn, order))
 
 
+@pytest.mark.long
 def test_one_by_one_is_one_batch(draw, prompts, drawn):
   for i in range(8):
     same(draw(take(prompts, [i])), take(drawn, [i]))
@@ -151,9 +152,10 @@ def test_slots_do_not_matter(draw, prompts, drawn, slots):
   same(draw(prompts, slots=slots), drawn)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
   'name, scan',
-  core(1, [('gemma3', True), ('gemma3', False), ('gemma1_multi_head', True)]),
+  [('gemma3', True), ('gemma3', False), ('gemma1_multi_head', True)],
 )
 def test_slots_do_not_matter_to_other_models(prompts, name, scan):
   """Windows that the prompt fills and that completions leave behind."""

@@ -82,9 +82,7 @@ def call(code, *args):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(
-  'failure, status', core(1, [('stop', 2), ('go_on', 0)])
-)
+@pytest.mark.parametrize('failure, status', [('stop', 2), ('go_on', 0)])
 def test_a_file_that_may_not_grow(tmp_path, failure, status):
   folder = str(tmp_path / 'checkpoints')
   done = call(SAVES, failure, folder)

@@ -103,7 +103,7 @@ def test_tokens_are_those_that_the_programs_process(name):
       optimizer=optax.sgd(0.1), length=T, stop=Stop(()), rollouts=1, epochs=1,
       micro_batches=MICRO, chunk=1024,
   )  # fmt: skip
-  frozen = Frozen(random_params(SIZES, 0), {})
+  frozen = Frozen(jax.tree.map(jnp.asarray, random_params(SIZES, 0)), {})
   state = step_lib.init_state(setup, frozen)
   prompts, key = make_prompts(), jax.random.key(1)
 
@@ -135,6 +135,7 @@ def test_every_algorithm_has_a_cost(name):
   assert drawn == 92_160  # as the config says of all
 
 
+@pytest.mark.long
 def test_a_run_counts_its_tokens_and_shows_its_cost():
   """Counted tokens are within what the closed form allows."""
   found = toy.summary(toy.finished(), 'train')['cost']
@@ -147,13 +148,17 @@ def test_a_run_counts_its_tokens_and_shows_its_cost():
     assert row['tokens/trained'] < decoded
 
 
+@pytest.mark.long
 def test_counters_are_the_closed_form_where_nothing_ends():
   model, mesh = policy(), sharding.make_mesh(1, 1)
   setup = step_lib.Setup(
       policy=model, algorithm=JBOND, optimizer=optax.sgd(0.1), length=T,
       stop=Stop(()), rollouts=1, epochs=1, micro_batches=MICRO, chunk=1024,
   )  # fmt: skip
-  frozen, key = Frozen(random_params(SIZES, 0), {}), jax.random.key(1)
+  frozen, key = (
+    Frozen(jax.tree.map(jnp.asarray, random_params(SIZES, 0)), {}),
+    jax.random.key(1),
+  )
   state = distil.init_state(setup, frozen, mesh)
   programs = distil.make_programs(setup, mesh, state)
   prompts = sharding.put_batch(make_prompts(), mesh)

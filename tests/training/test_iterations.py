@@ -4,7 +4,6 @@ import collections
 import contextlib
 import threading
 
-from conftest import core
 import jax
 import jax.numpy as jnp
 import language
@@ -163,9 +162,7 @@ def test_rows_say_when_the_anchor_moved(finished):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(
-  'where', core(1, [(('update', 7),), (('rollout', 4),)])
-)
+@pytest.mark.parametrize('where', [('update', 7), ('rollout', 4)])
 def test_a_run_goes_on_from_its_last_whole_iteration(
   finished, tmp_path, monkeypatch, where
 ):

@@ -355,6 +355,7 @@ def poisoned(batch, prompt, part):
   return batch._replace(**{part: value.at[prompt].set(jnp.nan)}), part
 
 
+@pytest.mark.long
 def test_a_step_that_is_not_finite_changes_nothing(
   setup, frozen, prompts, drawn
 ):

@@ -194,13 +194,10 @@ def test_a_run_that_is_not_finished(runs, tmp_path):
 @pytest.mark.long
 @pytest.mark.parametrize(
   'args, why',
-  core(
-    1,
-    [
-      (['--workdir=/no/run', '--out=x'], 'cannot read /no/run/config.json'),
-      (['--workdir=r', '--out=x', '--format=gguf'], 'hf|adapter|official'),
-    ],
-  ),
+  [
+    (['--workdir=/no/run', '--out=x'], 'cannot read /no/run/config.json'),
+    (['--workdir=r', '--out=x', '--format=gguf'], 'hf|adapter|official'),
+  ],
 )
 def test_the_command_line_has_one_line_for_each_error(tmp_path, args, why):
   result = subprocess.run(

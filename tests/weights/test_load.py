@@ -214,10 +214,7 @@ def test_whose_vocabulary_is_missing(tmp_path, path, says, not_said):
 
 @pytest.mark.long
 @pytest.mark.parametrize(
-  'name',
-  core(
-    1, ['gemma_2b', 'gemma_7b', 'gemma3_270m', 'gemma3_1b', 'gemma3_4b_lora']
-  ),
+  'name', ['gemma_2b', 'gemma_7b', 'gemma3_270m', 'gemma3_1b', 'gemma3_4b_lora']
 )
 def test_configs_ask_for_what_they_need(name):
   out = toy.command(
