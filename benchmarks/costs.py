@@ -6,8 +6,6 @@ Prints a table for the algorithms of configs/demo.py; the rows and tokens of one
 run are in its train/summary.json, under `cost`. Nothing is run.
 """
 
-import jax.numpy as jnp
-
 from bond_jax.models import policies
 from bond_jax.sizing import operations
 from bond_jax.training import costs, setups
@@ -16,7 +14,7 @@ from configs import demo
 
 def main():
   names = [x.replace('_', ' ') for x in costs.Cost._fields]
-  head = ['per prompt and update', *names, 'flops', 'gigabytes']
+  head = ['per prompt and update', *names, 'flops']
   print('| ' + ' | '.join(head) + ' |')
   print('|' + '---|' * len(head))
   for name in demo.ALGORITHMS:
@@ -24,13 +22,8 @@ def main():
     sizes = policies.make_sizes(config.model, 1)
     algorithm = setups.make_algorithm(config)
     phases = operations.of_config(config, algorithm, sizes)
-    read = operations.gigabytes(
-      phases, sizes, batch=config.train.batch,
-      micro_batches=config.train.micro_batches,
-      itemsize=jnp.dtype(config.model.dtype).itemsize,
-    )  # fmt: skip
     flops = sum(phase.flops for phase in phases.values())
-    values = [*costs.of_config(config, algorithm), flops, read]
+    values = [*costs.of_config(config, algorithm), flops]
     print('| ' + ' | '.join([name, *(f'{x:.4g}' for x in values)]) + ' |')
 
 

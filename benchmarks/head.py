@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bond_jax.models import log_probs
-from bond_jax.models.gemma import model as gemma
+from bond_jax.models.gemma.layers import logits
 from bond_jax.types import Policy, Prompts
 
 ROWS, LENGTH, VOCAB = 8, 512, 262_144
@@ -31,18 +31,15 @@ def head_log_probs(params, tokens):
   """
   hidden = params['hidden']
   rows = len(hidden)
-  config = gemma.Config(
-    vocab_size=params['embedder']['input_embedding'].shape[0],
-    features=hidden.shape[-1], layers=0, heads=1, kv_heads=1, head_size=1,
-    feed_forward=1,
-  )  # fmt: skip
   policy = Policy(
     init=None,
     hidden=lambda params, *_: params['hidden'],
-    logits=functools.partial(gemma.logits, config, temperature=1.0),
+    logits=functools.partial(
+      logits, softcap=None, temperature=1.0, used_vocab=None
+    ),
     prepare=None,
     decoder=None,
-    vocab_size=config.vocab_size,
+    vocab_size=params['embedder']['input_embedding'].shape[0],
   )
   prompts = Prompts(
     jnp.zeros((rows, 1), jnp.int32),

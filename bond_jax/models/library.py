@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from bond_jax.errors import UserError
-from bond_jax.models.gemma.layers import MASKED
+from bond_jax.models.gemma.layers import logits
 from bond_jax.types import Array, Decoder, Params, Policy
 
 
@@ -58,8 +58,9 @@ def make(
     return jax.tree.map(lambda x: x.astype(jnp.float32), params)
 
   head = functools.partial(
-    _logits, model.config, temperature=temperature, used_vocab=used_vocab
-  )
+    logits, softcap=model.config.final_logit_softcap, temperature=temperature,
+    used_vocab=used_vocab,
+  )  # fmt: skip
   return Policy(
     init=init,
     hidden=lambda *args: _hidden(model, dtype, *args, None)[0],
@@ -142,21 +143,6 @@ def _hidden(
     slot = cache['slot'] + tokens.shape[1]
     cache = dict(library=out.cache, position=seen, slot=slot)
   return out.hidden_states, cache
-
-
-def _logits(config, params, hidden, *, temperature, used_vocab) -> Array:
-  table = params['embedder']['input_embedding'].astype(hidden.dtype)
-  out = jnp.einsum(
-    '...D,VD->...V', hidden, table, preferred_element_type=jnp.float32
-  )
-  if config.final_logit_softcap is not None:
-    cap = config.final_logit_softcap
-    out = jnp.tanh(out / cap) * cap
-  out /= temperature
-  if used_vocab is not None:
-    used = jnp.arange(out.shape[-1]) < used_vocab
-    out = jnp.where(used.reshape((1,) * (out.ndim - 1) + (-1,)), out, MASKED)
-  return out
 
 
 def _import():

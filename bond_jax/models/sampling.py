@@ -81,15 +81,9 @@ def sample(
 
   def draw(params, prompts, key):
     return _sample(
-      policy.decoder(params),
-      prompts,
-      key,
-      num=num,
-      length=length,
-      stop=stop,
-      first=first,
-      slots=slots // parts,
-    )
+      policy.decoder(params), prompts, key, num=num, length=length, stop=stop,
+      first=first, slots=slots // parts,
+    )  # fmt: skip
 
   if parts > 1:
     by_row = PartitionSpec('data')

@@ -16,12 +16,8 @@ KINDS = ('all-gather', 'all-reduce', 'reduce-scatter', 'all-to-all',
          'collective-permute')  # fmt: skip
 _BYTES = {
   'pred': 1,
-  'bf16': 2,
-  'f16': 2,
-  'f64': 8,
-  's64': 8,
-  'u64': 8,
-  'c64': 8,
+  **dict.fromkeys(('bf16', 'f16'), 2),
+  **dict.fromkeys(('f64', 's64', 'u64', 'c64'), 8),
 }
 _OPERATION = re.compile(
   r'^\s*(?:ROOT )?%?(?P<name>[\w.-]+) = (?P<shape>\(.*?\)|\S+)'
@@ -43,11 +39,9 @@ class Collective(NamedTuple):
 
 
 def collectives(text: str, loops: int = 1) -> list[Collective]:
-  """The collectives of a program.
+  """Those of a compiled program, from its text.
 
-  Args:
-    text: of a compiled program.
-    loops: how often a loop runs, at most, whose end is not in the program.
+  A loop whose end is not in the program runs `loops` times, at most.
   """
   computations, entry = _computations(text)
   times = _times(computations, entry, loops)
@@ -72,15 +66,12 @@ def collectives(text: str, loops: int = 1) -> list[Collective]:
 
 def totals(found: list[Collective]) -> dict[str, tuple[float, float]]:
   """How many there are of each kind, and the bytes that they bring."""
-  out = {}
-  for kind in KINDS:
-    some = [c for c in found if c.kind == kind]
-    if some:
-      out[kind] = (
-        sum(c.times for c in some),
-        sum(c.times * c.bytes for c in some),
-      )
-  return out
+  some = {kind: [c for c in found if c.kind == kind] for kind in KINDS}
+  return {
+    kind: (sum(c.times for c in cs), sum(c.times * c.bytes for c in cs))
+    for kind, cs in some.items()
+    if cs
+  }
 
 
 def _computations(text: str) -> tuple[dict[str, list[str]], str]:
@@ -127,11 +118,9 @@ def _trips(line: str, condition: list[str], loops: int) -> int:
   # A loop with another reason to end, say that all are done, has an AND here.
   if ' compare(' not in root or 'direction=LT' not in root:
     return loops
-  constants = [
-    re.search(r'[su]32\[\].* constant\((\d+)\)', x) for x in condition
-  ]
-  constants = [int(x[1]) for x in constants if x]
-  return constants[0] if len(constants) == 1 else loops
+  constant = r'[su]32\[\].* constant\((\d+)\)'
+  found = [x[1] for x in (re.search(constant, y) for y in condition) if x]
+  return int(found[0]) if len(found) == 1 else loops
 
 
 def _received(kind: str, match, line: str) -> float:

@@ -120,33 +120,9 @@ def of_config(
 ) -> dict[str, Phase]:
   """The phases of a run."""
   return phases(
-    algorithm,
-    sizes,
-    prompt=config.prompt.length,
-    length=config.length,
-    epochs=config.train.epochs,
-    remat=config.model.remat,
-  )
-
-
-def gigabytes(
-  found: dict[str, Phase],
-  sizes: configs.Config,
-  *,
-  batch: int,
-  micro_batches: int,
-  itemsize: int,
-) -> float:
-  """Weights and caches that are read for one prompt in one update.
-
-  The prompts of a batch share a reading of the weights; each micro-batch has
-  one of its own. `itemsize` is bytes of a number.
-  """
-  passes = found['rollout'].passes
-  passes += micro_batches * (found['weigh'].passes + found['update'].passes)
-  read = passes * work(sizes).weights / batch
-  read += sum(part.cached for part in found.values())
-  return read * itemsize / 1e9
+    algorithm, sizes, prompt=config.prompt.length, length=config.length,
+    epochs=config.train.epochs, remat=config.model.remat,
+  )  # fmt: skip
 
 
 def least_seconds(
@@ -158,16 +134,10 @@ def least_seconds(
   mesh: Mesh,
   chip: chips.Chip,
 ) -> dict[str, float]:
-  """Of computing, of reading memory and of sending, for one phase of a step.
+  """Of computing, of reading memory and of sending, for one program of a step.
 
-  Args:
-    name: of its program.
-    sent: bytes that a chip receives.
-    config: of the run.
-    algorithm: its algorithm.
-    size: bytes of a chip's part of what the run keeps; see `programs.resident`.
-    mesh: of the run.
-    chip: one of its devices.
+  `sent` are bytes that a chip receives, `size` those of a chip's part of what
+  the run keeps, by the names of `programs.resident`.
   """
   sizes = policies.make_sizes(config.model, config.tokenizer.vocab_size)
   found = of_config(config, algorithm, sizes)

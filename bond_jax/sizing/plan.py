@@ -88,17 +88,11 @@ def check(config: ml_collections.ConfigDict, mesh: Mesh) -> None:
     )
   needed = (*fields.NEEDED, *text_task.NEEDED)
   fields.check(config.to_dict(), needed, unset=True)
-  settings = config.train
-  sampling_mesh = sharding.reshaped(mesh, **config.sampling_mesh)
-  sharding.check_batch(
-    'train.batch', settings.batch, mesh, settings.micro_batches
-  )
-  for name, batch in (
-    ('train.batch', settings.batch),
-    ('train.probe_prompts', settings.probe_prompts),
-  ):
-    sharding.check_batch(name, batch, mesh, 1)
-    sharding.check_batch(name, batch, sampling_mesh, 1)
+  batch, micro_batches = config.train.batch, config.train.micro_batches
+  sharding.check_batch('train.batch', batch, mesh, micro_batches)
+  for over in mesh, sharding.reshaped(mesh, **config.sampling_mesh):
+    for name in 'batch', 'probe_prompts':
+      sharding.check_batch(f'train.{name}', config.train[name], over, 1)
 
 
 def too_large(found: dict[str, Any]) -> dict[str, float]:

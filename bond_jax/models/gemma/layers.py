@@ -247,6 +247,31 @@ def embed(config: Config, params: Params, tokens: Array, dtype) -> Array:
   return x * jnp.sqrt(config.features).astype(dtype)
 
 
+def logits(
+  params: Params,
+  hidden: Array,
+  *,
+  softcap: float | None,
+  temperature: float,
+  used_vocab: int | None,
+) -> Array:
+  """float32 logits [..., V] / temperature; rows no token uses are masked."""
+  table = params['embedder']['input_embedding'].astype(hidden.dtype)
+  out = jnp.einsum(
+    '...D,VD->...V', hidden, table, preferred_element_type=jnp.float32
+  )
+  if softcap:
+    out = jnp.tanh(out / softcap) * softcap
+  if temperature:
+    out /= temperature
+  if used_vocab and used_vocab < len(table):
+    used = jnp.arange(len(table)) < used_vocab
+    out = jnp.where(used.reshape((1,) * (out.ndim - 1) + (-1,)), out, MASKED)
+  if not temperature:
+    out = jnp.where(out == out.max(-1, keepdims=True), 0.0, MASKED)
+  return out
+
+
 def layers(config: Config, params: Params):
   """Yields (kind, parameters) of every layer, bottom up."""
   size = len(config.pattern)

@@ -27,7 +27,7 @@ from bond_jax.models.gemma.layers import (
   Block,
   embed,
   layers,
-  MASKED,
+  logits,
   RMSNorm,
   within,
 )
@@ -127,26 +127,6 @@ def hidden(
   return RMSNorm().apply({'params': params['final_norm']}, x)
 
 
-def logits(
-  config: Config, params: Params, hidden: Array, *, temperature: float
-) -> Array:
-  """float32 logits [..., V] / temperature; rows no token uses are masked."""
-  table = params['embedder']['input_embedding'].astype(hidden.dtype)
-  out = jnp.einsum(
-    '...D,VD->...V', hidden, table, preferred_element_type=jnp.float32
-  )
-  if config.final_softcap:
-    out = jnp.tanh(out / config.final_softcap) * config.final_softcap
-  if temperature:
-    out /= temperature
-  if config.used_vocab and config.used_vocab < config.vocab_size:
-    used = jnp.arange(config.vocab_size) < config.used_vocab
-    out = jnp.where(used.reshape((1,) * (out.ndim - 1) + (-1,)), out, MASKED)
-  if not temperature:
-    out = jnp.where(out == out.max(-1, keepdims=True), 0.0, MASKED)
-  return out
-
-
 def make(
   config: Config, *, temperature: float, dtype: str, scan: bool, remat: str
 ) -> Policy:
@@ -158,7 +138,10 @@ def make(
     raise ValueError(f'remat is {remat!r}; known are {", ".join(REMAT)}')
   if temperature < 0:
     raise ValueError(f'temperature must be >= 0, got {temperature}')
-  head = functools.partial(logits, config, temperature=temperature)
+  head = functools.partial(
+    logits, softcap=config.final_softcap, temperature=temperature,
+    used_vocab=config.used_vocab,
+  )  # fmt: skip
   return Policy(
     init=lambda key: init(config, key),
     hidden=functools.partial(
