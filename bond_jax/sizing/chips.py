@@ -12,6 +12,7 @@ import contextlib
 import importlib.metadata
 import importlib.util
 import os
+import pathlib
 import re
 from typing import Any, NamedTuple
 
@@ -48,13 +49,13 @@ def devices(topology: str) -> tuple[list[Any], Chip]:
   A UserError for a name that nobody knows, and without libtpu.
   """
   kind, _, shape = topology.partition(':')
-  if kind == 'cpu':
-    return _cpus(topology, shape)
+  if kind == 'cpu' and shape.isdigit() and int(shape):
+    return _cpus(int(shape))
   if kind not in CHIPS or not re.fullmatch(r'\d+(x\d+){1,2}', shape):
     raise UserError(
-      f'--topology={topology}: no such devices; known are'
-      f' {", ".join(CHIPS)} with the chips of a slice by their grid, and cpu'
-      f' with a number: {EXAMPLES}.'
+      f'--topology={topology}: no such devices; known are {", ".join(CHIPS)}'
+      ' with the chips of a slice by their grid, and cpu with a number:'
+      f' {EXAMPLES}.'
     )
   os.environ['TPU_LIBRARY_PATH'] = _libtpu()
   # Not to ask the machine whether it is a TPU, nor to claim the one it may be.
@@ -81,18 +82,13 @@ def devices(topology: str) -> tuple[list[Any], Chip]:
   return list(found.devices), CHIPS[kind]
 
 
-def _cpus(topology: str, number: str) -> tuple[list[Any], Chip]:
-  if not number.isdigit() or not int(number):
-    raise UserError(
-      f'--topology={topology}: give the number of devices, such as cpu:8.'
-    )
-  count = int(number)
+def _cpus(count: int) -> tuple[list[Any], Chip]:
   with contextlib.suppress(RuntimeError):  # jax has been used here already
     jax.config.update('jax_num_cpu_devices', count)
   found = jax.devices('cpu')
   if len(found) < count:
     raise UserError(
-      f'--topology={topology}: this process has {len(found)} CPU devices.'
+      f'--topology=cpu:{count}: this process has {len(found)} CPU devices.'
     )
   return found[:count], Chip(psutil.virtual_memory().total / count)
 
@@ -108,11 +104,10 @@ def compiler(topology: str) -> dict[str, str]:
 
 def _libtpu() -> str:
   """The path of the TPU compiler; a UserError if it is not installed."""
-  package = os.path.dirname(os.path.abspath(bond_jax.__file__))
-  root = os.path.dirname(package)
+  root = pathlib.Path(bond_jax.__file__).absolute().parents[1]
   paths = [
     os.environ.get('TPU_LIBRARY_PATH', ''),
-    os.path.join(root, '.libtpu', 'libtpu', 'libtpu.so'),
+    str(root / '.libtpu/libtpu/libtpu.so'),
   ]
   spec = importlib.util.find_spec('libtpu')
   if spec and spec.origin:

@@ -46,8 +46,8 @@ def export(
   config = configs.read_config(workdir)
   if 'tokenizer' not in config or 'model' not in config:
     raise UserError(f'{workdir} trains no language model: nothing to export.')
-  settings = config.model.lora
-  if form == 'adapter' and not settings.rank:
+  rank = config.model.lora.rank
+  if form == 'adapter' and not rank:
     raise UserError(
       f'{workdir} was trained without LoRA: all its weights have changed;'
       ' export with --format=hf.'
@@ -59,37 +59,32 @@ def export(
     sizes = policies.make_sizes(config.model, config.tokenizer.vocab_size)
   policy = policies.make_policy(config.model, config.tokenizer.vocab_size)
   frozen = None
-  if which == 'reference' or (settings.rank and form != 'adapter'):
+  if which == 'reference' or (rank and form != 'adapter'):
     frozen = load.load_frozen(config, policy, workdir, mesh)
   if which == 'reference':
     trained, step = frozen.reference, 0
   else:
     trained = load.load_policy(config, policy, workdir, which, mesh, alone=True)
     step = load.find_step(workdir, 'train', which)
-  params, adapters = trained, None
-  if settings.rank:
-    adapters = trained
+  params = frozen.base if rank and form != 'adapter' else trained
   if form == 'adapter':
     base = paths.expanded(config.get('weights') or '')
     base = base or configs.reference_dir(config, workdir)
-    adapter.export_adapter(adapters, sizes, out, base=base)
+    adapter.export_adapter(trained, sizes, out, base=base)
+  elif form == 'hf':
+    writer.export(
+      params,
+      sizes,
+      out,
+      dtype=dtype,
+      tokenizer_path=tokenizer_path(config, workdir),
+      source=source_of(config),
+      lora=trained if rank else None,
+      temperature=config.model.temperature,
+    )
   else:
-    if adapters is not None:
-      params = frozen.base
-    if form == 'hf':
-      writer.export(
-        params,
-        sizes,
-        out,
-        dtype=dtype,
-        tokenizer_path=tokenizer_path(config, workdir),
-        source=source_of(config),
-        lora=adapters,
-        temperature=config.model.temperature,
-      )
-    else:
-      params = lora.merge(sizes, params, adapters) if adapters else params
-      official.save_official(params, sizes, out)
+    params = lora.merge(sizes, params, trained) if rank else params
+    official.save_official(params, sizes, out)
   return {
     'workdir': os.path.abspath(workdir),
     'model': config.model.name,

@@ -4,13 +4,14 @@ Official checkpoints are Orbax folders in one of three layouts: *flat*, one key
 per module ('transformer/layer_0/mlp/linear' -> 'w'), as most public releases
 are; *nested*, as the gemma library initialises its models; *stacked*, like
 flat, with the layers of one position in the attention pattern along a leading
-axis. All become the tree of `models/gemma.py`, one array at a time; on the way
-every array bears its nested name, 'layer_0/mlp/linear'.
+axis. All become the tree of models/gemma by way of nested names,
+'layer_0/mlp/linear', one array at a time.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+import contextlib
 import functools
 import json
 import os
@@ -138,17 +139,16 @@ def _load_official(
       layers = range(int(match[1]), store.shape[0] * period, period)
       places = {f'layer_{j}/{match[2]}': g for g, j in enumerate(layers)}
     where |= {name: (key, g) for name, g in places.items()}
-  found = {}
-  for name, (key, g) in where.items():
-    found[name] = stores[key].shape[0 if g is None else 1 :]
+  found = {
+    name: stores[key].shape[0 if g is None else 1 :]
+    for name, (key, g) in where.items()
+  }
   wanted = {_nested_name(k): x.shape for k, x in nested(config, like)}
   check(path, found, wanted)
 
   def read(key, first, struct):
-    try:
+    with _damage(path, key):
       return _read(stores[key][first], struct)
-    except (ValueError, OSError) as e:
-      raise UserError(_damaged(path, key, e)) from e
 
   def read_nested(name, struct):
     key, g = where[name]
@@ -184,7 +184,7 @@ def _open(path: str) -> dict[str, ts.TensorStore]:
       ' config.json and safetensors (Hugging Face)'
       + (f'; name one of those in it: {", ".join(names)}.' if names else '.')
     )
-  try:
+  with _damage(path, _MARKER):
     metadata = json.loads((folder / _MARKER).read_text())
     keys = [
       tuple(str(part['key']) for part in entry['key_metadata'])
@@ -193,8 +193,6 @@ def _open(path: str) -> dict[str, ts.TensorStore]:
     if () in keys:
       raise ValueError('an array without a name')
     use_ocdbt = ocp.type_handlers.is_ocdbt_checkpoint(folder)
-  except Exception as e:
-    raise UserError(_damaged(path, _MARKER, e)) from e
   if any(key[0] == 'params' for key in keys):  # beside an optimizer's state
     keys = [key for key in keys if key[0] == 'params']
   context = ocp.type_handlers.get_ts_context(use_ocdbt=use_ocdbt)
@@ -220,10 +218,8 @@ def _open(path: str) -> dict[str, ts.TensorStore]:
       opening[name] = ts.open(spec, open=True, context=context)
   stores = {}
   for name, future in opening.items():
-    try:
+    with _damage(path, name):
       stores[name] = future.result()
-    except (ValueError, OSError) as e:
-      raise UserError(_damaged(path, name, e)) from e
   return stores
 
 
@@ -308,11 +304,18 @@ def check_space(path: str, size: int) -> None:
     )
 
 
-def _damaged(path: str, name: str, error: Exception) -> str:
-  return (
-    f'cannot read {name} in {path} ({_reason(error)}): it is damaged,'
-    ' incomplete or out of reach; fetch the checkpoint again.'
-  )
+@contextlib.contextmanager
+def _damage(path: str, name: str):
+  """An error of reading `name` as one line."""
+  try:
+    yield
+  except jax.errors.JaxRuntimeError:  # of a device, not of the file
+    raise
+  except Exception as e:
+    raise UserError(
+      f'cannot read {name} in {path} ({_reason(e)}): it is damaged, incomplete'
+      ' or out of reach; fetch the checkpoint again.'
+    ) from e
 
 
 def _reason(error: BaseException) -> str:

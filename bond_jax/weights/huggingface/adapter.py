@@ -68,13 +68,7 @@ def export_adapter(
     parts = layout.lora_parts(config, name)
     for part, copy in writer.copies_of(parts, np.asarray(x)):
       tensors[prefix + part.tensor] = copy
-  rank = {x.shape[0] for name, x in tensors.items() if 'lora_A' in name}
-  if len(rank) != 1 or config.lora_scale is None:
-    raise UserError(
-      f'an adapter needs one rank and a lora_scale; found ranks {sorted(rank)}'
-      f' and lora_scale {config.lora_scale}.'
-    )
-  (rank,) = rank
+  (rank,) = {x.shape[0] for name, x in tensors.items() if 'lora_A' in name}
   modules = _modules(tensors)
   alpha = config.lora_scale * rank
   commit = ''
@@ -93,10 +87,6 @@ def export_adapter(
     ),
     'lora_dropout': 0.0,
     'bias': 'none',
-    'fan_in_fan_out': False,
-    'use_rslora': False,
-    'use_dora': False,
-    'modules_to_save': None,
     'inference_mode': True,
   }
   shapes = {k: x.shape for k, x in tensors.items()}

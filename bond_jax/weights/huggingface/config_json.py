@@ -21,6 +21,12 @@ ARCHITECTURES = {
   'gemma3': 'Gemma3ForConditionalGeneration',
 }
 
+# Sizes, our name -> theirs.
+_SIZES = dict(
+  vocab_size='vocab_size', features='hidden_size', layers='num_hidden_layers',
+  heads='num_attention_heads', kv_heads='num_key_value_heads',
+  head_size='head_dim', feed_forward='intermediate_size',
+)  # fmt: skip
 _KINDS = {'sliding_attention': 'local', 'full_attention': 'global'}
 _GELU = 'gelu_pytorch_tanh'
 
@@ -87,22 +93,13 @@ def _of_family(config: gemma.Config, family: str, dtype: str) -> dict[str, Any]:
     'architectures': [ARCHITECTURES[family]],
     'model_type': family,
     'torch_dtype': dtype,
+    **{theirs: getattr(c, ours) for ours, theirs in _SIZES.items()},
     'vocab_size': vocab_rows(c),
-    'hidden_size': c.features,
-    'intermediate_size': c.feed_forward,
-    'num_hidden_layers': c.layers,
-    'num_attention_heads': c.heads,
-    'num_key_value_heads': c.kv_heads,
-    'head_dim': c.head_size,
     'hidden_activation': _GELU,
     'rms_norm_eps': 1e-6,
     'rope_theta': c.global_rope_base,
     'max_position_embeddings': 8192,
-    'attention_bias': False,
-    'attention_dropout': 0.0,
-    'initializer_range': 0.02,
     'tie_word_embeddings': True,
-    'use_cache': True,
     'pad_token_id': 0,
     'eos_token_id': 1,
     'bos_token_id': 2,
@@ -142,7 +139,7 @@ def from_json(raw: dict[str, Any], path: str) -> gemma.Config:
   raw = {**_DEFAULTS[family], **raw}
   if family == 'gemma2' or raw['layer_types'] is not None:
     raw['sliding_window_pattern'] = 2  # theirs, or not read
-  _check_values(raw, path, *_SIZES)
+  _check_values(raw, path, *_COUNTS)
   _check_computed(raw, family, path)
   new = family != 'gemma'
   pattern = _pattern(raw, path) if new else ('global',)
@@ -154,13 +151,7 @@ def from_json(raw: dict[str, Any], path: str) -> gemma.Config:
     )
   scalar = raw['query_pre_attn_scalar'] or raw['head_dim']
   config = gemma.Config(
-    vocab_size=raw['vocab_size'],
-    features=raw['hidden_size'],
-    layers=raw['num_hidden_layers'],
-    heads=raw['num_attention_heads'],
-    kv_heads=raw['num_key_value_heads'],
-    head_size=raw['head_dim'],
-    feed_forward=raw['intermediate_size'],
+    **{ours: raw[theirs] for ours, theirs in _SIZES.items()},
     pattern=pattern,
     window=raw['sliding_window'] if new else 0,
     qk_norm=family == 'gemma3_text',
@@ -177,10 +168,7 @@ def from_json(raw: dict[str, Any], path: str) -> gemma.Config:
   return gemma.CONFIGS[name] if name else config
 
 
-_SIZES = ('vocab_size', 'hidden_size', 'num_hidden_layers',
-          'num_attention_heads', 'num_key_value_heads', 'head_dim',
-          'intermediate_size', 'sliding_window',
-          'sliding_window_pattern')  # fmt: skip
+_COUNTS = (*_SIZES.values(), 'sliding_window', 'sliding_window_pattern')
 _TABLES = 'rope_parameters', 'rope_scaling', *_KINDS
 
 
@@ -200,7 +188,7 @@ def _check_values(raw: dict[str, Any], path: str, *needed: str) -> None:
     'a list of names': (is_texts, ('architectures', 'layer_types')),
     'an object': (lambda x: isinstance(x, dict), ('text_config', *_TABLES)),
     'a whole number from 1 to 1000': (is_size(1000), ('num_hidden_layers',)),
-    'a whole number from 1 to 2**31': (is_size(2**31), _SIZES),
+    'a whole number from 1 to 2**31': (is_size(2**31), _COUNTS),
   }  # fmt: skip
   for expected, (good, names) in kinds.items():
     for name in names:

@@ -1,7 +1,7 @@
 """Gemma weights from a Hugging Face folder, straight into their shards.
 
-One tensor's pages are mapped at a time, and of them each device's slice is
-copied: beside the shards the host holds a tensor and a slice.
+Each device's slice is copied from a mapped file: beside the shards the host
+holds one tensor's pages and one slice.
 """
 
 from __future__ import annotations
@@ -68,7 +68,14 @@ def load(path: str, config: gemma.Config, like: Params) -> Params:
   _check_tensors(folder, tensors, prefix, config)
   _check_head(folder, raw, tensors, prefix)
   found = {k.removeprefix(prefix): x for k, x in tensors.items()}
-  return assemble(config, like, functools.partial(_read, found, config))
+  size = layout.sizes(config)
+  return assemble(
+    config,
+    like,
+    lambda name, struct: read_parts(
+      found, layout.parts(config, name), size, struct
+    ),
+  )
 
 
 def read_config(folder: str) -> dict[str, Any]:
@@ -260,22 +267,11 @@ def _same(a: Tensor, b: Tensor) -> bool:
     return False
   rows, step = a.shape[0], max(1, _BLOCK // (4 * a.shape[1]))
   blocks = [slice(i, min(i + step, rows)) for i in range(0, rows, step)]
-  with _damage(a.file), _slices(a) as x, _slices(b) as y:
+  with _slices([a, b]) as (x, y):
     return all(np.array_equal(x[i], y[i]) for i in blocks)
 
 
 # -- Reading
-
-
-def _read(
-  tensors: dict[str, Tensor],
-  config: gemma.Config,
-  name: str,
-  struct: jax.ShapeDtypeStruct,
-) -> Array:
-  """One array of ours, from the tensors that hold its copies."""
-  parts = layout.parts(config, name)
-  return read_parts(tensors, parts, layout.sizes(config), struct)
 
 
 def read_parts(
@@ -310,17 +306,17 @@ def read_parts(
         x[...] = layout.to_ours(part, size, letters, file[where])
     return out
 
-  with contextlib.ExitStack() as stack:
-    stack.enter_context(_damage(found[0].file))
-    files = [stack.enter_context(_slices(tensor)) for tensor in found]
+  with _slices(found) as files:
     return put_on(struct, lambda index: functools.partial(block, index))
 
 
 @contextlib.contextmanager
-def _slices(tensor: Tensor):
-  """A tensor to cut; its pages are unmapped at the end."""
-  with safe_open(tensor.file, framework='np') as f:
-    yield f.get_slice(tensor.name)
+def _slices(tensors: list[Tensor]):
+  """Tensors to cut; their pages are unmapped at the end."""
+  with _damage(tensors[0].file), contextlib.ExitStack() as stack:
+    opened = [safe_open(x.file, framework='np') for x in tensors]
+    found = zip(map(stack.enter_context, opened), tensors, strict=True)
+    yield [f.get_slice(x.name) for f, x in found]
 
 
 @contextlib.contextmanager

@@ -71,31 +71,25 @@ def export(
   """Writes a model, with what a server needs beside its weights.
 
   Args:
-    params: the tree of models/gemma.py, arrays on any devices of this process.
-    config: its sizes; of the embedding the rows that are used are written.
+    params: the tree of models/gemma, arrays on any devices of this process.
+    config: its sizes; rows of the embedding that no token uses are left out.
     path: the folder to make.
     dtype: of the weights, 'bfloat16' or 'float32'.
     tokenizer_path: a SentencePiece model; None: completions end with EOS.
     source: a Hugging Face folder whose tokenizer files are copied.
-    lora: adapters to merge, which config.lora_scale scales. The sum is taken
-      in float32 and rounded once.
-    temperature: at which the policy was trained, and is to be sampled.
+    lora: adapters to merge, in float32 and rounded once.
+    temperature: of the policy.
   """
   if dtype not in _DTYPES:
     raise UserError(
       f'cannot export dtype {dtype!r}; known are {", ".join(_DTYPES)}.'
     )
   described = config_json.to_json(config, dtype)
-  shapes_ = jax.tree.map(
-    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params
-  )
-  found = {k: x.shape for k, x in stacks.nested(config, shapes_)}
-  stacks.check('the tree to export', found, stacks.shapes(config))
   names, stop_ids = _tokenizer(tokenizer_path, source, described['model_type'])
   size = {**layout.sizes(config), 'V': config_json.vocab_rows(config)}
   shapes = {
     f'model.{part.tensor}': layout.shape(part, size)
-    for name in found
+    for name in stacks.shapes(config)
     for part in layout.parts(config, name)
   }
   leaves = merged(config, params, lora or {})
@@ -104,23 +98,13 @@ def export(
     for name, content in names.items():
       with open(os.path.join(folder, name), 'wb') as f:
         f.write(content)
-    files.write_json(
-      os.path.join(folder, 'config.json'),
-      {**described, 'eos_token_id': stop_ids},
-    )
-    files.write_json(
-      os.path.join(folder, 'generation_config.json'),
-      {
-        'bos_token_id': 2,
-        'eos_token_id': stop_ids,
-        'pad_token_id': 0,
-        # Readers cut the tail off unless told not to.
-        'do_sample': True,
-        'temperature': temperature,
-        'top_k': 0,
-        'top_p': 1.0,
-      },
-    )
+    described['eos_token_id'] = stop_ids
+    files.write_json(os.path.join(folder, 'config.json'), described)
+    generation = dict(bos_token_id=2, eos_token_id=stop_ids, pad_token_id=0)
+    # Readers cut the tail off unless told not to.
+    law = dict(do_sample=True, temperature=temperature, top_k=0, top_p=1.0)
+    path = os.path.join(folder, 'generation_config.json')
+    files.write_json(path, generation | law)
 
 
 def merged(
@@ -146,7 +130,7 @@ def merged(
 
 @contextlib.contextmanager
 def new_folder(path: str, size: int):
-  """A folder to fill, which bears the name `path` once the block is done.
+  """A temporary folder, renamed to `path` at the end of the block.
 
   An error inside removes what was written. `size`, in bytes, must be free.
   """
