@@ -1,15 +1,13 @@
 """Any text model of the gemma library as a Policy: Gemma 3n and 4 as well.
 
-For models that `models/gemma.py` does not know; a config names one as the
-library does, model.name = 'Gemma3n_E2B'. Slower and larger than ours:
-importing the library loads TensorFlow; its layers are neither scanned nor
-rematerialised; the caches of local layers are as long as those of global ones;
-attention scores take the dtype of the computation.
+A config names a model as the library does, model.name = 'Gemma3n_E2B'. Slower
+and larger than ours: importing the library loads TensorFlow; its layers are
+neither scanned nor rematerialised; caches of local layers are as long as those
+of global ones; attention scores take the dtype of the computation.
 
-Its models return logits. They also return the hidden states that their head
-reads, and those are what a Policy hands on; the head is run apart, in float32
-and on the positions that are asked for. Under `jax.jit` the compiler removes
-the logits that nobody reads.
+Its models return logits and the hidden states under them. A Policy hands on the
+hidden states and runs the head apart, in float32 and where it is asked for;
+under `jax.jit` the compiler removes the logits that nobody reads.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """LoRA as a tree split: a frozen base, and small adapters that are trained.
 
 `base` holds the weights of a model and no step changes it. Policy, anchor and
-reference are trees of adapters, A and B in float32 beside the weights that
-they adapt. `join` puts the two together where a model is called, so gradients,
-optimizer and checkpoints see adapters alone; with full weights the base is {},
-and no caller asks which. Leading axes of a weight (layer) lead its adapter:
+reference are trees of adapters, A and B in float32. `join` puts the two
+together where a model is called: gradients, optimizer and checkpoints see
+adapters alone. With full weights the base is {}. Leading axes of a weight
+(layer) lead its adapter:
 
     attn/q_einsum/w [N, D, H]           lora_a [D, r]     lora_b [r, N, H]
     attn/kv_einsum/w [2, K, D, H]       lora_a [2, D, r]  lora_b [2, r, K, H]
@@ -15,17 +15,14 @@ and no caller asks which. Leading axes of a weight (layer) lead its adapter:
     mlp/linear [F, D]                   linear_lora_a [F, r]
                                         linear_lora_b [r, D]
 
-The adapter of `X/w` is in `X`; that of a weight `mlp/X` is beside it, its name
-before its own. The model computes x W + scale (x A) B. The scale, alpha / rank,
-is `Config.lora_scale`: a number of the model, like its other factors.
+The adapter of `X/w` is in `X`; that of a weight `mlp/X` is beside it, with its
+name in front. The model computes x W + scale (x A) B with a scale of alpha /
+rank, `Config.lora_scale`.
 
-An anchor that is an average has two forms. By default it averages A and B
-apart: as small as the policy, but the mean of products is not the product of
-the means; the anchor is off by the covariance of A and B over the window of
-the average. `dense` is the exact form: the anchor averages the products, and
-`merge` of it is the average of the merged weights. It costs a float32 copy of
-every adapted weight (`lora_delta`), as full training does, and a second
-product with each of them when the anchor samples or scores.
+An anchor averages A and B apart by default: as small as the policy, but off by
+the covariance of A and B over the window of the average. With `dense` it
+averages the products and is exact. That costs a float32 copy of every adapted
+weight (`lora_delta`), and a second product with each of them.
 """
 
 from __future__ import annotations

@@ -315,7 +315,7 @@ def test_a_model_whose_head_would_be_random(tmp_path):
 
 
 def test_what_cannot_be_loaded(tmp_path):
-  with pytest.raises(UserError, match='its 40 hexadecimal digits, got main'):
+  with pytest.raises(UserError, match='and 40 hexadecimal digits'):
     hf.classifier('owner/name@main')
   (tmp_path / 'config.json').write_text('{}')
   with pytest.raises(UserError, match='cannot be loaded as a sequence') as e:

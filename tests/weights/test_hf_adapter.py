@@ -423,7 +423,7 @@ def test_an_adapter_of_another_config_is_refused(low):
   'path, why',
   [
     ('/nowhere', '/nowhere is no folder here, and no Hugging Face repository'),
-    ('google/adapter@main', 'got main'),
+    ('google/adapter@main', 'and 40 hexadecimal digits'),
     ('google/adapter@' + 'a' * 40, 'huggingface_hub: pip install'),
   ],
 )

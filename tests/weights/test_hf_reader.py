@@ -407,8 +407,8 @@ def test_the_wrong_size_is_named(tmp_path):
   'path, why',
   [
     ('/no/such/folder', 'no folder here'),
-    ('google/gemma', 'got none'),
-    ('google/gemma@main', 'got main'),
+    ('google/gemma', 'with its commit: owner/name@'),
+    ('google/gemma@main', 'and 40 hexadecimal digits'),
     ('google/gemma@' + 'a' * 40, 'huggingface_hub: pip install'),
   ],
 )

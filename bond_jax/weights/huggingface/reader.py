@@ -32,10 +32,9 @@ TOKENIZER_FILES = (
   'chat_template.json',
 )  # fmt: skip
 
-_REPOSITORY = re.compile(r'([\w.-]+/[\w.-]+?)(?:@(.+))?')
+_REPOSITORY = re.compile(r'([\w.-]+/[\w.-]+)@([0-9a-f]{40})')
 _SHARD = re.compile(r'[\w-][\w.-]*\.safetensors')  # beside its index
 _DTYPES = ('F32', 'F16', 'BF16')
-_BLOCK = 16 * 2**20  # bytes; of two tensors that are compared
 
 
 class Tensor(NamedTuple):
@@ -89,8 +88,8 @@ def read_config(folder: str) -> dict[str, Any]:
 def resolve(path: str) -> str:
   """The local folder of `path`, downloading a repository if it is one.
 
-  A repository is written owner/name@revision, the revision being the 40 digits
-  of a commit: a branch would be another model tomorrow.
+  A repository is written owner/name@commit: a branch would be another model
+  tomorrow.
   """
   path = paths.expanded(path)
   if os.path.isdir(path):
@@ -98,15 +97,8 @@ def resolve(path: str) -> str:
   match = _REPOSITORY.fullmatch(path)
   if not match:
     raise UserError(
-      f'{path} is no folder here, and no Hugging Face repository'
-      ' (owner/name@revision).'
-    )
-  repository, revision = match.groups()
-  if not re.fullmatch(r'[0-9a-f]{40}', revision or ''):
-    raise UserError(
-      f'{path} is no folder here; of a Hugging Face repository give the commit'
-      f' too, {repository}@ and its 40 hexadecimal digits, got'
-      f' {revision or "none"}.'
+      f'{path} is no folder here, and no Hugging Face repository with its'
+      ' commit: owner/name@ and 40 hexadecimal digits.'
     )
   try:
     import huggingface_hub
@@ -118,8 +110,8 @@ def resolve(path: str) -> str:
     ) from e
   try:
     return huggingface_hub.snapshot_download(
-      repository,
-      revision=revision,
+      match[1],
+      revision=match[2],
       allow_patterns=[
         'config.json', 'generation_config.json', 'adapter_config.json',
         INDEX, '*.safetensors', *TOKENIZER_FILES,
@@ -262,13 +254,11 @@ def _check_head(folder, raw, tensors, prefix) -> None:
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
-  """Whether two tensors hold the same numbers; reads them in blocks."""
+  """Whether two tensors hold the same numbers."""
   if a.shape != b.shape:
     return False
-  rows, step = a.shape[0], max(1, _BLOCK // (4 * a.shape[1]))
-  blocks = [slice(i, min(i + step, rows)) for i in range(0, rows, step)]
   with _slices([a, b]) as (x, y):
-    return all(np.array_equal(x[i], y[i]) for i in blocks)
+    return np.array_equal(x[:], y[:])
 
 
 # -- Reading
