@@ -127,13 +127,13 @@ def _hidden(
     seen = jax.lax.dynamic_update_slice_in_dim(
       cache['position'], position, cache['slot'], 1
     )
-  mine, theirs = position[:, :, None], seen[:, None, :]
+  query, key = position[:, :, None], seen[:, None, :]
   with jax.numpy_rank_promotion('allow'):  # it relies on that
     out = model.apply(
       {'params': jax.tree.map(lambda x: x.astype(dtype), params)},
       tokens,
       positions=jnp.maximum(position, 0),
-      attention_mask=(theirs >= 0) & (theirs <= mine),
+      attention_mask=(key >= 0) & (key <= query),
       cache=None if cache is None else cache['library'],
       return_hidden_states=True,
     )

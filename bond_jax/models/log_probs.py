@@ -94,8 +94,8 @@ def tile(rows: int, positions: int, chunk: int, devices: int) -> tuple:
     Rows, which divide R, the same number on each device; and positions, about
     as many in the last tile as in the others.
   """
-  mine = rows // devices
-  some = max(n for n in range(1, mine + 1) if mine % n == 0 and n <= chunk)
+  each = rows // devices
+  some = max(n for n in range(1, each + 1) if each % n == 0 and n <= chunk)
   times = -(-positions // max(1, min(positions, chunk // some)))
   return some * devices, -(-positions // times)
 

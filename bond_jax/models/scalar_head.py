@@ -82,6 +82,6 @@ def score(
 def mean_score(
   policy: Policy, params: Params, tokens: Array, mask: Array, pool: str
 ) -> Array:
-  """The mean of the members of an ensemble; `params` are a dict of theirs."""
+  """The mean over an ensemble; `params`: member -> its parameters."""
   scores = [score(policy, p, tokens, mask, pool) for p in params.values()]
   return sum(scores) / len(scores)

@@ -266,7 +266,7 @@ def _find(path: str) -> str:
 
 
 def _is_hugging_face(path: str) -> bool:
-  """Whether a folder or repository is theirs; refuses one that is both."""
+  """Whether a path is of Hugging Face; refuses a folder that is both."""
   if not os.path.isdir(path):
     return True  # a repository
   found = [

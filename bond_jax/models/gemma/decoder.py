@@ -196,12 +196,12 @@ def step(
 ) -> tuple[Array, Cache]:
   """Reads one token of each row, i32[R]: hidden [R, D] and the next cache.
 
-  Rows that are not alive, bool[R], read nothing, and theirs means nothing.
+  Rows that are not alive, bool[R], read nothing; ignore their hidden states.
   """
   put = jax.lax.dynamic_update_slice_in_dim
-  mine = jnp.where(alive, cache.next, -1)[:, None]
+  query = jnp.where(alive, cache.next, -1)[:, None]
   slot = {k: cache.steps % p.shape[1] for k, p in cache.position.items()}
-  position = {k: put(p, mine, slot[k], 1) for k, p in cache.position.items()}
+  position = {k: put(p, query, slot[k], 1) for k, p in cache.position.items()}
   x = gemma_layers.embed(config, params, token[:, None], dtype)
   layers = Layers(**params['layers'])
 
@@ -210,8 +210,8 @@ def step(
     local = kind == 'local'
     before = tuple(_layer(a, g) for a in before)
     known = cache.prefix.position[:, -before[0].shape[2] :]
-    width = len(mine) // len(known)
-    sees = functools.partial(gemma_layers.sees, config, local, mine)
+    width = len(query) // len(known)
+    sees = functools.partial(gemma_layers.sees, config, local, query)
     seen = jnp.concatenate(
       [sees(jnp.repeat(known, width, 0)), sees(position[kind])], -1
     )
@@ -225,7 +225,7 @@ def step(
       return _attend(config, q[:, 0], before, suffix, seen), new
 
     return gemma_layers.Block(config, local).apply(
-      {'params': p}, x, mine, attend
+      {'params': p}, x, query, attend
     )
 
   def group(g, carry):

@@ -130,14 +130,14 @@ def weigh(config: Config, scores: Array, seen: Array, dtype) -> Array:
   return jax.nn.softmax(jnp.where(seen, scores, MASKED), -1).astype(dtype)
 
 
-def sees(config: Config, local: bool, mine: Array, theirs: Array) -> Array:
+def sees(config: Config, local: bool, query: Array, key: Array) -> Array:
   """Which keys a query looks at: bool[R, S, L], from positions alone.
 
-  `mine` i32[R, S] and `theirs` i32[R, L]; padding has none (-1).
+  `query` i32[R, S] and `key` i32[R, L]; padding has none (-1).
   """
-  mine, theirs = mine[:, :, None], theirs[:, None, :]
-  seen = (theirs >= 0) & (theirs <= mine)
-  return seen & (theirs > mine - config.window) if local else seen
+  query, key = query[:, :, None], key[:, None, :]
+  seen = (key >= 0) & (key <= query)
+  return seen & (key > query - config.window) if local else seen
 
 
 def within(config: Config, local: bool, position: Array, q, k, v):

@@ -21,7 +21,7 @@ ARCHITECTURES = {
   'gemma3': 'Gemma3ForConditionalGeneration',
 }
 
-# Sizes, our name -> theirs.
+# Sizes, our name -> the key.
 _SIZES = dict(
   vocab_size='vocab_size', features='hidden_size', layers='num_hidden_layers',
   heads='num_attention_heads', kv_heads='num_key_value_heads',
@@ -70,7 +70,7 @@ _DEFAULTS = {
 def to_json(config: gemma.Config, dtype: str) -> dict[str, Any]:
   """The config.json of a model, in the keys that old and new readers know.
 
-  A UserError for sizes that no family of theirs computes.
+  A UserError for sizes that no family computes.
   """
   for family in _DEFAULTS:
     raw = _of_family(config, family, dtype)
@@ -93,7 +93,7 @@ def _of_family(config: gemma.Config, family: str, dtype: str) -> dict[str, Any]:
     'architectures': [ARCHITECTURES[family]],
     'model_type': family,
     'torch_dtype': dtype,
-    **{theirs: getattr(c, ours) for ours, theirs in _SIZES.items()},
+    **{key: getattr(c, name) for name, key in _SIZES.items()},
     'vocab_size': vocab_rows(c),
     'hidden_activation': _GELU,
     'rms_norm_eps': 1e-6,
@@ -106,7 +106,7 @@ def _of_family(config: gemma.Config, family: str, dtype: str) -> dict[str, Any]:
   }
   if family == 'gemma':
     return {**out, 'hidden_act': _GELU}
-  names = {ours: theirs for theirs, ours in _KINDS.items()}
+  names = {kind: name for name, kind in _KINDS.items()}
   out |= {
     'query_pre_attn_scalar': round(_query_scale(c) ** -2),
     'sliding_window': max(1, c.window),  # unused where no layer is local
@@ -138,7 +138,7 @@ def from_json(raw: dict[str, Any], path: str) -> gemma.Config:
     family = 'gemma3_text'
   raw = {**_DEFAULTS[family], **raw}
   if family == 'gemma2' or raw['layer_types'] is not None:
-    raw['sliding_window_pattern'] = 2  # theirs, or not read
+    raw['sliding_window_pattern'] = 2  # not read, or always 2
   _check_values(raw, path, *_COUNTS)
   _check_computed(raw, family, path)
   new = family != 'gemma'
@@ -151,7 +151,7 @@ def from_json(raw: dict[str, Any], path: str) -> gemma.Config:
     )
   scalar = raw['query_pre_attn_scalar'] or raw['head_dim']
   config = gemma.Config(
-    **{ours: raw[theirs] for ours, theirs in _SIZES.items()},
+    **{name: raw[key] for name, key in _SIZES.items()},
     pattern=pattern,
     window=raw['sliding_window'] if new else 0,
     qk_norm=family == 'gemma3_text',

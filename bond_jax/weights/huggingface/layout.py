@@ -22,14 +22,14 @@ PREFIXES = ('model.', 'language_model.model.', 'model.language_model.')
 
 
 class Part(NamedTuple):
-  """Where one matrix of ours lies."""
+  """Where one of our matrices lies in a Hugging Face folder."""
 
   tensor: str  # without its prefix: 'layers.3.self_attn.q_proj.weight'
-  axes: str  # of ours, copies apart: 'NDH'
-  groups: tuple[str, ...]  # of theirs: 'NH', 'D'
+  axes: str  # of our matrix, without C: 'NDH'
+  groups: tuple[str, ...]  # of the tensor: 'NH', 'D'
 
 
-# leaf -> their axes, and the name of each copy. A norm has one axis in both.
+# leaf -> axes of the tensor, and a name for each copy. A norm has one axis.
 _MODULES = {
   'attn/q_einsum/w': (('NH', 'D'), 'self_attn.q_proj'),
   'attn/kv_einsum/w': (('KH', 'D'), 'self_attn.k_proj self_attn.v_proj'),
@@ -73,7 +73,7 @@ def weight_of(name: str) -> tuple[str, str] | None:
 
 
 def lora_parts(config: gemma.Config, name: str) -> list[Part]:
-  """As `parts`, of `.../lora_a` or `.../lora_b`: theirs [r, in], [out, r]."""
+  """As `parts`, of `.../lora_a` [r, in] or `.../lora_b` [out, r]."""
   weight, letter = weight_of(name)
   found = []
   for part in parts(config, weight):
@@ -87,7 +87,7 @@ def lora_parts(config: gemma.Config, name: str) -> list[Part]:
 
 
 def shape(part: Part, size: dict[str, int]) -> tuple[int, ...]:
-  """Theirs, of the sizes of the axes."""
+  """Of a tensor, from the sizes of the axes."""
   return tuple(math.prod(size[i] for i in group) for group in part.groups)
 
 
@@ -98,8 +98,8 @@ def sizes(config: gemma.Config) -> dict[str, int]:
               H=c.head_size, F=c.feed_forward)  # fmt: skip
 
 
-def to_theirs(part: Part, x: np.ndarray) -> np.ndarray:
-  """One copy of ours, in their layout."""
+def to_hf(part: Part, x: np.ndarray) -> np.ndarray:
+  """One matrix, in the layout of Hugging Face."""
   size = dict(zip(part.axes, x.shape, strict=True))
   order = ''.join(part.groups)
   x = x.transpose([part.axes.index(i) for i in order])
@@ -109,7 +109,7 @@ def to_theirs(part: Part, x: np.ndarray) -> np.ndarray:
 def slices(
   part: Part, size: dict[str, int], index: dict[str, slice]
 ) -> tuple[slice, ...]:
-  """What of theirs holds `index` of ours, for `to_ours` to cut."""
+  """The part of a tensor to read for `index` of our matrix."""
   found = []
   for first, *rest in part.groups:
     step = math.prod(size[i] for i in rest)
@@ -117,10 +117,10 @@ def slices(
   return tuple(found)
 
 
-def to_ours(
+def from_hf(
   part: Part, size: dict[str, int], index: dict[str, slice], x: np.ndarray
 ) -> np.ndarray:
-  """`index` of ours, from what `slices` names of theirs."""
+  """`index` of our matrix, from the part that `slices` gave."""
   full, cut = [], []
   for first, *rest in part.groups:
     full += [index[first].stop - index[first].start, *(size[i] for i in rest)]

@@ -293,7 +293,7 @@ def read_parts(
         if rows[0] < rows[1]:
           x[: rows[1] - rows[0]] = file[slice(*rows), where[1]]
       else:
-        x[...] = layout.to_ours(part, size, letters, file[where])
+        x[...] = layout.from_hf(part, size, letters, file[where])
     return out
 
   with _slices(found) as files:

@@ -94,7 +94,7 @@ def export(
   }
   leaves = merged(config, params, lora or {})
   with new_folder(path, bytes_of(shapes, dtype)) as folder:
-    _write_shards(folder, _theirs(config, leaves, dtype), shapes, dtype)
+    _write_shards(folder, _tensors(config, leaves, dtype), shapes, dtype)
     for name, content in names.items():
       with open(os.path.join(folder, name), 'wb') as f:
         f.write(content)
@@ -161,10 +161,10 @@ def new_folder(path: str, size: int):
 # -- Tensors
 
 
-def _theirs(
+def _tensors(
   config: gemma.Config, leaves: Iterable[tuple[str, Array]], dtype: str
 ) -> Iterator[tuple[str, np.ndarray]]:
-  """Yields (name, tensor) in their layout."""
+  """Yields (name, tensor) as Hugging Face has them."""
   for name, x in leaves:
     x = np.asarray(x)
     if name == 'embedder/input_embedding':
@@ -174,10 +174,10 @@ def _theirs(
 
 
 def copies_of(parts: list[layout.Part], x: np.ndarray):
-  """Yields (part, their array) for every copy that lies in one array."""
+  """Yields (part, tensor) for every copy in one array."""
   copies = x if x.ndim > len(parts[0].axes) else x[None]
   for part, copy in zip(parts, copies, strict=True):
-    yield part, layout.to_theirs(part, copy)
+    yield part, layout.to_hf(part, copy)
 
 
 def bytes_of(shapes: dict[str, tuple[int, ...]], dtype: str) -> int:
