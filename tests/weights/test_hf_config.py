@@ -338,6 +338,7 @@ def test_tokenizer_files_come_from_the_source(tmp_path):
     dict(rope_parameters={'full_attention': 'x'}),
     dict(rope_scaling={'rope_type': ['linear']}),
     dict(rope_scaling={'rope_type': 'linear', 'factor': 'x'}),
+    dict(rope_scaling={'rope_type': 'linear', 'factor': 0}),
     dict(rope_theta=10**400),
     dict(IMAGES, text_config=[3]),
     dict(IMAGES, text_config={'hidden_size': 'x'}),

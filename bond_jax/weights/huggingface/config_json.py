@@ -27,6 +27,10 @@ _SIZES = dict(
   heads='num_attention_heads', kv_heads='num_key_value_heads',
   head_size='head_dim', feed_forward='intermediate_size',
 )  # fmt: skip
+_COUNTS = (*_SIZES.values(), 'sliding_window', 'sliding_window_pattern')
+_NUMBERS = ('query_pre_attn_scalar', 'attn_logit_softcapping', 'rms_norm_eps',
+            'final_logit_softcapping', 'rope_theta',
+            'rope_local_base_freq')  # fmt: skip
 _KINDS = {'sliding_attention': 'local', 'full_attention': 'global'}
 _GELU = 'gelu_pytorch_tanh'
 
@@ -130,7 +134,16 @@ def _of_family(config: gemma.Config, family: str, dtype: str) -> dict[str, Any]:
 
 def from_json(raw: dict[str, Any], path: str) -> gemma.Config:
   """The model of a config.json; a UserError if we do not compute that."""
-  _check_values(raw, path)
+  try:
+    return _from_json(raw, path)
+  except (TypeError, ValueError, AttributeError, ArithmeticError) as e:
+    raise UserError(
+      f'{path}/config.json has a value of another type than its name promises'
+      f' ({e}); download it again.'
+    ) from e
+
+
+def _from_json(raw: dict[str, Any], path: str) -> gemma.Config:
   family = _model_type(raw, path)
   if family == 'gemma3':
     whole = {'quantization_config': raw.get('quantization_config')}
@@ -139,7 +152,7 @@ def from_json(raw: dict[str, Any], path: str) -> gemma.Config:
   raw = {**_DEFAULTS[family], **raw}
   if family == 'gemma2' or raw['layer_types'] is not None:
     raw['sliding_window_pattern'] = 2  # not read, or always 2
-  _check_values(raw, path, *_COUNTS)
+  _check_values(raw, path)
   _check_computed(raw, family, path)
   new = family != 'gemma'
   pattern = _pattern(raw, path) if new else ('global',)
@@ -168,40 +181,18 @@ def from_json(raw: dict[str, Any], path: str) -> gemma.Config:
   return gemma.CONFIGS[name] if name else config
 
 
-_COUNTS = (*_SIZES.values(), 'sliding_window', 'sliding_window_pattern')
-_TABLES = 'rope_parameters', 'rope_scaling', *_KINDS
-
-
-def _check_values(raw: dict[str, Any], path: str, *needed: str) -> None:
-  """Refuses values of another type than their names promise, null if needed."""
-  is_text = lambda x: isinstance(x, str)
-  is_texts = lambda x: isinstance(x, list) and all(map(is_text, x))
-  is_size = lambda most: lambda x: isinstance(x, int) and 0 < x <= most
-  kinds = {
-    'a positive number': (
-      lambda x: isinstance(x, int | float) and 0 < x < 1e30,
-      ('query_pre_attn_scalar', 'attn_logit_softcapping', 'rms_norm_eps',
-       'final_logit_softcapping', 'rope_theta', 'rope_local_base_freq',
-       'factor'),
-    ),
-    'a name': (is_text, ('model_type',)),
-    'a list of names': (is_texts, ('architectures', 'layer_types')),
-    'an object': (lambda x: isinstance(x, dict), ('text_config', *_TABLES)),
-    'a whole number from 1 to 1000': (is_size(1000), ('num_hidden_layers',)),
-    'a whole number from 1 to 2**31': (is_size(2**31), _COUNTS),
-  }  # fmt: skip
-  for expected, (good, names) in kinds.items():
-    for name in names:
-      value = raw.get(name)
-      absent = value is None and (name not in needed or name not in raw)
-      if not absent and not good(value):
-        raise UserError(
-          f'{path}/config.json: {name} is {value!r:.60}, expected {expected};'
-          ' download it again.'
-        )
-  for name in ('text_config', *_TABLES):
-    if raw.get(name):
-      _check_values(raw[name], path)
+def _check_values(raw: dict[str, Any], path: str) -> None:
+  """Refuses sizes and numbers that are none; of these sizes may not be null."""
+  for name in (*_COUNTS, *_NUMBERS):
+    value, whole = raw.get(name), name in _COUNTS
+    most = 1000 if name == 'num_hidden_layers' else 2**31 if whole else 1e30
+    kind = int if whole else int | float
+    good = isinstance(value, kind) and 0 < value <= most
+    if not good and (value is not None or (whole and name in raw)):
+      raise UserError(
+        f'{path}/config.json: {name} is {value!r:.60}, expected a positive'
+        f' {"whole " * whole}number up to {most:g}; download it again.'
+      )
 
 
 def _model_type(raw: dict[str, Any], path: str) -> str:
@@ -273,7 +264,7 @@ def _rope(
   factor = rope.get('factor') if kind == 'linear' else 1
   if kind not in ('default', 'linear') or rope.get('type', kind) != kind:
     why = f'rope_type is {kind!r:.60}, and type {rope.get("type", kind)!r:.60}'
-  elif theta is None or factor is None:
+  elif not (theta or 0) > 0 or not (factor or 0) > 0:
     why = f'rope_theta is {theta} and factor {factor}'
   elif _KINDS.keys() & rope.keys():
     why = f'a table of positions has {", ".join(_KINDS.keys() & rope.keys())}'
