@@ -9,16 +9,18 @@ import subprocess
 import sys
 from typing import NamedTuple
 
+from markupsafe import escape
+
 from bond_jax.errors import UserError
 from bond_jax.evaluation.report import page
 from bond_jax.runs import files, log, show
 
-# How a stage says how far it is, on stderr; see `log.Writer`.
+# The progress line of a stage, on stderr; see `log.Writer`.
 _PROGRESS = re.compile(r'\w[\w ]* +\d+/\d+  ')
 
 
 class Html(NamedTuple):
-  """What a notebook shows in the place of the value of a cell."""
+  """HTML that a notebook shows as the value of a cell."""
 
   text: str
 
@@ -32,10 +34,9 @@ class Html(NamedTuple):
 def run(module: str, *args: str) -> None:
   """Runs `python -m module *args`; a UserError if it fails.
 
-  Shows what it prints and, while it works, the newest line of progress; of
-  those the last one stays.
+  Shows its output, with the newest progress line alone.
   """
-  # Only where there are notebooks is there IPython.
+  # IPython is there only in notebooks.
   from IPython import display  # pylint: disable=import-outside-toplevel
 
   kept: list[str] = []
@@ -54,14 +55,14 @@ def run(module: str, *args: str) -> None:
           kept.append(line)
         display.clear_output(wait=True)
         print(''.join([*kept, progress]), end='')
-    except KeyboardInterrupt:  # it may be ours alone
+    except KeyboardInterrupt:  # the process may not have got it
       process.terminate()
       raise
   display.clear_output(wait=True)
   print(''.join([progress, *kept]), end='')
   if process.returncode:
-    said = kept[-1].strip() if kept else 'it said nothing'
-    raise UserError(f'{module} ended with {process.returncode}: {said}')
+    last = kept[-1].strip() if kept else 'it printed nothing'
+    raise UserError(f'{module} ended with {process.returncode}: {last}')
 
 
 def summary(workdir: str) -> dict:
@@ -75,15 +76,10 @@ def side_by_side(workdir: str, count: int) -> Html:
   table = [('prompt', 'before', 'reward', 'after', 'reward')]
   for pair in page.side_by_side(rows, count):
     before, after = pair['before'], pair['after']
-    table.append(
-      (
-        before['prompt'],
-        before['completion'],
-        f'{before["reward"]:.2f}',
-        after['completion'],
-        f'{after["reward"]:.2f}',
-      )
-    )
+    row = [before['prompt']]
+    for record in (before, after):
+      row += [record['completion'], f'{record["reward"]:.2f}']
+    table.append(row)
   return html_table(table)
 
 
@@ -91,8 +87,8 @@ def compare(runs: Mapping[str, str], keys: Mapping[str, str]) -> Html:
   """A table of some numbers of several runs.
 
   Args:
-    runs: what each is called -> its folder.
-    keys: of their summaries -> what a number is called.
+    runs: label of each -> its folder.
+    keys: of their summaries -> label of the number.
   """
   found = {name: summary(workdir) for name, workdir in runs.items()}
   rows = [
@@ -108,7 +104,7 @@ def html_table(rows: Sequence[Sequence[str]]) -> Html:
   def line(row, tag):
     cells = ''.join(
       f'<{tag} style="text-align: left; vertical-align: top">'
-      f'{page.escape(cell)}</{tag}>'
+      f'{escape(cell)}</{tag}>'
       for cell in row
     )
     return f'<tr>{cells}</tr>'

@@ -10,7 +10,6 @@ import report_page
 from bond_jax.evaluation import plotting
 from bond_jax.evaluation.report import figures
 from bond_jax.evaluation.report import page as report
-from bond_jax.evaluation.report import style as report_style
 
 
 @pytest.fixture(scope='module')
@@ -71,8 +70,8 @@ def test_the_policy_names_the_script_and_the_style_of_the_page(page):
   assert rules == {
     'default-src': "'none'",
     'img-src': 'data:',
-    'style-src': report_style._source(style),
-    'script-src': report_style._source(script),
+    'style-src': report._source(style),
+    'script-src': report._source(script),
     'base-uri': "'none'",
     'form-action': "'none'",
   }
@@ -266,8 +265,8 @@ def test_contrast_of_colours_known():
 
 
 @pytest.mark.parametrize('scheme', [0, 1])
-def test_text_of_the_page_can_be_read_on_both_papers(scheme):
-  blocks = re.findall(r':root \{(.*?)\}', report_style.STYLE, re.S)
+def test_text_of_the_page_can_be_read_on_both_papers(page, scheme):
+  blocks = re.findall(r':root \{(.*?)\}', page[1], re.S)
   colours = dict(re.findall(r'--(\w+): (#\w+)', blocks[scheme]))
   assert len(blocks) == 2 and len(colours) == 8
   for ink, papers in (

@@ -4,6 +4,7 @@ Needs the browser that `make browser` installs; without it, these are skipped.
 """
 
 import browser
+from markupsafe import escape
 import pytest
 import report_page
 
@@ -133,7 +134,7 @@ def test_completions_are_text_and_run_nothing(show, path):
 def test_what_would_escape_is_still_stopped(show, path, attack, tmp_path):
   """A page whose completions are not escaped: its policy alone holds."""
   raw = tmp_path / 'raw.html'
-  escaped = report.escape(attack)
+  escaped = str(escape(attack))
   page = report_page.read(path)
   assert escaped in page
   raw.write_text(page.replace(escaped, attack))

@@ -1,27 +1,30 @@
-"""The report of a run: PNGs and one self-contained report.html.
+"""The report of a run: PNGs of its figures and one self-contained report.html.
 
-It computes no measure: what it shows was in the rows and the summary.
+page.html is its template. Nothing is measured here: all numbers are those of
+the rows and of the summary.
 """
 
 from __future__ import annotations
 
 import base64
 from collections.abc import Mapping, Sequence
+import hashlib
 import os
 import re
 from typing import Any
 
+import jinja2
+from markupsafe import escape, Markup
 import numpy as np
 
-from bond_jax.evaluation.report import figures, style
-from bond_jax.evaluation.report import samples as report_samples
+from bond_jax.evaluation.report import figures
 from bond_jax.evaluation.report.cautions import cautions
-from bond_jax.evaluation.report.samples import escape, side_by_side
 from bond_jax.evaluation.report.words import (
   gold_name,
   opponent,
   sentence,
   shown,
+  why_missing,
 )
 from bond_jax.measures import curves
 from bond_jax.runs.show import clock, text
@@ -29,6 +32,7 @@ from bond_jax.runs.show import clock, text
 __all__ = ['HEADLINES', 'opponent', 'sentence', 'side_by_side', 'write_report']
 
 Rows = Sequence[Mapping[str, Any]]
+Pair = Mapping[str, Mapping[str, Any]]
 
 # For the terminal: label, key in the summary, key of what follows it (an
 # interval or an error).
@@ -94,7 +98,7 @@ FACTS = {
   'Seed': 'seed',
 }
 
-BEST_OF_N = ('frontier', 'quantiles', 'best_of_n')
+BESIDE_BEST_OF_N = 'frontier', 'quantiles', 'best_of_n'  # the other are by step
 
 
 def write_report(
@@ -105,7 +109,7 @@ def write_report(
   sft: Rows,
   summary: Mapping[str, Any],
   curve: curves.Curve | None,
-  samples: Sequence[report_samples.Pair],
+  samples: Sequence[Pair],
 ) -> str:
   """Writes `folder`/report.html and a PNG of each figure beside it.
 
@@ -113,7 +117,8 @@ def write_report(
     folder: exists.
     settings: the config, nested.
     train, sft: rows of the two metrics.jsonl.
-    summary: of the whole run; keys that are missing or None are said to be.
+    summary: of the whole run; for keys that are missing or None the page says
+      why.
     curve: the Best-of-N curve of this task; None leaves its plot out.
     samples: as `side_by_side` gives them.
 
@@ -125,37 +130,91 @@ def write_report(
   for drawing in drawings:
     with open(os.path.join(folder, f'{drawing.name}.png'), 'wb') as f:
       f.write(drawing.light)
-  title = escape(f'bond_jax: {os.path.basename(os.path.abspath(folder))}')
-  gold, other = gold_name(settings), opponent(summary)
-  first, later = (
-    _figures(
-      [d for d in drawings if (d.name in BEST_OF_N) == wanted],
-      {k: why for k, why in missing.items() if (k in BEST_OF_N) == wanted},
+  beside, by_step = (
+    (
+      [d for d in drawings if (d.name in BESIDE_BEST_OF_N) == wanted],
+      {k: x for k, x in missing.items() if (k in BESIDE_BEST_OF_N) == wanted},
     )
     for wanted in (True, False)
   )
-  body = [
-    f'<h1>{title}</h1>',
-    _facts(flatten(settings) | dict(summary)),
-    f'<p class="lead">{escape(sentence(summary))}</p>',
-    _cautions(cautions(summary, train, gold)),
-    _cards(summary, {'other': other, 'gold': gold}),
-    f'<h2>Beside Best-of-N</h2>{first}',
-    f'<h2>Curves</h2>{later}',
-    f'<h2>Reward by length</h2>{_lengths(summary, other)}',
-    '<h2>Samples</h2>',
-    report_samples.section(samples, other),
-    '<h2>All numbers</h2>',
-    _table('Summary', flatten(summary), summary),
-    '<h2>Settings</h2>',
-    _table('Settings', flatten(settings), {}),
-  ]
+  flat, gold, other = flatten(settings), gold_name(settings), opponent(summary)
+  known = flat | dict(summary)
+  page = _template().render(
+    title=f'bond_jax: {os.path.basename(os.path.abspath(folder))}',
+    facts={
+      label: _cell(known[key])
+      for label, key in FACTS.items()
+      if known.get(key) not in (None, '')
+    },
+    sentence=sentence(summary),
+    cautions=cautions(summary, train, gold),
+    groups={
+      title.format(other=other): [
+        _card(label.format(other=other, gold=gold), keys, summary)
+        for label, keys in cards
+      ]
+      for title, cards in CARDS.items()
+    },
+    beside_best_of_n=beside,
+    by_step=by_step,
+    other=other,
+    lengths=_lengths(summary.get('reward_by_length') or ()),
+    no_lengths=why_missing('reward_by_length', summary),
+    samples=samples,
+    numbers=_numbers(summary),
+    settings={key: _cell(value) for key, value in flat.items()},
+  )
   path = os.path.join(folder, 'report.html')
-  # What is half a character, say in a completion from elsewhere, becomes `?`.
+  # Half of a surrogate pair, say in a completion, is written as `?`.
   with open(path + '.tmp', 'w', encoding='utf-8', errors='replace') as f:
-    f.write(style.page(title, '\n'.join(body)))
+    f.write(page)
   os.replace(path + '.tmp', path)
   return path
+
+
+def _template() -> jinja2.Template:
+  environment = jinja2.Environment(
+    loader=jinja2.FileSystemLoader(os.path.dirname(__file__)),
+    autoescape=True,
+    undefined=jinja2.StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+  )
+  environment.filters |= {
+    'base64': lambda data: base64.b64encode(data).decode(),
+    'breakable': _breakable,
+    'source': _source,
+    'text': text,
+  }
+  return environment.get_template('page.html')
+
+
+def _source(content: str) -> Markup:
+  """The source of an inline text, for a content security policy."""
+  digest = hashlib.sha256(content.encode()).digest()
+  return Markup(f"'sha256-{base64.b64encode(digest).decode()}'")
+
+
+def _breakable(value: str) -> Markup:
+  """A long name goes on in the next line after a dot, not within a word."""
+  return Markup(re.sub(r'([.:/])', r'\1<wbr>', escape(value)))
+
+
+def side_by_side(records: Rows, count: int = 20) -> list[Pair]:
+  """Pairs each prompt's first reference completion with the policy's first.
+
+  Args:
+    records: rows of completions.jsonl, see `aggregate.RECORD_KEYS`.
+    count: how many prompts, in the order of the rows.
+
+  Returns:
+    Dicts with 'before' and 'after', a record each.
+  """
+  pairs: dict[Any, dict[str, Mapping[str, Any]]] = {}
+  sides = {'reference': 'before', 'policy': 'after'}
+  for record in records:
+    pairs.setdefault(record['id'], {}).setdefault(sides[record['who']], record)
+  return [pair for pair in pairs.values() if len(pair) == 2][:count]
 
 
 def flatten(settings: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
@@ -169,57 +228,19 @@ def flatten(settings: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
   return flat
 
 
-def _facts(flat: Mapping[str, Any]) -> str:
-  found = [
-    f'<div><dt>{label}</dt><dd>{_broken(flat[key])}</dd></div>'
-    for label, key in FACTS.items()
-    if flat.get(key) not in (None, '')
-  ]
-  return f'<dl class="facts">{"".join(found)}</dl>' if found else ''
-
-
-def _broken(value: Any) -> str:
-  """A long name goes on in the next line after a dot, not within a word."""
-  if isinstance(value, str):
-    return re.sub(r'([.:/])', r'\1<wbr>', escape(value))
-  return escape(_cell(value))
-
-
-def _cautions(found: Sequence[str]) -> str:
-  if not found:
-    return '<p class="fine">Nothing suspicious was found in the numbers.</p>'
-  items = ''.join(f'<li>{escape(line)}</li>' for line in found)
-  return f'<div class="warn"><strong>Mind</strong><ul>{items}</ul></div>'
-
-
-def _cards(summary: Mapping[str, Any], names: Mapping[str, str]) -> str:
-  reference = names['other'] == 'the reference'
-  beside = 'reference' if reference else 'other run'
-  parts = []
-  for title, cards in CARDS.items():
-    made = ''.join(
-      _card(label.format(**names), keys, summary, beside)
-      for label, keys in cards
-    )
-    title = escape(title.format(**names))
-    parts.append(f'<h3>{title}</h3><div class="cards">{made}</div>')
-  return ''.join(parts)
-
-
-def _card(label: str, keys: str | tuple[str, str], summary, beside) -> str:
-  keys = (keys,) if isinstance(keys, str) else keys
-  missing = [key for key in keys if summary.get(key) is None]
-  if missing:
-    value = 'n/a'
-    small = shown(missing[0], summary).removeprefix('n/a, ')
-  else:
-    *before, value = (_short(key, summary[key]) for key in keys)
-    small = f'{beside}: {before[0]}' if before else _error(keys[0], summary)
-  return (
-    f'<div class="card"><div class="label">{escape(label)}</div>'
-    f'<div class="value">{escape(value)}</div>'
-    f'<div class="small">{escape(small)}</div></div>'
-  )
+def _card(
+  label: str, keys: str | tuple[str, str], summary: Mapping[str, Any]
+) -> tuple[str, str, str]:
+  """Label, value, and its error or the value of the other side."""
+  *others, key = (keys,) if isinstance(keys, str) else keys
+  for name in (*others, key):
+    if summary.get(name) is None:
+      return label, 'n/a', shown(name, summary).removeprefix('n/a, ')
+  value = _short(key, summary[key])
+  if others:
+    side = 'reference' if opponent(summary) == 'the reference' else 'other run'
+    return label, value, f'{side}: {_short(others[0], summary[others[0]])}'
+  return label, value, _error(key, summary)
 
 
 def _short(key: str, value: Any) -> str:
@@ -239,42 +260,15 @@ def _error(key: str, summary: Mapping[str, Any]) -> str:
   return '' if error is None else f'±\u00a0{error:.2g}'
 
 
-def _figures(drawings, missing: Mapping[str, str]) -> str:
-  parts = []
-  for drawing in drawings:
-    light, dark = (
-      'data:image/png;base64,' + base64.b64encode(png).decode()
-      for png in (drawing.light, drawing.dark)
-    )
-    parts.append(
-      '<figure><picture>'
-      f'<source srcset="{dark}" media="(prefers-color-scheme: dark)">'
-      f'<img src="{light}" alt="{escape(drawing.caption)}">'
-      f'</picture><figcaption>{escape(drawing.caption)}</figcaption></figure>'
-    )
-  lost = ''.join(
-    f'<p class="fine">Figure {name.replace("_", " ")}: n/a, because'
-    f' {escape(why)}.</p>'
-    for name, why in missing.items()
-  )
-  return f'<div class="figures">{"".join(parts)}</div>{lost}'
-
-
-def _table(name: str, flat: Mapping[str, Any], summary) -> str:
-  rows = []
-  for key, value in flat.items():
-    if key == 'reward_by_length' or (key.endswith('_reason') and value is None):
-      continue  # has a table of its own; has nothing to explain
-    if summary and value is None:
-      value = shown(key, flat)
-    rows.append(
-      f'<tr><th scope="row">{escape(key)}</th>'
-      f'<td>{escape(_cell(value))}</td></tr>'
-    )
-  return (
-    f'<details><summary>{name}, {len(rows)} rows</summary>'
-    f'<table>{"".join(rows)}</table></details>'
-  )
+def _numbers(summary: Mapping[str, Any]) -> dict[str, str]:
+  """The table of all numbers, with the reason for each that is None."""
+  flat = flatten(summary)
+  flat.pop('reward_by_length', None)  # has a table of its own
+  return {
+    key: shown(key, flat) if value is None else _cell(value)
+    for key, value in flat.items()
+    if value is not None or not key.endswith('_reason')
+  }
 
 
 def _cell(value: Any) -> str:
@@ -286,23 +280,14 @@ def _cell(value: Any) -> str:
   return str(value)
 
 
-def _lengths(summary: Mapping[str, Any], other: str) -> str:
-  """The reward per bucket of length, so that length cannot pass for reward."""
-  buckets = summary.get('reward_by_length')
-  if not buckets:
-    return f'<p>{escape(shown("reward_by_length", summary))}.</p>'
+def _lengths(buckets: Rows) -> list[list[str]]:
+  """Mean rewards per bucket of length: lengths, reference, policy."""
   rows = []
   for bucket in buckets:
-    high = bucket['up_to']
-    low = bucket['longer_than'] + 1
-    cells = [f'{low} to {high}' if high else f'{low} or more']
+    low, high = bucket['longer_than'] + 1, bucket['up_to']
+    row = [f'{low} to {high}' if high else f'{low} or more']
     for who in ('reference', 'policy'):
       mean, share = bucket[f'reward_{who}'], bucket[f'share_{who}']
-      cells.append('none' if mean is None else f'{mean:.3g} ({share:.0%})')
-    rows.append(''.join(f'<td>{escape(cell)}</td>' for cell in cells))
-  head = f'<th>tokens</th><th>{escape(other)}</th><th>the policy</th>'
-  body = ''.join(f'<tr>{row}</tr>' for row in rows)
-  return (
-    '<p>Mean reward by length of the completion, with the share of all'
-    f' completions.</p><table class="even"><tr>{head}</tr>{body}</table>'
-  )
+      row.append('none' if mean is None else f'{mean:.3g} ({share:.0%})')
+    rows.append(row)
+  return rows
