@@ -25,8 +25,8 @@ from bond_jax.weights import load
 def make_draw(config: ml_collections.ConfigDict, workdir: str, which: str):
   """Loads a model; returns its tokenizer and the function that draws.
 
-  draw(row, pieces, n, seed) -> what a reward is called with: n completions of
-  the prompt that a row of data became. They depend on pieces, n and seed alone.
+  draw(row, pieces, n, seed) -> the arguments of a reward: n completions of the
+  prompt that a row of data became. They depend on pieces, n and seed alone.
   """
   mesh = sharding.make_mesh(**config.mesh)
   tokenizer = load.load_tokenizer(config, workdir)
@@ -49,7 +49,7 @@ def make_draw(config: ml_collections.ConfigDict, workdir: str, which: str):
     )  # fmt: skip
 
   def draw(row: examples.Row, pieces: list[int], n: int, seed: int):
-    # Few widths, so that few programs are compiled in a conversation.
+    # Widths are multiples of 64, so that a conversation compiles few programs.
     pad = -len(pieces) % 64
     prompts = Prompts(
       tokens=np.array([[0] * pad + pieces], np.int32),
@@ -65,14 +65,14 @@ def make_draw(config: ml_collections.ConfigDict, workdir: str, which: str):
 
 
 def show(drawn, judge) -> str:
-  """Prints what was drawn, or the best of it; returns what counts."""
+  """Prints all completions, or the best by a judge; returns the first one."""
   texts = drawn[1][0]
   if judge is None:
     for i, text in enumerate(texts):
       print(f'[{i + 1}] {text}' if len(texts) > 1 else text)
     return texts[0]
   value = judge(*drawn).value[0]
-  # Of a judge: how often a completion beats one of the others.
+  # A judge of pairs: how often a completion beats one of the others.
   values = value if value.ndim == 1 else np.asarray(ops.borda(value))
   best = int(np.argmax(values))
   print(
@@ -83,7 +83,7 @@ def show(drawn, judge) -> str:
 
 
 def ask() -> str:
-  """The next line of the user; nothing at the end."""
+  """The next line of the user; '' at the end of input."""
   try:
     return input('> ').strip()
   except EOFError:
@@ -100,7 +100,7 @@ def talk(
   checkpoint: str,
   seed: int,
 ) -> None:
-  """What the flags ask for."""
+  """Completes `prompt`, or holds a conversation if it is None."""
   environment.configure_jax()
   fields.check(config.to_dict(), (*fields.NEEDED, *text_task.NEEDED))
   turns = config.prompt.kind == 'turn'
@@ -115,12 +115,12 @@ def talk(
     judge = make.make_ask(config, 'reward', workdir, failure='stop')
   tokenizer, draw = make_draw(config, workdir, checkpoint)
   system, messages = load.has_system_turn(config), []
-  while said := ask() if prompt is None else prompt:
-    pieces = [tokenizer.bos_id, *tokenizer.encode(said)]
+  while line := ask() if prompt is None else prompt:
+    pieces = [tokenizer.bos_id, *tokenizer.encode(line)]
     if turns:
-      messages.append({'role': 'user', 'content': said})
+      messages.append({'role': 'user', 'content': line})
       pieces = tokenizer_lib.chat(tokenizer, messages, system=system)
-    row = {'messages': list(messages)} if turns else {'text': said}
+    row = {'messages': list(messages)} if turns else {'text': line}
     text = show(draw(row, pieces, n, seed), judge)
     if prompt is not None:
       return

@@ -1,4 +1,4 @@
-"""What is known of laws and of samples, in NumPy float64.
+"""Measures of distributions and of samples, in NumPy float64.
 
 Exact tables (tables.py, exact.py), the Best-of-N curve of a task (curves.py),
 win rates and their intervals (comparisons.py), and the numbers of an evaluation

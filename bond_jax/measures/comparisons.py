@@ -48,8 +48,7 @@ def win_rates_over_best_of(
   """How often one policy completion beats the best of n of the reference.
 
   The mean over all choices of n of the S reference completions: of these,
-  C(below, n) / C(S, n) are beaten, where `below` of the S are. It has no bias,
-  and less variance than any one choice.
+  C(below, n) / C(S, n) are beaten, where `below` of the S are. Unbiased.
 
   Args:
     n: 1 to S.
@@ -108,15 +107,14 @@ def quantile_histogram(
 ) -> dict[str, Any]:
   """Densities of the quantile of a completion among the reference's.
 
-  A completion counts as one more reference draw and is spread evenly over the
-  places that it may have among those it ties with: the reference itself has
-  the density 1, Best-of-N has N u^(N - 1) where nothing ties. With ties, that
-  is averaged over each level; it is computed from the reference's levels.
+  A completion counts as one more reference draw, spread evenly over its
+  possible places among its ties: the reference itself has density 1, Best-of-N
+  N u^(N - 1) without ties, and with ties its mean over each level.
 
   Args:
     policy: f64[X, A], rewards.
     reference: f64[X, S], rewards.
-    n: of the Best-of-N beside it, real; None for none.
+    n: of the Best-of-N to compare with, real; None for none.
     bins: K.
 
   Returns:
@@ -141,7 +139,7 @@ def quantile_histogram(
 
 
 def _spread(low, high, edges) -> np.ndarray:
-  """The share of an even law on [low, high] that is under each edge."""
+  """The share of the uniform distribution on [low, high] below each edge."""
   low, high = low[..., None], high[..., None]
   return np.clip((edges - low) / (high - low), 0, 1)
 
@@ -150,21 +148,21 @@ def length_controlled(
   rewards: tuple[np.ndarray, np.ndarray],
   lengths: tuple[np.ndarray, np.ndarray],
 ) -> dict[str, Any]:
-  """The win rate that would be left if both sides wrote equally long.
+  """The win rate at equal length.
 
-  As AlpacaEval 2 does (Dubois et al., arXiv 2404.04475), less its difficulty of
-  a prompt: a logistic regression of the outcome of every pair, ties 1/2, on a
-  constant and on tanh of the difference of lengths over its standard
-  deviation; the win rate is what it predicts where that is 0. Without an
-  effect of length it is the win rate. The error counts prompts as clusters.
+  As AlpacaEval 2 (Dubois et al., arXiv 2404.04475) without its difficulty of a
+  prompt: a logistic regression of the outcome of every pair, ties 1/2, on a
+  constant and on tanh of the difference of lengths over its standard deviation;
+  the win rate is its prediction at difference 0. The error counts prompts as
+  clusters.
 
   Args:
     rewards: of the policy f64[X, A] and of the reference f64[X, S].
     lengths: likewise, in tokens.
 
   Returns:
-    length_controlled_win_rate and its interval, None where no regression can
-    tell, and length_controlled_reason says why.
+    length_controlled_win_rate and its interval, None where the regression has
+    no solution, and length_controlled_reason says why.
   """
   a, b = (x[:, :, None] for x in map(np.asarray, rewards))
   b = np.swapaxes(b, 1, 2)

@@ -41,12 +41,13 @@ def win_matrix(reward: np.ndarray) -> np.ndarray:
 
 
 def normalise(log_weight: np.ndarray) -> np.ndarray:
-  """log of weight / sum of weights, over the last axis; -inf is no weight."""
+  """log of weight / sum of weights, over the last axis; -inf is weight 0."""
   top = log_weight.max(-1, keepdims=True)
   if not np.isfinite(top).all():
     raise ValueError(
-      'a law needs an arm with positive weight, and no infinite one; policy'
-      f' and reference must share arms. Largest log weights: {top.ravel()}'
+      'a distribution needs an arm with positive weight, and no infinite one;'
+      ' policy and reference must share arms. Largest log weights:'
+      f' {top.ravel()}'
     )
   return log_softmax(log_weight, axis=-1)
 
@@ -76,7 +77,7 @@ def arm_win_rate(log_opponent: np.ndarray, win: np.ndarray) -> np.ndarray:
 def best_of_n(
   log_policy: np.ndarray, reward: np.ndarray, n: float
 ) -> np.ndarray:
-  """The law of the best of n draws, ties to the first drawn: (BON).
+  """The distribution of the best of n draws; the first of ties wins: (BON).
 
   Args:
     log_policy: f64[X, A].
@@ -109,7 +110,7 @@ def best_of_n(
 
 
 def quantiles(log_policy, reward):
-  """log p_<= of each arm, and the log mass of those tied with it: [X, A]."""
+  """log p_<= of each arm, and the log mass of its ties, itself included."""
   at_most, level = np.empty_like(log_policy), np.empty_like(log_policy)
   for x, (log_p, r) in enumerate(zip(log_policy, reward)):
     levels, index = np.unique(r, return_inverse=True)
@@ -146,7 +147,7 @@ def iterate_best_of_n(
     alpha2: that of the reference, in [0, 1 - alpha1]; the policy has the rest.
 
   Returns:
-    f64[steps + 1, X, A], the whole way, the start first.
+    f64[steps + 1, X, A]: the start, and the policy after each step.
   """
   if not (0 < alpha1 <= 1 and 0 <= alpha2 <= 1 - alpha1 + 1e-12):
     raise ValueError(
@@ -178,12 +179,11 @@ def wind_step(
 ) -> np.ndarray:
   """One exact step of WIND, a magnetic mirror descent: (WIND).
 
-  kl_weight 0 is SPPO's exponential weights. Steps up to 4 kl_weight converge
-  for every preference, and far larger ones where rewards decide; on rock,
-  paper, scissors those above 2 kl_weight / (1/12 - kl_weight^2) diverge.
+  kl_weight 0 is SPPO's exponential weights. Step sizes up to 4 kl_weight
+  converge for every preference, and far larger ones where rewards decide; on
+  rock, paper, scissors those above 2 kl_weight / (1/12 - kl_weight^2) diverge.
 
-  Laws f64[X, A], win f64[X, A, A], kl_weight from 0, step_size above 0 ->
-  f64[X, A].
+  log_policy, log_reference f64[X, A], win f64[X, A, A] -> f64[X, A].
   """
   win = _win(win, np.shape(log_policy))
   value = arm_win_rate(log_policy, win)
@@ -197,7 +197,7 @@ def mirror_step(
   kl_weight: float,
   step_size: float,
 ) -> np.ndarray:
-  """`wind_step` with any f64[X, A] in the place of P(y > pi)."""
+  """`wind_step` with any f64[X, A] in place of P(y > pi)."""
   log_policy = _law('log_policy', log_policy)
   reference = _law('log_reference', log_reference, log_policy.shape)
   if not 0 <= kl_weight < np.inf:
@@ -211,12 +211,12 @@ def mirror_step(
 def wind_equilibrium(
   log_reference: np.ndarray, win: np.ndarray, kl_weight: float
 ) -> np.ndarray:
-  """The fixed point of WIND, the only one there is: (NASH).
+  """The unique fixed point of WIND: (NASH).
 
   Newton's method on v = P(. > pi): with win - 1/2 skew-symmetric and the
-  softmax's derivative symmetric, the eigenvalues of the Jacobian have real
-  part 1, so that it is never singular, whatever the preference and however
-  small kl_weight. Halving kl_weight on the way keeps the steps short.
+  derivative of softmax symmetric, the eigenvalues of the Jacobian have real
+  part 1, so it is never singular. Halving kl_weight down to its value keeps
+  the steps short.
 
   log_reference f64[X, A], win f64[X, A, A], kl_weight above 0 -> f64[X, A].
   An ArithmeticError if it does not converge, seen only for cyclic preferences
@@ -250,16 +250,14 @@ def log_win_rate_equilibrium(
 ) -> np.ndarray:
   """The limit of iterative Best-of-2 with mixing, from the reference: (LOG).
 
-  For kl_weight > 1 the iteration of (LOG) contracts by 1 / kl_weight, since
-  log P averages log pi, and no other solution has the reference's support.
-  For kl_weight <= 1 there may be several. Where rewards decide, the iteration
-  climbs from the reference to the nearest of them, as every mixing does; with
-  many arms that is the best arm alone. Where it does not settle, more of the
-  last policy is mixed in; where that does not help, Newton's method follows
-  the solution down from a large kl_weight.
+  For kl_weight > 1 the iteration of (LOG) contracts by 1 / kl_weight, and the
+  solution with the reference's support is unique. For kl_weight <= 1 there may
+  be several; the iteration goes from the reference to the nearest. If it does
+  not converge, more of the last policy is mixed in, and if that fails too,
+  Newton's method follows the solution down from a large kl_weight.
 
   log_reference f64[X, A], win f64[X, A, A], kl_weight above 0 -> f64[X, A].
-  Arms that die out have masses near 0 that are not converged.
+  The masses of arms that die out are near 0 and not converged.
   An ArithmeticError if nothing converges, seen only for cyclic preferences
   with a small kl_weight.
   """
@@ -315,7 +313,7 @@ def _mix_until_settled(reference, win, kl_weight, inertia):
 
 
 def _times(weight, log_p):
-  """weight * log_p, where weight 0 takes no notice of -inf."""
+  """weight * log_p, and 0 for weight 0, also where log_p is -inf."""
   return weight * log_p if weight else np.zeros_like(log_p)
 
 
@@ -328,9 +326,9 @@ def _down_to(weight, start, ratio):
 def _newton(function, x, steps=200):
   """Solves function(x) = (gap, jacobian) = 0, with backtracking.
 
-  Stops where no step shrinks the gap: at rounding, or a singular point.
+  Stops where no step reduces the gap: at rounding, or a singular point.
   """
-  with np.errstate(all='ignore'):  # steps to where it is not finite are undone
+  with np.errstate(all='ignore'):  # a step to values not finite is undone
     gap, jacobian = function(x)
     for _ in range(steps):
       try:

@@ -1,5 +1,5 @@
 """The page and the figures of an evaluation.
 
-page.py puts them together; cautions.py says what a number cannot bear.
-Start at page.py.
+page.py fills the template page.html; cautions.py has the warnings. Start at
+page.py.
 """

@@ -70,12 +70,8 @@ def by_step(
 ) -> Draw:
   """A figure of metrics against step: noisy ones faint, with a running median.
 
-  Args:
-    ylabel: of the axes.
-    keys: of the rows, and the label of each.
-    rows: 'train' or 'sft'.
-    line: where to draw a dotted line, if anywhere.
-    **axes: further settings of the axes.
+  `keys` of the rows have a label each, `rows` is 'train' or 'sft', `line` the
+  height of a dotted line, and `axes` further settings of the axes.
   """
 
   def draw(ax: Axes, data: Data, look) -> bool:
@@ -111,8 +107,7 @@ def frontier(ax: Axes, data: Data, look) -> bool:
   _, kl = series(rows, 'kl/reference')
   _, rate = series(rows, 'win_rate/reference')
   final, pay = data.summary.get('win_rate'), data.summary.get('kl')
-  ends = [*kl, pay or 0.0, data.curve.kl[-1]]
-  edge = 1.08 * max(ends)
+  edge = 1.08 * max(*kl, pay or 0.0, data.curve.kl[-1])
   tilt_rate, tilt_kl = curves.tilt_frontier(np.geomspace(1e-2, 1e4, 400))
   free_rate, free_kl = curves.closed_form(np.geomspace(1, 1e4, 400))
   ax.plot(tilt_kl, tilt_rate, ':', color=purple, label='optimum, no ties')
@@ -189,6 +184,14 @@ def best_of_n(ax: Axes, data: Data, look) -> bool:
   return True
 
 
+_KL = {
+  'kl/reference': 'policy to reference',
+  'kl/policy_anchor': 'policy to anchor',
+}
+_PHASES = {
+  f'seconds/{x}': x for x in ('sample', 'reward', 'update', 'evaluate')
+}
+_SFT = {'loss': 'training', 'validation_loss': 'validation'}
 # Name -> how it is drawn, and its caption.
 FIGURES: dict[str, tuple[Draw, str]] = {
   'frontier': (
@@ -211,13 +214,7 @@ FIGURES: dict[str, tuple[Draw, str]] = {
     'Mean reward of the completions that training drew.',
   ),
   'kl': (
-    by_step(
-      'nats per completion',
-      {
-        'kl/reference': 'policy to reference',
-        'kl/policy_anchor': 'policy to anchor',
-      },
-    ),
+    by_step('nats per completion', _KL),
     'How far the policy has gone from the fixed reference, and how far it is'
     ' ahead of its moving anchor.',
   ),
@@ -239,22 +236,11 @@ FIGURES: dict[str, tuple[Draw, str]] = {
     'Length of the completions that training drew.',
   ),
   'seconds': (
-    by_step(
-      'seconds per row',
-      {
-        f'seconds/{phase}': phase
-        for phase in ('sample', 'reward', 'update', 'evaluate')
-      },
-      yscale='log',
-    ),
+    by_step('seconds per row', _PHASES, yscale='log'),
     'Time per phase of a row, on a log scale; the first one compiles.',
   ),
   'sft_loss': (
-    by_step(
-      'nats per token',
-      {'loss': 'training', 'validation_loss': 'validation'},
-      rows='sft',
-    ),
+    by_step('nats per token', _SFT, rows='sft'),
     'The stage before: learning to write, on training text and on held-out'
     ' text.',
   ),

@@ -1,4 +1,4 @@
-"""What a report says in words: the outcome, its labels, and what is missing."""
+"""The words of a report: the outcome, names, and why a number is missing."""
 
 from __future__ import annotations
 
@@ -7,29 +7,22 @@ from typing import Any
 
 from bond_jax.runs.show import text
 
-# Key in the summary -> the key that says why it is None.
+# Start of a key in the summary -> the key that says why it is None.
 _REASONS = {
   'effective_n': 'frontier_reason',
-  'effective_n_interval': 'frontier_reason',
-  'frontier_kl': 'frontier_reason',
-  'frontier_kl_correction': 'frontier_reason',
-  'frontier_win_rate_correction': 'frontier_reason',
-  'frontier_efficiency': 'frontier_reason',
-  'frontier_efficiency_interval': 'frontier_reason',
-  'quantiles.best_of_n': 'frontier_reason',
-  'quantiles.n': 'frontier_reason',
-  'length_controlled_win_rate': 'length_controlled_reason',
-  'length_controlled_win_rate_interval': 'length_controlled_reason',
+  'frontier_': 'frontier_reason',
+  'quantiles.': 'frontier_reason',
+  'length_controlled': 'length_controlled_reason',
   'tokens_per_second': 'throughput_reason',
 }
-_ENOUGH = 64  # prompts; with fewer the intervals cover less than they say
+_ENOUGH = 64  # prompts; with fewer the intervals are too narrow
 
 
 def why_missing(key: str, summary: Mapping[str, Any]) -> str:
   """Says in plain words why `key` has no value."""
-  reason = summary.get(_REASONS.get(key, ''))
-  if reason:
-    return reason
+  for start, reason in _REASONS.items():
+    if key.startswith(start) and summary.get(reason):
+      return summary[reason]
   if key in summary:
     return 'it is not defined for this run'
   return 'this run did not report it'
@@ -61,31 +54,31 @@ def sentence(summary: Mapping[str, Any]) -> str:
     return f'No outcome: the win rate is {shown("win_rate", summary)}.'
   other = opponent(summary)
   low, high = summary['win_rate_interval']
-  said = (
+  outcome = (
     f'The policy beats {other} in {summary["win_rate"]:.1%} of the'
     f' comparisons on held-out prompts (95% interval {low:.1%} to'
     f' {high:.1%}) and pays {summary["kl"]:.2f} nats of KL for it. '
   )
   if other != 'the reference':
-    said = f'Compared with {other}, not with the reference. {said}'
-  return said + _frontier(summary, other) + _best_of(summary, other)
+    outcome = f'Compared with {other}, not with the reference. {outcome}'
+  return outcome + _frontier(summary, other) + _best_of(summary, other)
 
 
 def _frontier(summary: Mapping[str, Any], other: str) -> str:
   if summary.get('frontier_efficiency') is None:
     why = why_missing('frontier_efficiency', summary)
     return f'No comparison with the KL of Best-of-N, because {why}.'
-  said = (
+  words = (
     f'Best-of-{summary["effective_n"]:.1f} of {other} wins as often for'
     f' {summary["frontier_kl"]:.2f} nats, so the frontier efficiency is'
     f' {summary["frontier_efficiency"]:.2f} (1 is as good as Best-of-N).'
   )
   if (prompts := summary.get('prompts', _ENOUGH)) < _ENOUGH:
-    said += (
+    words += (
       f' With {prompts} prompts the intervals of both are too narrow: set'
       f' evaluate.prompts to {_ENOUGH} or more.'
     )
-  return said
+  return words
 
 
 def _best_of(summary: Mapping[str, Any], other: str) -> str:
