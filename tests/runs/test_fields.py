@@ -18,7 +18,7 @@ from bond_jax.errors import UserError
 from bond_jax.models import scalar_head
 from bond_jax.models.gemma import model as gemma
 from bond_jax.rewards import calling
-from bond_jax.runs import fields, saving
+from bond_jax.runs import fields
 from bond_jax.training import checks, setups, text_task, watch
 from configs import demo, demo_learned_reward, overoptimisation
 from configs import ultrafeedback_wind as wind
@@ -359,7 +359,6 @@ def test_the_choices_are_those_of_the_code():
   assert fields.BAD_ROWS == sources.BAD_ROWS
   assert fields.POOLS == scalar_head.POOLS
   assert fields.REWARD_FAILURES == calling.FAILURES
-  assert fields.SAVE_FAILURES == saving.FAILURES
   assert tuple(watch.ADVICE) == fields.WARNINGS
 
 
