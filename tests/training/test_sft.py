@@ -172,7 +172,9 @@ def test_answers_are_what_is_learnt(config, workdir, tmp_path):
   assert rows[-1]['loss'] < rows[0]['loss'] - 0.1
   tokenizer = load.load_tokenizer(config, workdir)
   policy = policies.make_policy(config.model, config.tokenizer.vocab_size)
-  prompts, completion, mask = next(sft.batches_of(config, tokenizer, 'train'))
+  prompts, completion, mask = next(
+    sft.batches_of(config, tokenizer, sources.rows(config, 'train'))
+  )
   assert mask[:, 0].sum(-1).max() > 2 and (prompts.mask.sum(-1) > 1).all()
   init = jax.jit(policy.init)(configs.key(config.seed, 'sft'))
   log_p = jax.jit(functools.partial(log_probs, policy, chunk=3))(
