@@ -23,7 +23,7 @@ import numpy as np  # noqa: E402
 
 from bond_jax.devices import sharding  # noqa: E402
 from bond_jax.models.gemma import model as gemma  # noqa: E402
-from bond_jax.models.sampling import sample  # noqa: E402
+from bond_jax.models.sampling import Limits, sample  # noqa: E402
 from bond_jax.models.stops import Stop  # noqa: E402
 from bond_jax.types import Prompts  # noqa: E402
 
@@ -50,8 +50,8 @@ def main(data: int, model: int) -> None:
 
   def draw(params, prompts, mesh):
     return sample(
-        policy, params, prompts, jax.random.key(1), num=NUM, length=T,
-        stop=Stop(()), mesh=mesh,
+        policy, params, prompts, jax.random.key(1),
+        Limits(T, Stop(()), mesh=mesh), num=NUM,
     )  # fmt: skip
 
   own, whole = (

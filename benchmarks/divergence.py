@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from bond_jax.models.gemma import model as gemma
-from bond_jax.models.sampling import sample
+from bond_jax.models.sampling import Limits, sample
 from bond_jax.models.stops import Stop
 from bond_jax.types import Prompts
 
@@ -38,7 +38,7 @@ def compare(dtype: str) -> None:
   @functools.cache
   def program(num, slots):
     draw = functools.partial(
-      sample, policy, num=num, length=T, stop=Stop((1,)), slots=slots
+      sample, policy, num=num, limits=Limits(T, Stop((1,)), slots)
     )
     return jax.jit(
       lambda prompts, first: (

@@ -43,15 +43,15 @@ def make_draw(config, stop: Stop, mesh):
   log-probs f32[B, num] under `own` and under `other`, in nats; on the host.
   """
   sampling_mesh = sharding.reshaped(mesh, **config.sampling_mesh)
+  limits = sampling.Limits(config.length, stop, config.slots, sampling_mesh)
 
   @functools.cache
   def program(own: Policy, other: Policy):
     def evaluate(own_weights, other_weights, prompts, key, first, num):
       params, base = own_weights
       drawn = sampling.sample(
-          lora.over(own, base), params, prompts, key, num=num,
-          length=config.length, stop=stop, first=first,
-          slots=config.slots, mesh=sampling_mesh,
+          lora.over(own, base), params, prompts, key, limits, num=num,
+          first=first,
       )  # fmt: skip
       params, base = other_weights
       under_other = log_probs(

@@ -38,15 +38,17 @@ def make_draw(config: ml_collections.ConfigDict, workdir: str, which: str):
   if which == 'reference':
     params = reference
 
+  limits = sampling.Limits(
+    config.length, stop, mesh=sharding.reshaped(mesh, data=1, model=-1)
+  )
+
   @functools.partial(
     jax.jit, static_argnames='num', out_shardings=sharding.replicated(mesh)
   )
   def program(base, params, prompts, key, num):
     return sampling.sample(
-        lora.over(policy, base), params, prompts, key, num=num,
-        length=config.length, stop=stop,
-        mesh=sharding.reshaped(mesh, data=1, model=-1),
-    )  # fmt: skip
+      lora.over(policy, base), params, prompts, key, limits, num=num
+    )
 
   def draw(row: examples.Row, pieces: list[int], n: int, seed: int):
     # Widths are multiples of 64, so that a conversation compiles few programs.

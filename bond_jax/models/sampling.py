@@ -21,6 +21,17 @@ from bond_jax.models.stops import Stop
 from bond_jax.types import Array, Decoder, Params, Policy, Prompts, Rollout
 
 
+class Limits(NamedTuple):
+  """What ends a completion, and where completions are drawn."""
+
+  length: int  # T, the largest number of new tokens
+  stop: Stop  # what else ends a completion, itself part of it
+  slots: int = 0  # completions decoded side by side; 0 = all of them
+  # Where it splits prompts, each part has slots and a queue of its own, and all
+  # parameters: nothing crosses the axis `data` after they are there.
+  mesh: Mesh | None = None
+
+
 class State(NamedTuple):
   """What the loop carries; S slots, at most N steps."""
 
@@ -43,13 +54,10 @@ def sample(
   params: Params,
   prompts: Prompts,
   key: Array,
+  limits: Limits,
   *,
   num: int,
-  length: int,
-  stop: Stop,
   first: int = 0,
-  slots: int = 0,
-  mesh: Mesh | None = None,
 ) -> Rollout:
   """Draws `num` completions per prompt from the untruncated law.
 
@@ -62,13 +70,9 @@ def sample(
     params: its parameters.
     prompts: B left-padded prompts of length P.
     key: the key of this step; consumed.
+    limits: see `Limits`.
     num: completions per prompt.
-    length: T, the largest number of new tokens.
-    stop: what ends a completion, itself part of it.
     first: the index of the first completion of each prompt.
-    slots: completions decoded side by side; 0 = all of them.
-    mesh: where it splits prompts, each part has slots and a queue of its own,
-      and all parameters: nothing crosses the axis `data` after they are there.
 
   Returns:
     Rollout with K = num. Tokens after the end are 0, masked, of log-prob 0.
@@ -76,14 +80,14 @@ def sample(
   Raises:
     UserError: for what cannot be drawn; see `check`.
   """
+  mesh = limits.mesh
   parts = mesh.shape['data'] if mesh else 1
-  check(policy, length, stop, slots, parts)
+  check(policy, limits, parts)
+  of_part = limits._replace(slots=limits.slots // parts)
 
   def draw(params, prompts, key):
-    return _sample(
-      policy.decoder(params), prompts, key, num=num, length=length, stop=stop,
-      first=first, slots=slots // parts,
-    )  # fmt: skip
+    decoder = policy.decoder(params)
+    return _sample(decoder, prompts, key, of_part, num=num, first=first)
 
   if parts > 1:
     by_row = PartitionSpec('data')
@@ -102,10 +106,9 @@ def sample(
   return draw(params, prompts, key)
 
 
-def check(
-  policy: Policy, length: int, stop: Stop, slots: int, parts: int
-) -> None:
+def check(policy: Policy, limits: Limits, parts: int) -> None:
   """Refuses what cannot be drawn, in one line."""
+  length, stop, slots, _ = limits
   if length < 1:
     raise UserError(f'length, the new tokens at most, must be 1 or more, got'
                     f' {length}.')  # fmt: skip
@@ -126,14 +129,13 @@ def _sample(
   decoder: Decoder,
   prompts: Prompts,
   key: Array,
+  limits: Limits,
   *,
   num: int,
-  length: int,
-  stop: Stop,
   first: int,
-  slots: int,
 ) -> Rollout:
   """See `sample`; on the prompts of one part of the mesh."""
+  length, stop, slots, _ = limits
   b = prompts.tokens.shape[0]
   rows = b * num
   slots = min(slots, rows) or rows

@@ -127,9 +127,8 @@ def check(config: ml_collections.ConfigDict, mesh, rows) -> None:
       ' the adapters here; set it to 0.'
     )
   parts = sharding.reshaped(mesh, **config.sampling_mesh).shape['data']
-  sampling.check(
-    make_policy(config), config.length, Stop((EOS,)), config.slots, parts
-  )
+  limits = sampling.Limits(config.length, Stop((EOS,)), config.slots)
+  sampling.check(make_policy(config), limits, parts)
 
 
 def make_policy(config: ml_collections.ConfigDict) -> Policy:

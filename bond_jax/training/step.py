@@ -22,7 +22,7 @@ import optax
 from bond_jax.algorithms.parts import ops, quantiles
 from bond_jax.models import lora, scalar_head
 from bond_jax.models.log_probs import log_probs
-from bond_jax.models.sampling import sample
+from bond_jax.models.sampling import Limits, sample
 from bond_jax.models.stops import Stop
 from bond_jax.training import micro_batches, step_metrics
 from bond_jax.training import optimizer as optimizer_lib
@@ -139,12 +139,9 @@ def rollout(
       params,
       prompts,
       key,
+      Limits(setup.length, setup.stop, setup.slots, setup.sampling_mesh),
       num=num,
-      length=setup.length,
-      stop=setup.stop,
       first=first,
-      slots=setup.slots,
-      mesh=setup.sampling_mesh,
     )
     parts.append(drawn)
   return jax.tree.map(lambda *x: jnp.concatenate(x, 1), *parts)

@@ -20,7 +20,7 @@ from bond_jax.errors import UserError
 from bond_jax.measures import comparisons
 from bond_jax.models import lora, policies, sampling, stops
 from bond_jax.models.log_probs import log_probs
-from bond_jax.models.sampling import sample
+from bond_jax.models.sampling import Limits, sample
 from bond_jax.rewards import calling
 from bond_jax.rewards import make as making
 from bond_jax.runs import (
@@ -59,7 +59,7 @@ def check(config: ml_collections.ConfigDict, mesh, rows) -> None:
   policy = policies.make_policy(config.model, config.tokenizer.vocab_size)
   parts = drawn_on.shape['data']
   stop = stops.make((), [b''], config.stop)  # the ids come with a vocabulary
-  sampling.check(policy, config.length, stop, config.slots, parts)
+  sampling.check(policy, Limits(config.length, stop, config.slots), parts)
   for name in ('reward', 'gold'):
     making.check_reward(config[name], name)
   splits = {split: rows(split) for split in preferences.SPLITS}
@@ -174,10 +174,13 @@ def probe_programs(config, policy, stop, mesh) -> Probe:
 
   def draw(params, base, prompts, key):
     return sample(
-        lora.over(policy, base), params, prompts, key,
-        num=config.train.probe_completions, length=config.length,
-        stop=stop, slots=config.slots, mesh=sampling_mesh,
-    )  # fmt: skip
+      lora.over(policy, base),
+      params,
+      prompts,
+      key,
+      Limits(config.length, stop, config.slots, sampling_mesh),
+      num=config.train.probe_completions,
+    )
 
   def score(frozen, prompts, drawn):
     log_reference = log_probs(

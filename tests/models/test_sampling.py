@@ -16,7 +16,7 @@ from bond_jax.errors import UserError
 from bond_jax.models import sampling
 from bond_jax.models.gemma import model as gemma
 from bond_jax.models.log_probs import log_probs
-from bond_jax.models.sampling import draw_token, sample
+from bond_jax.models.sampling import draw_token, Limits, sample
 from bond_jax.models.stops import Stop
 from bond_jax.types import Prompts
 
@@ -55,8 +55,8 @@ def draw(model):
   programs = functools.cache(
       lambda num, slots: jax.jit(
           lambda params, prompts, key, first: sample(
-              policy, params, prompts, key, num=num, length=6, stop=STOP,
-              first=first, slots=slots,
+              policy, params, prompts, key, Limits(6, STOP, slots), num=num,
+              first=first,
           )
       )
   )  # fmt: skip
@@ -168,9 +168,9 @@ def test_slots_do_not_matter_to_other_models(prompts, name, scan):
   )
   prompts = prompts._replace(tokens=prompts.tokens % config.vocab_size)
   args = params, prompts, jax.random.key(1)
-  kwargs = dict(num=2, length=9, stop=STOP)
+  draw = functools.partial(sample, policy, num=2)
   at_once, queued = (
-    jax.jit(functools.partial(sample, policy, **kwargs, slots=slots))(*args)
+    jax.jit(functools.partial(draw, limits=Limits(9, STOP, slots)))(*args)
     for slots in (0, 3)
   )
   same(at_once, queued)
@@ -205,8 +205,8 @@ def test_the_mesh_does_not_matter(
   mesh = sharding.reshaped(whole, *sampling)
   program = jax.jit(
     lambda params, prompts: sample(
-        policy, params, prompts, jax.random.key(7), num=3, length=6,
-        stop=STOP, slots=slots, mesh=mesh,
+        policy, params, prompts, jax.random.key(7),
+        Limits(6, STOP, slots, mesh), num=3,
     )
   )  # fmt: skip
   on_mesh = program(
@@ -234,9 +234,7 @@ def table_draw(
       sample,
       policy or oracle.table_policy(table.shape[-1]),
       num=num,
-      length=length,
-      stop=stop,
-      slots=slots,
+      limits=Limits(length, stop, slots),
     )
   )
   return program(table.astype(np.float32), prompts, jax.random.key(key))

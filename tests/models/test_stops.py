@@ -17,7 +17,7 @@ from bond_jax.errors import UserError
 from bond_jax.models import stops
 from bond_jax.models.gemma import model as gemma
 from bond_jax.models.log_probs import log_probs
-from bond_jax.models.sampling import sample
+from bond_jax.models.sampling import Limits, sample
 from bond_jax.training import checks, text_task
 from bond_jax.types import Prompts, Rollout
 
@@ -149,8 +149,8 @@ def draw(table, prompts, num, slots=0):
   tokens = np.array(prompts)[:, None]
   batch = Prompts(tokens, tokens >= 0, np.arange(len(tokens)), None)
   program = functools.partial(
-    sample, oracle.table_policy(len(PIECES)), num=num, length=len(table),
-    stop=stops.make((EOS,), PIECES, TEXTS), slots=slots,
+    sample, oracle.table_policy(len(PIECES)), num=num,
+    limits=Limits(len(table), stops.make((EOS,), PIECES, TEXTS), slots),
   )  # fmt: skip
   table = table.astype(np.float32)
   return jax.device_get(jax.jit(program)(table, batch, jax.random.key(0)))
@@ -223,7 +223,7 @@ def test_devices_and_slots_do_not_matter_to_a_model(tiny):
 
   def drawn(params, prompts, mesh=None, slots=0):
     program = functools.partial(
-      sample, policy, num=3, length=6, stop=stop, slots=slots, mesh=mesh
+      sample, policy, num=3, limits=Limits(6, stop, slots, mesh)
     )
     return jax.device_get(jax.jit(program)(params, prompts, jax.random.key(7)))
 
@@ -304,7 +304,7 @@ def test_without_strings_there_is_no_table(tokenizer):
     policy, tokens = oracle.table_policy(6), np.array([[3], [4]])
     batch = Prompts(tokens, tokens >= 0, np.arange(2), None)
     program = functools.partial(
-      sample, policy, num=2, length=3, stop=stop, slots=2
+      sample, policy, num=2, limits=Limits(3, stop, 2)
     )
     table = np.zeros((3, 6, 6), np.float32)
     return jax.jit(program).lower(table, batch, jax.random.key(0)).as_text()

@@ -91,8 +91,8 @@ def draw(policy, params):
   """Two completions of eight tokens each, and their scores in one go."""
   rollout = jax.jit(
     lambda params: sampling.sample(
-      policy, params, prompts(), jax.random.key(3), num=2, length=8,
-      stop=Stop((1,)),
+      policy, params, prompts(), jax.random.key(3),
+      sampling.Limits(8, Stop((1,))), num=2,
     )
   )(params)  # fmt: skip
   scores = jax.jit(

@@ -140,8 +140,8 @@ def programs(tokenizer):
 
   def draw(params, prompts):
     return sampling.sample(
-      policy_of(tokenizer, 0.0), params, prompts, jax.random.key(0), num=1,
-      length=16, stop=Stop(tokenizer.stop_ids),
+      policy_of(tokenizer, 0.0), params, prompts, jax.random.key(0),
+      sampling.Limits(16, Stop(tokenizer.stop_ids)), num=1,
     )  # fmt: skip
 
   return jax.jit(score), jax.jit(draw)

@@ -144,8 +144,8 @@ def test_the_sampler_draws_from_the_law(task, law):
   @jax.jit
   def draw(params):
     return sampling.sample(
-        task[0].policy, params, prompts, jax.random.key(0), num=500,
-        length=T, stop=Stop((enumerable.EOS,)),
+        task[0].policy, params, prompts, jax.random.key(0),
+        sampling.Limits(T, Stop((enumerable.EOS,))), num=500,
     )  # fmt: skip
 
   drawn = jax.device_get(draw(task[1]))
