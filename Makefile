@@ -167,12 +167,10 @@ soak: venv  ## 20,000 steps, watched for leaks, into runs/soak
 
 notebooks: .venv/.notebooks data  ## execute colab/*.ipynb into colab/executed
 	@mkdir -p colab/executed
-	@shopt -s nullglob; for notebook in colab/*.ipynb; do \
-	  echo "executing $$notebook"; \
+	@cd colab && printf '%s\n' *.ipynb | \
 	  PATH="$(CURDIR)/.venv/bin:$$PATH" PYTHONPATH="$(CURDIR)" \
-	    $(PYTHON) -m jupyter execute --kernel_name=python3 \
-	    --output=executed/$$(basename $$notebook) $$notebook; \
-	done
+	  xargs -P 2 -I{} $(CURDIR)/$(PYTHON) -m jupyter execute \
+	    --kernel_name=python3 --output=executed/{} {}
 
 notebooks-keep: .venv/.notebooks  ## the outputs of the last `make notebooks`
 	@$(PYTHON) colab/keep_outputs.py

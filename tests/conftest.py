@@ -87,3 +87,11 @@ def x64():
   """Double precision within one test; the rest of the suite is float32."""
   with jax.enable_x64(True):
     yield
+
+
+@pytest.fixture(scope='session', autouse=True)
+def _workers_share_one_toy_run(tmp_path_factory):
+  if 'PYTEST_XDIST_WORKER' in os.environ:
+    import toy
+
+    toy.shared = str(tmp_path_factory.getbasetemp().parent / 'toy')

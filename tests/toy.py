@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import fcntl
 import functools
 import importlib
 import json
@@ -32,6 +33,8 @@ from bond_jax.types import Context
 
 TESTS = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(TESTS)
+# The folder of the workers of one test run; see conftest.py.
+shared: str | None = None
 STAGES = ('sft', 'reward_model', 'train', 'evaluate')
 
 MODEL = gemma.Config(
@@ -219,12 +222,28 @@ def command(stage: str, *args: str) -> subprocess.Popen:
   )
 
 
+@contextlib.contextmanager
+def _once(path: str):
+  """Yields whether what makes `path` is still to do; one worker at a time."""
+  with open(f'{path}.lock', 'w') as f:
+    fcntl.flock(f, fcntl.LOCK_EX)
+    done = f'{path}.done'
+    yield not os.path.exists(done)
+    with open(done, 'w'):
+      pass
+
+
 @functools.cache
 def folder() -> str:
-  """A folder that lives as long as this process, with the data in it."""
-  path = tempfile.mkdtemp(prefix='toy')
-  atexit.register(shutil.rmtree, path, ignore_errors=True)
-  write_data(path)
+  """A folder with the data in it, the same for all workers of a test run."""
+  path = shared
+  if path is None:
+    path = tempfile.mkdtemp(prefix='toy')
+    atexit.register(shutil.rmtree, path, ignore_errors=True)
+  os.makedirs(path, exist_ok=True)
+  with _once(f'{path}/data') as missing:
+    if missing:
+      write_data(path)
   return path
 
 
@@ -232,8 +251,10 @@ def folder() -> str:
 def finished() -> str:
   """A workdir in which all four stages have run: copy it, do not change it."""
   workdir = os.path.join(folder(), 'finished')
-  for stage in STAGES:
-    run(stage, get_config(folder()), workdir)
+  with _once(workdir) as missing:
+    if missing:
+      for stage in STAGES:
+        run(stage, get_config(folder()), workdir)
   return workdir
 
 

@@ -1,6 +1,7 @@
 """All four stages, as functions and as the commands that users type."""
 
 import os
+import shutil
 
 import pytest
 import toy
@@ -45,15 +46,17 @@ def test_the_summary_keeps_its_promise():
     assert phases[phase] > 0
 
 
-def test_a_finished_run_is_left_alone(capsys):
-  before = toy.listing(toy.finished())
+def test_a_finished_run_is_left_alone(capsys, tmp_path):
+  workdir = str(tmp_path / 'run')
+  shutil.copytree(toy.finished(), workdir)
+  before = toy.listing(workdir)
   capsys.readouterr()
   for stage in toy.STAGES:
-    toy.run(stage, toy.get_config(toy.folder()), toy.finished())
+    toy.run(stage, toy.get_config(toy.folder()), workdir)
     out = capsys.readouterr().out
     assert out.startswith(f'{stage}: finished already, see ')
     assert out.count('\n') == 1
-  assert toy.listing(toy.finished()) == before
+  assert toy.listing(workdir) == before
 
 
 @pytest.mark.long
