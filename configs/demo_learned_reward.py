@@ -13,42 +13,30 @@ minutes of one CPU core.
 
 import ml_collections
 
+from bond_jax.runs import defaults
 from configs import demo
 
 
 def get_config(argument: str = 'algorithm=jbond') -> ml_collections.ConfigDict:
   """The demo's settings, for one algorithm, with a Gemma as the reward."""
   config = demo.get_config(argument)
-  with config.unlocked():
-    config.reward_model = dict(
-      kind='gemma',
-      # 'bradley_terry'; 'margin', where the better text has to lead by `margin`
-      # times the standardised gap of the ratings; 'regression' on ratings.
-      loss='regression',
-      margin=0.0,
-      # Ratings are compared if they are this far apart, each training text with
-      # so many others; rows with 'chosen' and 'rejected' are pairs already.
-      min_gap=1.0,
-      partners=8,
-      # 'sft', 'random', or a checkpoint as config.weights has it.
-      weights='random',
-      # What differs from the run's own data, model, tokenizer and prompt.
-      tokenizer=dict(path='', sha256='', vocab_size=8192),
-      model=dict(sizes=dict(vocab_size=8192, layers=1, feed_forward=256)),
-      pool='mean',  # the hidden states that the head reads: 'last' or 'mean'
-      length=64,  # pieces of a text; rows with longer ones are left out
-      dropout=0.3,  # share of the pieces that a text is read without
-      # Share of a byte-pair vocabulary's merges left out, so that words are
-      # also read by their parts.
-      merge_dropout=0.1,
-      # Models of which the score is the mean; each has rows of its own.
-      members=3,
-      steps=600,
-      batch=128,  # pairs, or texts for regression, of each member
-      optimizer=demo.adam(3e-3, warmup_steps=50, decay_to=0.0),
-      save_every=100,
-    )
-  config.reward = demo.reward(
-    'bond_jax.rewards.gemma:scalar_head', path='{reference}/reward', batch=64
+  config.reward_model = defaults.make('text', reward_model='gemma').reward_model
+  mine = config.reward_model
+  mine.update(
+    loss='regression',  # on ratings; 'bradley_terry', 'margin' on pairs
+    weights='random',
+    # What differs from the run's own.
+    tokenizer=dict(path='', sha256='', vocab_size=8192),
+    model=dict(sizes=dict(vocab_size=8192, layers=1, feed_forward=256)),
+    pool='mean',  # of the hidden states, which the head reads
+    length=64,
+    dropout=0.3,
+    # So that words are also read by their parts.
+    merge_dropout=0.1,
+    members=3,
+    steps=600,
   )
+  mine.optimizer.update(learning_rate=3e-3, warmup_steps=50)
+  config.reward.function = 'bond_jax.rewards.gemma:scalar_head'
+  config.reward.args = dict(path='{reference}/reward', batch=64)
   return config

@@ -9,7 +9,7 @@ size: 8 prompts, completions of at most 3 tokens out of 8, 400 in all.
 
 import ml_collections
 
-from configs import demo
+from bond_jax.runs import defaults
 
 ALGORITHMS = dict(
   jbond=dict(
@@ -49,25 +49,14 @@ def get_config(argument: str = 'algorithm=jbond') -> ml_collections.ConfigDict:
   """Returns the settings of the train stage, for one algorithm."""
   _, _, name = argument.partition('algorithm=')
   args = ALGORITHMS.get(name, {})
-  config = ml_collections.ConfigDict()
-  config.seed = 0
-  config.mesh = dict(data=1, model=1)
-  config.sampling_mesh = dict(data=1, model=1)
-  config.save_failure = 'stop'  # or 'go_on', when a save fails
-  config.task = 'enumerable'
-  config.reference = '{workdir}'
-  config.enumerable = dict(
-    seed=0,  # of the reference's parameters and of the rewards
-    prompts=8,
-    vocab=8,  # of completions, EOS included
-    best_of=4,  # the N of the target that the KLs are taken to
-    # Of the WIND equilibrium that equilibrium_kl is taken to; 0 = of none.
-    kl_weight=args['kl_weight'] if name in ('wind', 'ipo') else 0.0,
-  )
-  config.length = 3
-  config.chunk = 4096
-  config.slots = 0
-  config.model = dict(
+  config = defaults.make('enumerable')
+  for mesh in config.mesh, config.sampling_mesh:
+    mesh.data = 1
+  # Of the WIND equilibrium that equilibrium_kl is taken to.
+  if name in ('wind', 'ipo'):
+    config.enumerable.kl_weight = args['kl_weight']
+  config.length, config.chunk = 3, 4096
+  config.model.update(
     name='gemma3_tiny',
     sizes=dict(
       features=64,
@@ -77,35 +66,14 @@ def get_config(argument: str = 'algorithm=jbond') -> ml_collections.ConfigDict:
       head_size=16,
       feed_forward=256,
     ),
-    temperature=1.0,
     dtype='float32',
     scan=False,
     remat='none',
-    lora=dict(
-      rank=0, alpha=16.0, targets='attn|mlp', weights='', exact_anchor=False
-    ),
   )
   # An unknown name is refused with the list of those there are.
-  config.algorithm = dict(name=name, args=args)
-  config.train = dict(
-    steps=1000,
-    batch=256,
-    rollouts=1,
-    epochs=1,
-    micro_batches=1,
-    buckets=1,
-    optimizer=dict(
-      learning_rate=1e-3,
-      warmup_steps=20,
-      decay_to=0.1,
-      b1=0.9,
-      b2=0.99,
-      epsilon=1e-8,
-      weight_decay=0.0,
-      clip=1.0,
-    ),
-    save_every=50,
-    skip_limit=0,
-    watch=demo.watch(),
+  config.algorithm.update(name=name, args=args)
+  config.train.update(steps=1000, batch=256, save_every=50)
+  config.train.optimizer.update(
+    learning_rate=1e-3, warmup_steps=20, decay_to=0.1
   )
   return config

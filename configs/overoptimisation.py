@@ -11,7 +11,7 @@ openings of the test split, which the reward model was not chosen on either.
 
 import ml_collections
 
-from configs import demo, demo_learned_reward
+from configs import demo_learned_reward
 
 # Algorithm, steps, completions per prompt, and what differs from its arguments.
 # All draw 57,600 completions.
@@ -36,7 +36,7 @@ def get_config(argument: str = 'run=jbond_0') -> ml_collections.ConfigDict:
   config.train.update(dict(
     steps=steps,
     batch=64,
-    optimizer=demo.adam(1e-3, warmup_steps=20, decay_to=1.0),
+    optimizer=dict(learning_rate=1e-3, decay_to=1.0),
     save_every=max(1, steps // 20),
     probe_prompts=256,
     probe_completions=4,

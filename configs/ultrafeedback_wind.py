@@ -29,7 +29,7 @@ The model is Gemma 2 9B; reward.args.path is a classifier of pairs, a folder or
 owner/name@commit. Hardware, estimated and not yet tried: 32 TPU v5e chips.
 """
 
-from configs import demo, gemma_jbond
+from configs import gemma_jbond
 
 BATCH, PROMPTS, ITERATIONS = 64, 20_000, 3
 ROLLOUTS = PROMPTS // BATCH  # of an iteration
@@ -59,16 +59,16 @@ def get_config(argument: str = 'algorithm=wind'):
     train='train_prefs[1000:]', validation='train_prefs[:1000]',
     test='test_prefs',
   )  # fmt: skip
-  config.reward = demo.reward(
-    'bond_jax.rewards.hf:pair_judge', path=gemma_jbond.unset(), length=2048
+  config.reward.update(
+    function='bond_jax.rewards.hf:pair_judge',
+    args=dict(path=gemma_jbond.unset(), length=2048),
+    opponents=4,
   )
-  config.reward.opponents = 4
   config.algorithm = dict(name=name, args=args)
   config.train.update(
     batch=BATCH,
     rollouts=rollouts,
     steps=ITERATIONS * ROLLOUTS,
     save_every=ROLLOUTS,
-    micro_batches=8,
   )
   return config

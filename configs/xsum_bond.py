@@ -15,7 +15,7 @@ natural language inference, a folder or owner/name@commit. Hardware, estimated
 and not yet tried: a host with 8 TPU v5e chips.
 """
 
-from configs import demo, gemma_jbond
+from configs import gemma_jbond
 
 
 def get_config(argument: str = 'backward_weight=0.5'):
@@ -28,11 +28,13 @@ def get_config(argument: str = 'backward_weight=0.5'):
   )
   config.prompt.length = 1024
   config.length = 64
-  config.reward = demo.reward(
-    'bond_jax.rewards.hf:entailment',
-    path=gemma_jbond.unset(),
-    premise='text',  # what data.fields makes of the document
-    length=1024,
+  config.reward.update(
+    function='bond_jax.rewards.hf:entailment',
+    args=dict(
+      path=gemma_jbond.unset(),
+      premise='text',  # what data.fields makes of the document
+      length=1024,
+    ),
   )
   config.algorithm = dict(
     name='bond',

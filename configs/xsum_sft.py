@@ -10,27 +10,21 @@ in data/ as a TFDS builder; see docs/data.md. Hardware, estimated and not yet
 tried: a host with 8 TPU v5e chips.
 """
 
+from bond_jax.runs import defaults
 from configs import xsum_bond
 
 
 def get_config():
   config = xsum_bond.get_config('backward_weight=0.5')
-  config.sft = dict(
+  config.sft = defaults.make('text', sft=True).sft
+  config.sft.update(
     steps=6000,
     batch=32,
-    target='completion',
     length=64,  # of a summary, which has some 25 pieces
-    optimizer=dict(
-      learning_rate=1e-5,
-      warmup_steps=100,
-      decay_to=0.1,
-      b1=0.9,
-      b2=0.999,
-      epsilon=1e-8,
-      weight_decay=0.0,
-      clip=1.0,
-    ),
     save_every=500,
     validation_batches=8,
+  )
+  config.sft.optimizer.update(
+    learning_rate=1e-5, warmup_steps=100, decay_to=0.1, b2=0.999
   )
   return config

@@ -14,7 +14,7 @@ import pytest
 import toy
 
 from bond_jax.rewards import calling, make, serve
-from configs import demo
+from bond_jax.runs import defaults
 
 PAGE = os.path.join(toy.ROOT, 'docs', 'adding_an_algorithm.md')
 FILES = ('bond_jax', 'configs', 'tests', 'pyproject.toml')
@@ -87,7 +87,7 @@ def test_the_rewards_of_the_page_are_rewards(tmp_path, monkeypatch):
   ]
   config, modules = ml_collections.ConfigDict({'reference': '{workdir}'}), set()
   for setting in ast.parse(''.join(lines)).body:
-    exec(ast.unparse(setting), {'config': config, 'demo': demo})
+    exec(ast.unparse(setting), {'config': config, 'defaults': defaults})
     if config.reward.parts:
       made = make.make_reward(config, config.reward, '')
       assert call(made) == [[0.5, 0.5, 1.25]]
@@ -103,7 +103,7 @@ def test_the_rewards_of_the_page_are_rewards(tmp_path, monkeypatch):
 
 def test_the_page_names_every_key_of_a_reward():
   keys = re.findall(r'^\| `(\w+)` \|', read('rewards.md'), re.M)
-  assert keys == list(demo.reward('f'))
+  assert keys == list(defaults.TREE['reward'])
 
 
 def test_the_http_schema_of_the_page_is_answered():

@@ -10,6 +10,7 @@ import pathlib
 import re
 import textwrap
 
+import config_page
 import jax.numpy as jnp
 import language
 import ml_collections
@@ -21,21 +22,11 @@ from bond_jax.algorithms.parts import ops
 from bond_jax.rewards import calling
 from bond_jax.training import setups, watch
 from bond_jax.types import Scores
-from configs import demo, demo_learned_reward, figures, gemma_jbond
+from configs import demo
 
 FILES_END = (
   '.py', '.sh', '.md', '.jsonl', '.png', '.safetensors', '.model', 'json',
 )  # fmt: skip
-# Sections of a config that hold what somebody else names.
-OPEN = re.compile(
-  r'.*\.args|.*\.parts|model\.sizes|data\.(fields|splits|mix)'
-  # The last two are in no config of ours: they differ from the run's own.
-  r'|reward_model\.(model|tokenizer|data|prompt)'
-)
-CONFIGS = sorted(
-  os.path.basename(path)[:-3]
-  for path in glob.glob(os.path.join(toy.ROOT, 'configs', '*.py'))
-)
 
 
 def pages():
@@ -70,6 +61,13 @@ def names(rows):
 # -- config.md ----------------------------------------------------------------
 
 
+# Of a config: what users fill in.
+OPEN = re.compile(
+  r'.*\.args|.*\.parts|model\.sizes|data\.(fields|splits|mix)'
+  r'|reward_model\.(model|tokenizer|data|prompt)'
+)
+
+
 def flat(config, above=''):
   """key -> value of a config, open sections whole."""
   found = {}
@@ -83,46 +81,16 @@ def flat(config, above=''):
   return found
 
 
-def settings():
-  """key -> value, of all configs; the demo's values before those of others."""
-  found = {}
-  modules = [demo, demo_learned_reward]
-  modules += [importlib.import_module(f'configs.{name}') for name in CONFIGS]
-  for module in modules:
-    if module is gemma_jbond:
-      config = module.get_config(
-        'gemma_2b', vocab_size=8, learning_rate=1.0, lora_rank=0
-      )
-    elif module is figures:
-      continue  # whole configs of enumerable.py, and how they are drawn
-    else:
-      config = module.get_config()
-    found = flat(config) | found
-  return found
-
-
-def documented():
-  """key -> (type, value) as config.md has them; the algorithms' are apart."""
-  rows, algorithms = [], set(demo.ALGORITHMS)
-  for title, table in sections('config').items():
-    if title not in algorithms:
-      rows += table
-  names(rows)
-  return {row[0].strip('`'): (row[1], row[2]) for row in rows}
-
-
-def test_every_key_of_every_config_is_on_the_page():
-  assert set(documented()) == set(settings())
-
-
-def test_the_page_has_the_demo_s_values():
-  found = settings()
-  for key, (kind, value) in documented().items():
-    assert kind == type(found[key]).__name__, key
-    if value != 'see the config':
-      assert value == f'`{found[key]!r}`', key
-    else:
-      assert isinstance(found[key], dict) and found[key], key
+def test_the_page_has_every_setting_and_its_default():
+  text, algorithms = pages()['docs/config.md'], set(demo.ALGORITHMS)
+  rows = [
+    row
+    for title, table in sections('config').items()
+    if title not in algorithms
+    for row in table
+  ]
+  assert names(rows) == set(config_page.settings())
+  assert config_page.page(text) == text
 
 
 def test_every_argument_of_every_algorithm_is_on_the_page():
@@ -303,7 +271,7 @@ def test_python_blocks_compile(name):
 
 def test_configs_of_the_data_page_are_configs():
   """Each block of data.md that defines one is run, and its keys are known."""
-  known = set(documented())
+  known = set(config_page.settings())
   blocks = re.findall(r'```python\n(.*?)```', pages()['docs/data.md'], re.S)
   assert len(blocks) == 2
   for block in blocks:
@@ -316,7 +284,7 @@ def test_configs_of_the_data_page_are_configs():
 
 def test_settings_in_the_text_exist():
   """`config.a.b`, `--config.a.b`, and `train.steps` written as code."""
-  known = set(documented())
+  known = set(config_page.settings())
   tops = {key.split('.')[0] for key in known}
   nodes = {
     '.'.join(key.split('.')[:i])

@@ -27,7 +27,6 @@ from bond_jax.errors import UserError
 from bond_jax.rewards import calling, http, make, ridge, serve
 from bond_jax.runs import command, configs
 from bond_jax.weights.huggingface import reader
-from configs import demo
 
 PACKAGE = pathlib.Path(toy.ROOT, 'bond_jax')
 ASKED = fuzz_targets.ASKED
@@ -107,7 +106,7 @@ def test_a_reward_model_with_sizes_that_are_claimed(tmp_path):
 
 
 def test_a_run_folder_says_which_code_it_names(tmp_path, capsys):
-  config = dict(task='text', reward=demo.reward('mine:f'))
+  config = dict(task='text', reward=dict(function='mine:f'))
   config['gold'] = dict(function='bond_jax.rewards.text:vader', args={})
   part = dict(function='subprocess:call', args={}, weight=1)
   config['reward']['parts'] = dict(a=part)

@@ -16,7 +16,7 @@ from bond_jax.devices import sharding
 from bond_jax.errors import UserError
 from bond_jax.models import lora, policies, sampling, stops
 from bond_jax.rewards import make
-from bond_jax.runs import command, configs, environment, fields
+from bond_jax.runs import command, configs, defaults, environment
 from bond_jax.training import text_task
 from bond_jax.types import Prompts
 from bond_jax.weights import load
@@ -104,7 +104,7 @@ def talk(
 ) -> None:
   """Completes `prompt`, or holds a conversation if it is None."""
   environment.configure_jax()
-  fields.check(config.to_dict(), (*fields.NEEDED, *text_task.NEEDED))
+  defaults.check(config.to_dict(), (*defaults.COMMON, *defaults.TEXT_NEEDS))
   turns = config.prompt.kind == 'turn'
   if prompt is None and not turns:
     raise UserError(

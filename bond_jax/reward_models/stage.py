@@ -13,14 +13,14 @@ from bond_jax.data import preferences, sources
 from bond_jax.devices import hosts
 from bond_jax.reward_models import report as reward_report
 from bond_jax.reward_models import train
-from bond_jax.runs import configs, fields, show, stages
-from bond_jax.training import checks, text_task
+from bond_jax.runs import configs, defaults, show, stages
+from bond_jax.training import checks
 
 
 def main(config: ml_collections.ConfigDict, workdir: str) -> None:
   hosts.start()
   stages.check_stage('reward_model', config, workdir)
-  fields.check(config.to_dict(), text_task.NEEDED)
+  defaults.check(config.to_dict(), defaults.TEXT_NEEDS)
   work, table = train.train, reward_report.headlines
   if config.reward_model.kind == 'ridge':
     work, table = ridge, show.scalars

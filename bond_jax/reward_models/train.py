@@ -58,14 +58,12 @@ def _tokenizer(config, mine, sources, workdir: str):
   return ensure()
 
 
-def make_loss(
-  policy: Policy, name: str, margin: float, pool: str, members: int
-):
+def make_loss(policy: Policy, name: str, margin: float, pool: str):
   """loss(params, batch, total): the sum over members of the mean of their rows.
 
-  Row i of a batch is of member i % members; `preferences.batches` yields
-  batches, of which `total` is the number of rows of a member, or a part of one.
-  Their targets are the gaps of pairs, or the ratings of texts, standardised.
+  Arrays of a batch, or of a part of one, are [rows, members, ...], and `total`
+  is the rows of the batch. Targets are standardised: the gaps of pairs, or the
+  ratings of texts.
   """
 
   def one(params, tokens, mask, target, total):
@@ -85,7 +83,7 @@ def make_loss(
 
   def loss(params, batch, total):
     return sum(
-      one(member, *(x[i::members] for x in batch), total)
+      one(member, *(x[:, i] for x in batch), total)
       for i, member in enumerate(params.values())
     )
 
@@ -200,6 +198,11 @@ def _fit(config, folder, batches, held_out, state, update, score, mesh):
   if saver.start is not None:
     state, position = saver.restore(state)
     batches.set_state(position)
+  # One row after the other is of another member.
+  shape = (settings.batch, settings.members)
+  of_members = (
+    tuple(x.reshape(*shape, *x.shape[1:]) for x in batch) for batch in batches
+  )
   show = ('loss', 'validation_accuracy')
   writer = log.Writer(folder, 'reward', settings.steps, saver.start, show)
 
@@ -213,7 +216,7 @@ def _fit(config, folder, batches, held_out, state, update, score, mesh):
 
   job = loop.Job(
     name='reward_model',
-    iterate=supervised.iterations(update, batches, mesh, writer),
+    iterate=supervised.iterations(update, of_members, mesh, writer),
     measure=validation,
     position=batches.get_state,
     score=lambda row: row['validation_accuracy'],
@@ -241,11 +244,11 @@ def train(run: stages.Run) -> dict[str, Any]:
   )
   optimizer = optimizer_lib.adam(steps=settings.steps, **settings.optimizer)
   state = init_state(config, mine, policy, optimizer, workdir, mesh)
-  loss = make_loss(
-    policy, settings.loss, settings.margin, settings.pool, settings.members
-  )
-  rows = lambda batch: len(batch[0]) // settings.members
-  descend = supervised.make_update(loss, rows, optimizer, 1, mesh, state)
+  loss = make_loss(policy, settings.loss, settings.margin, settings.pool)
+  descend = supervised.make_update(
+    loss, lambda batch: len(batch[0]), optimizer, settings.micro_batches, mesh,
+    state,
+  )  # fmt: skip
 
   def update(state, batch):
     state, row = descend(state, batch)

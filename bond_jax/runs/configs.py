@@ -15,7 +15,7 @@ import bond_jax
 from bond_jax.devices import hosts
 from bond_jax.errors import one_line, UserError
 from bond_jax.runs import (
-  fields,
+  defaults,
   files,
   paths,
 )
@@ -127,7 +127,7 @@ def read_config(
   try:
     # What was a tuple is a list in JSON, and must be hashable again.
     config = ml_collections.ConfigDict(_tuples(raw)).lock()
-    fields.check(config.to_dict())
+    defaults.check(config.to_dict())
     return config
   except UserError as e:
     raise UserError(
@@ -144,7 +144,7 @@ def _saved(path: str, remedy: str = files._RESTORE) -> dict[str, Any]:
   raw = files.read_json(path, remedy)
   if isinstance(name := raw.get('task'), str):
     raw['task'] = _TASKS.get(name, name)
-  return raw
+  return defaults.filled(raw)
 
 
 def _tuples(value: Any) -> Any:

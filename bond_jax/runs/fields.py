@@ -1,8 +1,7 @@
-"""What every setting of a config may be: its name, its kind and its range.
+"""Rules of settings: kinds and ranges, and their check against nested dicts.
 
-A config is a file of the user's, or the config.json of a run that somebody has
-changed. What is wrong in it is said once, before anything is built. A name that
-is not here is refused: no code reads it.
+In tables of rules, names that end with ? need not be there; '*' is any other
+name. A name that no rule knows is refused: no code reads it.
 """
 
 from __future__ import annotations
@@ -125,104 +124,6 @@ WARNINGS = (
   'kl', 'entropy', 'length', 'signal', 'anchor', 'speed', 'skipped',
 )  # fmt: skip
 
-# In tables: names that end with ? need not be there; '*' is any other name.
-_MESH = dict(data=WHOLE, model=WHOLE)  # sharding.make_mesh has their ranges
-_TOKENIZER = dict(path=TEXT, sha256=SHA256, vocab_size=at_least(5))
-_OPTIMIZER = dict(
-  learning_rate=above(0), warmup_steps=at_least(0), decay_to=SHARE, b1=PART,
-  b2=PART, epsilon=above(0), weight_decay=at_least(0, NUMBER),
-  clip=above(0, LIMIT),
-)  # fmt: skip
-_NAMED = {
-  'fields': {'*': TEXT},
-  'splits': optional(dict.fromkeys(SPLITS, TEXT)),
-}
-_DATA = {
-  'name': TEXT,
-  'data_dir': TEXT,
-  'bad_rows': one_of(*BAD_ROWS),
-  **_NAMED,
-  'mix': {'*': {'name': TEXT, 'weight?': above(0), **optional(_NAMED)}},
-}
-_SIZES = optional(dict(
-  **dict.fromkeys(('vocab_size', 'features', 'layers', 'heads', 'kv_heads',
-                   'feed_forward', 'window'), COUNT),
-  **dict.fromkeys(('query_scale', 'attention_softcap', 'final_softcap',
-                   'local_rope_base', 'global_rope_base', 'global_rope_scale'),
-                  above(0)),
-  **dict.fromkeys(('qk_norm', 'post_norms', 'gating_transposed'), FLAG),
-  head_size=EVEN, pattern=several(one_of('local', 'global'), 1),
-))  # fmt: skip
-_LORA = dict(
-  rank=at_least(0), alpha=at_least(0, NUMBER), targets=TEXT, weights=TEXT,
-  exact_anchor=FLAG,
-)  # fmt: skip
-_MODEL = dict(
-  name=NAME, sizes=_SIZES, temperature=at_least(0, NUMBER),
-  dtype=one_of(*DTYPES), scan=FLAG, remat=one_of(*REMAT), lora=_LORA,
-)  # fmt: skip
-_PROMPT = dict(
-  kind=one_of(*PROMPTS), length=at_least(2), longer=one_of(*LONGER)
-)
-_RIDGE = dict(
-  order=COUNT, min_count=COUNT, alphas=several(at_least(0, NUMBER), 1)
-)
-_GEMMA = dict(
-  loss=one_of('bradley_terry', 'margin', 'regression'),
-  margin=at_least(0, NUMBER), min_gap=at_least(0, NUMBER), partners=COUNT,
-  weights=NAME, pool=one_of(*POOLS), length=COUNT, dropout=PART,
-  merge_dropout=PART, members=COUNT, steps=COUNT, batch=COUNT,
-  optimizer=_OPTIMIZER, save_every=COUNT,
-  **optional(dict(
-    data=optional(_DATA), tokenizer=optional(_TOKENIZER),
-    model=optional(_MODEL), prompt=optional(_PROMPT),
-  )),
-)  # fmt: skip
-_REWARD = dict(function=TEXT, args=TABLE)
-_RULES = dict(
-  parts={'*': {**_REWARD, 'weight': NUMBER}}, missing_eos_penalty=NUMBER,
-  length_penalty=NUMBER, failure=one_of(*REWARD_FAILURES), retries=at_least(0),
-  timeout=between(0, 1e9), opponents=at_least(0),
-)  # fmt: skip
-_WATCH = dict(
-  kl=at_least(0, LIMIT), entropy=SHARE, length=at_least(1, LIMIT), signal=SHARE,
-  speed=at_least(1, LIMIT),
-  stop=several(one_of(*WARNINGS), example="('kl', 'entropy')"),
-)  # fmt: skip
-FIELDS = optional(dict(
-  seed=at_least(0), reference=NAME, save_failure=one_of(*SAVE_FAILURES),
-  task=one_of('text', 'enumerable'), mesh=_MESH, sampling_mesh=_MESH,
-  data=_DATA, weights=TEXT,
-  tokenizer=_TOKENIZER, model=_MODEL, prompt=_PROMPT, length=COUNT,
-  stop=several(NAME, example="('Question:',)"), chunk=COUNT, slots=at_least(0),
-  sft=dict(
-    steps=COUNT, batch=COUNT, target=one_of('text', 'completion'), length=COUNT,
-    optimizer=_OPTIMIZER, save_every=COUNT, validation_batches=COUNT,
-  ),
-  reward_model=Kinds(dict(
-    ridge=(_RIDGE, 'configs/demo.py'),
-    gemma=(_GEMMA, 'configs/demo_learned_reward.py'),
-  )),
-  reward={**_REWARD, **_RULES}, gold=_REWARD,
-  algorithm=dict(name=TEXT, args=TABLE),
-  train={
-    **dict(
-      steps=COUNT, batch=COUNT, rollouts=COUNT, epochs=COUNT,
-      micro_batches=COUNT, buckets=COUNT, optimizer=_OPTIMIZER,
-      save_every=COUNT, skip_limit=at_least(0), watch=_WATCH,
-    ),
-    'probe_prompts?': COUNT, 'probe_completions?': COUNT,
-  },
-  evaluate=dict(
-    prompts=at_least(2), policy_completions=COUNT,
-    reference_completions=at_least(2), at_once=COUNT, samples_shown=at_least(0),
-  ),
-  enumerable=dict(
-    seed=at_least(0), prompts=COUNT, vocab=at_least(2),
-    best_of=at_least(1, NUMBER), kl_weight=at_least(0, NUMBER),
-  ),
-))  # fmt: skip
-
 
 def of_arguments(function: Callable[..., Any]) -> dict[str, Rule]:
   """What the arguments of a function are, as their annotations say."""
@@ -249,7 +150,7 @@ def check(
   config: Mapping[str, Any],
   needed: Sequence[str] = (),
   *,
-  rules: Mapping[str, Any] = FIELDS,
+  rules: Mapping[str, Any],
   unset: bool = False,
 ) -> None:
   """A UserError for the first setting that is wrong, unknown or missing.
@@ -348,12 +249,6 @@ def check_arguments(
       f'{name}: {e}; args in the config are {", ".join(args) or "empty"},'
       f' allowed are {", ".join(signature.parameters) or "none"}.{remedy}'
     ) from e
-
-
-# Of a config, whatever its task is.
-NEEDED = ('seed', 'reference', 'save_failure', 'task', 'mesh', 'sampling_mesh',
-          'model', 'length', 'chunk', 'slots', 'train',
-          'algorithm')  # fmt: skip
 
 
 def signature_of(function: Callable[..., Any]) -> inspect.Signature:

@@ -16,8 +16,8 @@ from bond_jax.devices import hosts
 from bond_jax.errors import UserError
 from bond_jax.runs import (
   configs,
+  defaults,
   environment,
-  fields,
   files,
   fingerprints,
   lock,
@@ -42,7 +42,7 @@ def check_stage(
   name: str, config: ml_collections.ConfigDict, workdir: str
 ) -> None:
   """Refuses a stage that this run does not have."""
-  fields.check(config.to_dict(), needed=fields.NEEDED)
+  defaults.check(config.to_dict(), needed=defaults.COMMON)
   if name not in config:
     raise UserError(
       f'this config has no {name} section: what {config.task} trains on needs'

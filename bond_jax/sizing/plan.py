@@ -16,9 +16,9 @@ import ml_collections
 from bond_jax.devices import sharding
 from bond_jax.errors import UserError
 from bond_jax.models import policies
-from bond_jax.runs import command, environment, fields, files, show
+from bond_jax.runs import command, defaults, environment, files, show
 from bond_jax.sizing import chips, hlo, operations, programs
-from bond_jax.training import setups, text_task
+from bond_jax.training import setups
 from bond_jax.training import step as step_lib
 
 GIB = chips.GIB
@@ -86,8 +86,8 @@ def check(config: ml_collections.ConfigDict, mesh: Mesh) -> None:
       'a plan is made for our own models trained on text; this config has task'
       f' {config.task}, model {config.model.name}.'
     )
-  needed = (*fields.NEEDED, *text_task.NEEDED)
-  fields.check(config.to_dict(), needed, unset=True)
+  needed = (*defaults.COMMON, *defaults.TEXT_NEEDS)
+  defaults.check(config.to_dict(), needed, unset=True)
   batch, micro_batches = config.train.batch, config.train.micro_batches
   sharding.check_batch('train.batch', batch, mesh, micro_batches)
   for over in mesh, sharding.reshaped(mesh, **config.sampling_mesh):

@@ -14,7 +14,7 @@ from bond_jax.errors import UserError
 from bond_jax.models import policies
 from bond_jax.runs import (
   configs,
-  fields,
+  defaults,
   stages,
 )
 from bond_jax.training import setups
@@ -32,7 +32,7 @@ def check(config: ml_collections.ConfigDict, rows=None) -> Mesh:
   `rows(split)` are those of its data; they are opened here without it.
   """
   rows = rows or functools.partial(sources.rows, config)
-  fields.check(config.to_dict(), fields.NEEDED)
+  defaults.check(config.to_dict(), defaults.COMMON)
   settings = config.train
   if not config.model.temperature:
     raise UserError('model.temperature is 0, the greedy law, which is for'
@@ -74,7 +74,9 @@ def check_reward_model(config: ml_collections.ConfigDict, mesh) -> None:
         ' pieces that long do not fit 63 bits; use a smaller order.'
       )
     return
-  sharding.check_batch('reward_model.batch', settings.batch, mesh, 1)
+  sharding.check_batch(
+    'reward_model.batch', settings.batch, mesh, settings.micro_batches
+  )
   if settings.weights == 'sft':
     if 'sft' not in config:
       raise UserError(

@@ -25,7 +25,7 @@ from bond_jax.measures import exact
 from bond_jax.models import policies, sampling
 from bond_jax.models.stops import Stop
 from bond_jax.rewards import calling
-from bond_jax.runs import configs, fields, stages
+from bond_jax.runs import configs, defaults, stages
 from bond_jax.training import tasks
 from bond_jax.types import Frozen, Params, Policy, Prompts, Rollout
 
@@ -106,7 +106,7 @@ class Cycle:
 def check(config: ml_collections.ConfigDict, mesh, rows) -> None:
   """Refuses sizes that do not make a language."""
   del rows  # it has none
-  fields.check(config.to_dict(), ('enumerable',))
+  defaults.check(config.to_dict(), ('enumerable',))
   settings = config.enumerable
   powers = (
     (settings.vocab - 1) ** t for t in range(min(config.length, MOST) + 1)

@@ -144,7 +144,9 @@ def train(run: stages.Run) -> dict[str, Any]:
 
   state = init_state(config, policy, optimizer, mesh)
   loss = make_loss(policy, config.chunk)
-  update = supervised.make_update(loss, tokens_of, optimizer, 1, mesh, state)
+  update = supervised.make_update(
+    loss, tokens_of, optimizer, settings.micro_batches, mesh, state
+  )
   measure = jax.jit(lambda params, x: loss(params, x, tokens_of(x)))
 
   def validation(state):

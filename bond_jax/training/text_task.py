@@ -25,7 +25,7 @@ from bond_jax.rewards import calling
 from bond_jax.rewards import make as making
 from bond_jax.runs import (
   configs,
-  fields,
+  defaults,
   stages,
 )
 from bond_jax.training import tasks
@@ -36,17 +36,13 @@ from bond_jax.types import (
 )
 from bond_jax.weights import load
 
-NEEDED = ('data', 'weights', 'tokenizer', 'prompt', 'stop', 'reward', 'gold',
-          'evaluate', 'train.probe_prompts',
-          'train.probe_completions')  # fmt: skip
-
 
 def check(config: ml_collections.ConfigDict, mesh, rows) -> None:
   """Refuses what some stage could not work with.
 
   A wrong setting of a late stage must not cost the early ones.
   """
-  fields.check(config.to_dict(), NEEDED)
+  defaults.check(config.to_dict(), defaults.TEXT_NEEDS)
   drawn_on = sharding.reshaped(mesh, **config.sampling_mesh)
   for name, batch in (
     ('train.probe_prompts', config.train.probe_prompts),
@@ -55,7 +51,8 @@ def check(config: ml_collections.ConfigDict, mesh, rows) -> None:
     sharding.check_batch(name, batch, mesh, 1)
     sharding.check_batch(name, batch, drawn_on, 1)
   if 'sft' in config:
-    sharding.check_batch('sft.batch', config.sft.batch, mesh, 1)
+    sft = config.sft
+    sharding.check_batch('sft.batch', sft.batch, mesh, sft.micro_batches)
   policy = policies.make_policy(config.model, config.tokenizer.vocab_size)
   parts = drawn_on.shape['data']
   stop = stops.make((), [b''], config.stop)  # the ids come with a vocabulary

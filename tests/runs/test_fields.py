@@ -18,8 +18,8 @@ from bond_jax.errors import UserError
 from bond_jax.models import scalar_head
 from bond_jax.models.gemma import model as gemma
 from bond_jax.rewards import calling
-from bond_jax.runs import fields
-from bond_jax.training import checks, setups, text_task, watch
+from bond_jax.runs import defaults, fields
+from bond_jax.training import checks, setups, watch
 from configs import demo, demo_learned_reward, overoptimisation
 from configs import ultrafeedback_wind as wind
 
@@ -49,7 +49,8 @@ BAD = [
     """
     length chunk sft.steps sft.batch sft.length sft.save_every
     sft.validation_batches train.steps train.batch train.rollouts train.epochs
-    train.micro_batches train.buckets train.save_every train.probe_prompts
+    train.micro_batches sft.micro_batches reward_model.micro_batches
+    train.buckets train.save_every train.probe_prompts
     train.probe_completions evaluate.policy_completions evaluate.at_once
     enumerable.prompts reward_model.order reward_model.min_count
     reward_model.partners reward_model.length reward_model.members
@@ -228,7 +229,7 @@ def test_every_setting_is_tried():
   """A new one has a rule, and bad values above; but for copies of sections."""
   copies = 'reward_model.data', 'reward_model.model', 'reward_model.prompt'
   tried = {path for path, _ in CASES}
-  wanted = {x for x in leaves(fields.FIELDS) if not x.startswith(copies)}
+  wanted = {x for x in leaves(defaults.RULES) if not x.startswith(copies)}
   assert wanted - tried == set()
   assert tried - wanted <= {'reward_model.model.name'}
 
@@ -247,10 +248,10 @@ def test_every_config_is_well_once_it_is_filled_in(name, argument):
       elif value is None:
         node[key] = 1 if rule and rule.allows(1) else 'x'
 
-  fields.check(config.to_dict(), fields.NEEDED, unset=True)
+  defaults.check(config.to_dict(), defaults.COMMON, unset=True)
   with config.unlocked():
-    fill(config, fields.FIELDS)
-  fields.check(config.to_dict(), fields.NEEDED)
+    fill(config, defaults.RULES)
+  defaults.check(config.to_dict(), defaults.COMMON)
 
 
 def test_the_toy_is_well():
@@ -277,7 +278,7 @@ def test_what_is_in_its_range_passes(path, values):
   for value in values:
     config = toy.get_config('nowhere')
     change(config, path, value)
-    fields.check(config.to_dict(), (*fields.NEEDED, *text_task.NEEDED))
+    defaults.check(config.to_dict(), (*defaults.COMMON, *defaults.TEXT_NEEDS))
 
 
 @pytest.mark.parametrize(
@@ -336,7 +337,7 @@ def test_what_is_missing_is_named(path):
 def test_a_section_that_no_task_needs_may_be_missing(name):
   config = toy.get_config('nowhere').to_dict()
   del config[name]
-  fields.check(config, fields.NEEDED)
+  defaults.check(config, defaults.COMMON)
 
 
 @pytest.mark.parametrize(
