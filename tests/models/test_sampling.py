@@ -131,6 +131,7 @@ def test_one_by_one_is_one_batch(draw, prompts, drawn):
     same(draw(take(prompts, [i])), take(drawn, [i]))
 
 
+@pytest.mark.long
 def test_left_padding_does_not_matter(draw, prompts, drawn):
   wider = ((0, 0), (3, 0))
   padded = prompts._replace(

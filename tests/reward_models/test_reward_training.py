@@ -441,6 +441,7 @@ def test_the_other_losses_learn_too(loss, tmp_path):
   assert toy.summary(workdir, 'reward')['accuracy'] > 0.9
 
 
+@pytest.mark.long
 def test_it_starts_from_the_sft_stage_and_takes_pairs(tmp_path):
   """On rows with chosen and rejected, with the run's own model."""
   for split in ('train', 'validation', 'test'):

@@ -159,6 +159,7 @@ def test_the_sampler_draws_from_the_law(task, law):
     assert ((count - expected) ** 2 / expected).sum() < 30
 
 
+@pytest.mark.long
 def test_the_kl_is_estimated_without_bias(task, law):
   """As evaluation does, of a policy and its reference whose laws are known."""
   config, mesh = language.get_config('jbond'), sharding.make_mesh(1, 1)

@@ -314,6 +314,7 @@ def test_a_stop_in_between_changes_no_bit(started, whole, tmp_path, exact):
   toy.same_end(stopped, whole(exact)[0], 'train', STEPS)
 
 
+@pytest.mark.long
 def test_the_base_is_what_sft_left(started):
   """In the computation's dtype; fresh adapters over it change no bit."""
   workdir, left = started
@@ -340,6 +341,7 @@ def test_the_base_is_what_sft_left(started):
   same(*jax.device_get(both(frozen, cast)))
 
 
+@pytest.mark.long
 def test_the_late_stages_leave_the_base_alone(started, whole):
   workdir, config, frozen = whole(False)
   same(jax.device_get(frozen.base), started[1])
@@ -358,6 +360,7 @@ def test_the_late_stages_leave_the_base_alone(started, whole):
   assert all(row['log_policy'] != row['log_reference'] for row in rows)
 
 
+@pytest.mark.long
 def test_a_saved_anchor_is_the_exact_average(whole):
   """Of all products so far, and from B = 0, hence 0, on."""
   workdir, config, _ = whole(True)

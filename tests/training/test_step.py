@@ -516,6 +516,7 @@ def start_learned(learned, frozen):
   return state._replace(aux={**state.aux, 'params': params})
 
 
+@pytest.mark.long
 def test_the_quantile_learns_by_its_cross_entropy(
   learned, learned_update, frozen, prompts, drawn
 ):

@@ -138,6 +138,7 @@ def test_every_layout_loads_into_its_shards(name, layout, tiny, tmp_path):
   assert {s.data.shape for s in parts} == {(half, features // 4)}
 
 
+@pytest.mark.long
 def test_other_meshes(saved):
   config, params, path = saved
   for data, model in ((8, 1), (2, 4), (4, 1)):  # the last on four of eight
@@ -324,6 +325,7 @@ def test_weights_of_another_size(saved):
   assert message.count('\n') == 11 and message.endswith('and 11 more')
 
 
+@pytest.mark.long
 def test_sizes_are_those_of_the_reports():
   """Parameters beside the embedding; of Gemma 3 in millions."""
   reports = {
