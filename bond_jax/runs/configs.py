@@ -57,7 +57,7 @@ def check_workdir(workdir: str, config: ml_collections.ConfigDict) -> bool:
   if not os.path.exists(path):
     return False
   check_version(workdir)
-  rows = differences(_saved(path), json.loads(config.to_json_best_effort()))
+  rows = differences(_saved(path), _plain(config))
   # How a run is evaluated may change: it does not change what was trained.
   if rows := [row for row in rows if not row.startswith('evaluate.')]:
     raise UserError(
@@ -74,7 +74,7 @@ def claim_workdir(workdir: str, config: ml_collections.ConfigDict) -> None:
   """
   workdir = paths.expanded(workdir)
   path = os.path.join(workdir, 'config.json')
-  settings = json.loads(config.to_json_best_effort())
+  settings = _plain(config)
   owned = check_workdir(workdir, config)
   if owned and _saved(path) == settings:
     return
@@ -144,7 +144,13 @@ def _saved(path: str, remedy: str = files._RESTORE) -> dict[str, Any]:
   raw = files.read_json(path, remedy)
   if isinstance(name := raw.get('task'), str):
     raw['task'] = _TASKS.get(name, name)
-  return defaults.filled(raw)
+  return json.loads(json.dumps(defaults.filled(raw)))
+
+
+def _plain(config: ml_collections.ConfigDict) -> dict[str, Any]:
+  """A config as its config.json would be read."""
+  settings = defaults.filled(json.loads(config.to_json_best_effort()))
+  return json.loads(json.dumps(settings))
 
 
 def _tuples(value: Any) -> Any:

@@ -270,7 +270,7 @@ def _defaults(tree: Mapping[str, Any]) -> dict[str, Any]:
 
 def filled(config: Mapping[str, Any]) -> dict[str, Any]:
   """A saved config with the defaults of settings that are newer than it."""
-  names = {*COMMON, *TASKS.get(str(config.get('task')), ())}
+  names = {*COMMON, *TASKS.get(str(config.get('task', 'text')), ())}
   tree = {k: v for k, v in TREE.items() if k in names or k in config}
   section = config.get('reward_model')
   kind = section.get('kind') if isinstance(section, Mapping) else ''

@@ -160,7 +160,7 @@ def test_the_config_of_a_run_is_that_of_another(call, tmp_path):
   for change, says in (
     (lambda c: c['train'].update(steps=0), 'train.steps is 0, expected'),
     (lambda c: c['train'].update(stepz=5), "has 'stepz', which nothing reads"),
-    (lambda c: c['train'].pop('batch'), "config.train has no 'batch'"),
+    (lambda c: c['train'].pop('steps'), "config.train has no 'steps'"),
   ):
     config = toy.get_config('nowhere').to_dict()
     change(config)
