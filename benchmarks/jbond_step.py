@@ -12,11 +12,11 @@ from bond_jax.algorithms import jbond
 from bond_jax.devices import sharding
 from bond_jax.models.stops import Stop
 from bond_jax.rewards import calling
+from bond_jax.runs import defaults
 from bond_jax.training import distil
 from bond_jax.training import optimizer as optimizer_lib
 from bond_jax.training import step as step_lib
 from bond_jax.types import Frozen, Prompts
-from configs import demo
 
 PARTS = ('rollout', 'weigh', 'update', 'move_anchor')
 
@@ -25,7 +25,8 @@ def make_setup(
   policy, length: int, micro_batches: int, chunk: int
 ) -> step_lib.Setup:
   # So small a rate that the policy stays what it is.
-  optimizer = demo.adam(1e-7, warmup_steps=0, decay_to=1.0)
+  optimizer = dict(defaults.make('text').train.optimizer)
+  optimizer.update(learning_rate=1e-7, decay_to=1.0)
   return step_lib.Setup(
     policy=policy,
     algorithm=jbond.make(

@@ -28,18 +28,18 @@ from bond_jax.devices import sharding
 from bond_jax.models.gemma import model as gemma
 from bond_jax.models.stops import Stop
 from bond_jax.rewards import calling
-from bond_jax.runs import environment, files, paths, show
+from bond_jax.runs import defaults, environment, files, paths, show
 from bond_jax.training import distil
 from bond_jax.training import optimizer as optimizer_lib
 from bond_jax.training import step as step_lib
 from bond_jax.types import Frozen, Prompts
-from configs import demo
 
 ROLLOUTS, ROUNDS, BATCH, K = 16, 3, 16, 16
 
 
 def make_setup() -> step_lib.Setup:
-  optimizer = demo.adam(3e-4, warmup_steps=0, decay_to=1.0)
+  optimizer = dict(defaults.make('text').train.optimizer)
+  optimizer.update(learning_rate=3e-4, decay_to=1.0)
   return step_lib.Setup(
     policy=gemma.make(
       gemma.CONFIGS['gemma3_tiny'],

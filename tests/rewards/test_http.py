@@ -19,7 +19,7 @@ import urllib3
 
 from bond_jax.errors import UserError
 from bond_jax.rewards import calling, http, make, serve, text
-from configs import demo
+from bond_jax.runs import defaults
 
 PROMPTS = ['naïve 0', 'one', 'two', 'three', 'four', 'five', 'six']
 COMPLETIONS = [[p[-1], p * 2] for p in PROMPTS]
@@ -438,7 +438,7 @@ def test_a_config_names_the_variable_alone(monkeypatch):
     well(handler, request)
 
   with serving(act) as url:
-    section = demo.reward(
+    section = defaults.reward(
       'bond_jax.rewards.http:scorer',
       url=url,
       headers={'Authorization': 'Bearer ${MY_KEY}'},

@@ -21,7 +21,7 @@ import toy
 
 from bond_jax.errors import UserError
 from bond_jax.rewards import calling, make
-from configs import demo
+from bond_jax.runs import defaults
 
 COMPLETIONS = [['a', 'bbb'], ['cc', '']]
 BATCH = ['p', 'q'], COMPLETIONS, toy.context(COMPLETIONS)
@@ -196,7 +196,7 @@ def test_a_time_out_of_the_reward_s_own_is_its_own():
 
 
 def test_a_section_s_rules_are_those_that_count():
-  section = demo.reward('test_make:slow') | {'timeout': 1.0}
+  section = defaults.reward('test_make:slow') | {'timeout': 1.0}
   gold = dict(function='test_make:ident', args={})  # has none
   config = ml_collections.ConfigDict(
     dict(reference='', reward=section, gold=gold)

@@ -6,8 +6,7 @@ import toy
 
 from bond_jax.errors import UserError
 from bond_jax.rewards import calling, make
-from bond_jax.runs import fields
-from configs import demo
+from bond_jax.runs import defaults, fields
 
 PROMPTS = ['two and two', 'one']
 COMPLETIONS = [['4', 'four'], ['1', '4']]
@@ -77,7 +76,7 @@ def test_none_counts_nothing():
 
 
 def test_the_function_is_named_among_the_code_that_a_config_runs():
-  section = demo.reward('bond_jax.rewards.trl:reward', function='mine:f')
+  section = defaults.reward('bond_jax.rewards.trl:reward', function='mine:f')
   assert 'mine:f' in fields.functions({'reward': section})
 
 

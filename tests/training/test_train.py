@@ -11,11 +11,10 @@ import toy
 
 from bond_jax.errors import UserError
 from bond_jax.rewards import calling
-from bond_jax.runs import checkpoint, command, configs
+from bond_jax.runs import checkpoint, command, configs, defaults
 from bond_jax.training import guard, text_task
 from bond_jax.training import step as step_lib
 from bond_jax.types import TrainState
-from configs import demo
 
 # The reward's call at step 5: the probe's reference, five steps, one save.
 CALL_OF_STEP_5 = 7
@@ -131,7 +130,7 @@ def test_a_bad_reward_is_one_line(
   (tmp_path / 'bad_rewards.py').write_text(BAD)
   monkeypatch.syspath_prepend(str(tmp_path))
   with config.unlocked():
-    config.reward = demo.reward('bad_rewards:reward', kind=kind)
+    config.reward = defaults.reward('bad_rewards:reward', kind=kind)
   toy.before('train', workdir, config)
   before = toy.listing(workdir)
   with pytest.raises(UserError, match=says) as e:
