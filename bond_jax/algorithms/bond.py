@@ -103,7 +103,7 @@ def make(
       reward += quantiles.second_term(own, theirs, n)
     return reward
 
-  return _distil(
+  return distil(
     quantile_reward,
     n=n,
     backward_weight=backward_weight,
@@ -115,7 +115,7 @@ def make(
   )
 
 
-def _distil(
+def distil(
   quantile_reward: Callable[[Scores], Array],
   *,
   n: int,
@@ -126,10 +126,20 @@ def _distil(
   learned: bool,
   anchor: AnchorRule,
 ) -> Algorithm:
-  """BOND for any (n - 1) r_BOND, a function from Scores to f32[B, M].
+  """BOND for any quantile reward: equation (11), given (n - 1) r_BOND.
 
-  Rows: the policy's M, then the best of the anchor's first n, unless b = 1.
-  The reward is in nats, and without gradient. A ValueError as in `make`.
+  Args:
+    quantile_reward: Scores -> (n - 1) r_BOND, f32[B, M], nats, no gradient.
+    n: of Best-of-n, 2 or more.
+    backward_weight: b, in [0, 1].
+    drift_weight: g, 0 or more.
+    num_policy: M, completions of the policy.
+    num_anchor: completions of the anchor.
+    learned: whether the reward is `Scores.log_quantile`.
+    anchor: how it follows the policy.
+
+  The rows are the policy's M, then the best of the anchor's first n, unless
+  b = 1. A ValueError as in `make`.
   """
   if n < 2:
     raise ValueError(f'n must be 2 or more, got {n}')

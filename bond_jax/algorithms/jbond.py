@@ -26,7 +26,8 @@ Best-of-k, the floor -2^k log 2, and R the Best-of-k signal
 from __future__ import annotations
 
 from bond_jax.algorithms import bond
-from bond_jax.types import Algorithm
+from bond_jax.algorithms.parts import anchors, quantiles
+from bond_jax.types import Algorithm, Array, Scores
 
 
 def make(
@@ -48,14 +49,18 @@ def make(
   """
   if num_anchor < 2:
     raise ValueError(f'num_anchor must be 2 or more, got {num_anchor}')
-  return bond.make(
+
+  def quantile_reward(scores: Scores) -> Array:  # (17), times k - 1
+    own, anchor = scores.reward[:, :1], scores.reward[:, 1:]
+    return (num_anchor - 1) * quantiles.floor(own, anchor)
+
+  return bond.distil(
+    quantile_reward,
     n=num_anchor,
     backward_weight=backward_weight,
     drift_weight=drift_weight,
     num_policy=1,
-    quantile='floor',
-    num_quantile=num_anchor,
-    zero='half',  # which the floor does not look at
-    second_term=False,
-    anchor=f'ema:{anchor_rate}',
+    num_anchor=num_anchor,
+    learned=False,
+    anchor=anchors.ema(anchor_rate),
   )

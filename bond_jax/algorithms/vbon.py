@@ -24,7 +24,8 @@ group that is all tied has no signal, log F = 0.
 from __future__ import annotations
 
 from bond_jax.algorithms import bond
-from bond_jax.types import Algorithm
+from bond_jax.algorithms.parts import anchors, quantiles
+from bond_jax.types import Algorithm, Array, Scores
 
 
 def make(*, n: int, num_quantile: int) -> Algorithm:
@@ -36,14 +37,21 @@ def make(*, n: int, num_quantile: int) -> Algorithm:
 
   A ValueError unless n >= 2 and num_quantile >= 1.
   """
-  return bond.make(
+  if num_quantile < 1:
+    raise ValueError(f'num_quantile must be 1 or more, got {num_quantile}')
+
+  def quantile_reward(scores: Scores) -> Array:
+    own, reference = scores.reward[:, :1], scores.reward[:, 1:]
+    log_f = quantiles.monte_carlo(own, reference, zero='smooth')
+    return (n - 1) * log_f
+
+  return bond.distil(
+    quantile_reward,
     n=n,
     backward_weight=1.0,
     drift_weight=0.0,
     num_policy=1,
-    quantile='monte_carlo',
-    num_quantile=num_quantile,
-    zero='smooth',
-    second_term=False,
-    anchor='fixed',
+    num_anchor=num_quantile,
+    learned=False,
+    anchor=anchors.fixed(),
   )
