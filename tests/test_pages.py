@@ -309,3 +309,15 @@ def test_settings_in_the_text_exist():
       if not (files or above or key in nodes or OPEN.fullmatch(key)):
         missing.append(f'{name}: {key}')
   assert not missing
+
+
+def test_the_walk_leads_through_code_that_is_there():
+  """Each hop of walk.md is a file and a name in it; 25 at most."""
+  text = pages()['docs/walk.md']
+  hops = re.findall(r'^ *\d+\. .*', text, re.M)
+  assert len(hops) <= 25
+  places = re.findall(r'`(bond_jax/[\w/]+\.py):(\w+)`', text)
+  assert len(places) == len(hops) - 1  # the first is the command itself
+  for path, name in places:
+    body = ast.parse(pathlib.Path(toy.ROOT, path).read_text()).body
+    assert name in {getattr(node, 'name', '') for node in body}, (path, name)

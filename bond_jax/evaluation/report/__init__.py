@@ -1,5 +1,5 @@
 """The page and the figures of an evaluation.
 
-page.py fills the template page.html; cautions.py has the warnings. Start at
-page.py.
+page.py fills the template page.html; cautions.py has the warnings.
+Start at page.py.
 """
