@@ -10,7 +10,7 @@ axis. All become the tree of models/gemma by way of nested names,
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 import contextlib
 import functools
 import json
@@ -138,6 +138,7 @@ def _load_official(
     if match:
       layers = range(int(match[1]), store.shape[0] * period, period)
       places = {f'layer_{j}/{match[2]}': g for g, j in enumerate(layers)}
+    _check_once(path, places.keys() & where.keys())
     where |= {name: (key, g) for name, g in places.items()}
   found = {
     name: stores[key].shape[0 if g is None else 1 :]
@@ -174,7 +175,13 @@ def _open(path: str) -> dict[str, ts.TensorStore]:
   """
   folder = epath.Path(path)
   has = lambda folder: _check_access(folder, (folder / _MARKER).exists)
-  if not has(folder) and has(folder / 'default'):  # of a training run
+  inside = has(folder / 'default')  # of a training run
+  if has(folder) and inside:
+    raise UserError(
+      f'{path} has {_MARKER}, and so has the folder default in it: two'
+      f' checkpoints; name {path}/default, or a folder without it.'
+    )
+  if inside:
     folder /= 'default'
   elif not has(folder):
     names = [] if '://' in path else sorted(os.listdir(path))
@@ -215,12 +222,22 @@ def _open(path: str) -> dict[str, ts.TensorStore]:
     )
     name = _nested_name('/'.join(key))
     if not _MEDIA.match(name):
+      _check_once(path, {name} & opening.keys())
       opening[name] = ts.open(spec, open=True, context=context)
   stores = {}
   for name, future in opening.items():
     with _damage(path, name):
       stores[name] = future.result()
   return stores
+
+
+def _check_once(path: str, names: Collection[str]) -> None:
+  """Refuses an array that a checkpoint holds in two layouts, or twice."""
+  if names:
+    raise UserError(
+      f'{path} holds {min(names)} twice, in two layouts or under two prefixes;'
+      ' save it again with one of them.'
+    )
 
 
 def _nested_name(key: str) -> str:
@@ -272,9 +289,11 @@ def _is_hugging_face(path: str) -> bool:
   found = [
     n for n in os.listdir(path) if n == 'config.json' or '.safetensors' in n
   ]
-  if found and os.path.exists(os.path.join(path, _MARKER)):
+  inside = [_MARKER, f'default/{_MARKER}']
+  inside = [n for n in inside if os.path.exists(os.path.join(path, n))]
+  if found and inside:
     raise UserError(
-      f'{path} has {found[0]} (Hugging Face) and {_MARKER} (Orbax): two'
+      f'{path} has {found[0]} (Hugging Face) and {inside[0]} (Orbax): two'
       ' checkpoints in one folder; name a folder that holds one of them.'
     )
   return bool(found)

@@ -236,6 +236,11 @@ def test_keys_that_say_the_same_thing(name, images):
     ('gemma3_text', dict(rope_scaling=dict(rope_type='linear')), 'factor None'),
     ('gemma3_text', dict(rope_theta=None), 'rope_theta is None'),
     ('gemma3_text', dict(rope_local_base_freq=None), 'rope_theta is None'),
+    (
+      'gemma3_text',
+      dict(rope_parameters=table(5e5), rope_scaling=LINEAR),
+      'cannot read these rope_parameters .rope_theta',
+    ),
     ('gemma2', dict(rope_parameters={FULL: table(5e5)}), 'positions has full'),
     ('gemma', dict(rope_parameters={FULL: table(5e5)}), 'positions has full'),
     ('gemma2', dict(rope_scaling=LINEAR), 'positions of sliding layers by 8'),

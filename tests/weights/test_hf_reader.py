@@ -255,11 +255,30 @@ def twice(folder):
   save_file({**load_file(last), **nines}, last)
 
 
+def second(folder):
+  """Another text model, under the names that it has beside an encoder."""
+  tensors = load_file(folder / reader.SINGLE)
+  prefix = 'language_model.model.'
+  add(
+    folder,
+    **{prefix + k.removeprefix('model.'): 0 * x for k, x in tensors.items()},
+  )
+
+
 RIVALS = {
   'an adapter': (
     lambda f: (f / 'adapter_config.json').write_text('{}'),
     'has adapter_config.json, .* model.lora.weights',
   ),
+  'a distributed save': (
+    lambda f: (f / 'shard-00001-model-00001-of-00001.safetensors').touch(),
+    'has shard-00001-model-00001',
+  ),
+  'a file by name': (
+    lambda f: change(f, transformers_weights='other.safetensors'),
+    'has transformers_weights in its config.json',
+  ),
+  'two models': (second, 'holds two models, model.embed_tokens.weight and'),
   'two heads': (
     lambda f: add(f, **{
       'lm_head.weight': tensors_of(f)['model.embed_tokens.weight'],

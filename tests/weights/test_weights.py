@@ -296,12 +296,31 @@ def test_the_folder_above_the_checkpoint(saved):
 
 def test_a_folder_with_two_checkpoints(saved):
   """Which one is meant nobody can tell."""
-  config, _, path = saved
+  config, params, path = saved
+  weights.save_official(params, config, f'{path}/default')
+  assert '\n' not in refused(path, config, path, 'two checkpoints', 'default')
+  same(load(f'{path}/default', config), params)
+  shutil.rmtree(f'{path}/default')
   for name in ('config.json', 'model-00001-of-00002.safetensors'):
     pathlib.Path(path, name).touch()
     message = refused(path, config, name, '(Orbax)', 'two checkpoints')
     assert '\n' not in message
+    os.makedirs(f'{path}3')
+    os.rename(path, f'{path}3/default')  # as a training run leaves it
+    pathlib.Path(f'{path}3', name).touch()
+    refused(f'{path}3', config, name, 'default/_METADATA (Orbax)')
+    os.rename(f'{path}3/default', path)
+    shutil.rmtree(f'{path}3')
     os.remove(os.path.join(path, name))
+
+
+@pytest.mark.parametrize('other', ['nested', 'stacked'])
+def test_an_array_in_two_layouts(tiny, tmp_path, other):
+  config, params = tiny('gemma3')
+  tree = official(config, params, 'flat')
+  more = official(config, jax.tree.map(jnp.zeros_like, params), other)
+  path = write({**more, **tree}, tmp_path / 'it')
+  assert '\n' not in refused(path, config, path, 'twice')
 
 
 def test_releases_have_addresses(tiny):

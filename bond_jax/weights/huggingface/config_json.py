@@ -245,6 +245,11 @@ def _ropes(
   """
   new, old = raw.get('rope_parameters') or {}, raw.get('rope_scaling') or {}
   if family == 'gemma3_text':
+    if old and new and not new.get('full_attention'):
+      raise UserError(
+        f'{path}/config.json: transformers cannot read these rope_parameters'
+        f' ({", ".join(new)}) with rope_scaling; download it again.'
+      )
     full = {'rope_type': 'default', **(new.get('full_attention') or {}), **old}
     sliding = new.get('sliding_attention') or {}
     local = raw.get('rope_local_base_freq', 10_000.0)

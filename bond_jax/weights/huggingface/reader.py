@@ -32,6 +32,9 @@ TOKENIZER_FILES = (
   'chat_template.json',
 )  # fmt: skip
 
+# With one of these in a folder transformers computes another model: it adds an
+# adapter, and reads the files of a distributed save first.
+_RIVALS = re.compile(r'adapter_config\.json|shard-\d{5}-model-.*\.safetensors')
 _REPOSITORY = re.compile(r'([\w.-]+/[\w.-]+)@([0-9a-f]{40})')
 _SHARD = re.compile(r'[\w-][\w.-]*\.safetensors')  # beside its index
 _DTYPES = ('F32', 'F16', 'BF16')
@@ -62,6 +65,7 @@ def load(path: str, config: gemma.Config, like: Params) -> Params:
   folder = resolve(path)
   raw = read_config(folder)
   _check_sizes(folder, config_json.from_json(raw, folder), config)
+  _check_rivals(folder, raw)
   tensors = _open(folder)
   prefix = _prefix(folder, tensors)
   _check_tensors(folder, tensors, prefix, config)
@@ -145,18 +149,25 @@ def _check_sizes(
     )
 
 
+def _check_rivals(folder: str, raw: dict[str, Any]) -> None:
+  """Refuses a folder that is another model to transformers than to us."""
+  found = sorted(filter(_RIVALS.fullmatch, os.listdir(folder)))
+  if raw.get('transformers_weights') is not None:
+    found.append('transformers_weights in its config.json')
+  if found:
+    raise UserError(
+      f'{folder} has {found[0]}, with which transformers computes another model'
+      f' than {SINGLE} is; keep one of the two there (an adapter can be merged'
+      ' with peft, or be named as model.lora.weights in a folder of its own).'
+    )
+
+
 def _open(folder: str) -> dict[str, Tensor]:
   """Every tensor of a folder by its name; reads the headers of all files.
 
   An index counts only where there is no single file, as in transformers: its
   save_pretrained leaves the index of an earlier save where it is.
   """
-  if os.path.exists(os.path.join(folder, 'adapter_config.json')):
-    raise UserError(
-      f'{folder} has adapter_config.json, and transformers adds that adapter to'
-      ' the model; merge it with peft, or name it as model.lora.weights in a'
-      ' folder of its own.'
-    )
   single = os.path.join(folder, SINGLE)
   if os.path.exists(single):
     return headers(single)
@@ -191,9 +202,14 @@ def headers(path: str) -> dict[str, Tensor]:
 
 
 def _prefix(folder: str, tensors: dict[str, Tensor]) -> str:
-  for prefix in layout.PREFIXES:
-    if f'{prefix}embed_tokens.weight' in tensors:
-      return prefix
+  tables = [f'{prefix}embed_tokens.weight' for prefix in layout.PREFIXES]
+  found = [name for name in tables if name in tensors]
+  if len(found) == 1:
+    return found[0].removesuffix('embed_tokens.weight')
+  if found:
+    raise UserError(
+      f'{folder} holds two models, {" and ".join(found)}; keep one of them.'
+    )
   raise UserError(
     f'{folder} has no tensor embed_tokens.weight under'
     f' {" or ".join(layout.PREFIXES)}; it has'
