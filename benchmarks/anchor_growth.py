@@ -31,7 +31,8 @@ from bond_jax.devices import sharding
 from bond_jax.evaluation import plotting
 from bond_jax.measures import exact
 from bond_jax.runs import environment, files, log, paths, show, stages
-from bond_jax.training import checks, distil, enumerable
+from bond_jax.training import checks, distil
+from bond_jax.training.tasks import enumerable
 from configs import enumerable as config_file
 
 RATE, MOVES = 0.1, 24

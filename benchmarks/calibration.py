@@ -31,15 +31,9 @@ from bond_jax.evaluation import completions
 from bond_jax.measures import aggregate
 from bond_jax.models import policies, stops
 from bond_jax.rewards import make
-from bond_jax.runs import (
-  configs,
-  environment,
-  files,
-  log,
-  paths,
-  show,
-)
-from bond_jax.training import text_task
+from bond_jax.runs import environment, files, log, paths, show
+from bond_jax.runs.settings import configs
+from bond_jax.training.tasks import text_task
 from bond_jax.weights import load
 
 _RUN = paths.flag('run', 'runs/demo', 'Finished, of configs/demo.py.')

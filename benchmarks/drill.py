@@ -32,14 +32,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from bond_jax.errors import UserError
-from bond_jax.runs import (
-  checkpoint,
-  checksums,
-  files,
-  log,
-  paths,
-  show,
-)
+from bond_jax.runs import files, log, paths, show
+from bond_jax.runs.checkpoints import checkpoint, checksums
 
 _OUT = paths.flag('out', None, 'Of the runs.', required=True)
 _KILLS = flags.DEFINE_integer('kills', 200, 'Of all runs together.')

@@ -10,7 +10,7 @@ from bond_jax.algorithms.parts import anchors
 from bond_jax.devices import sharding
 from bond_jax.measures import exact
 from bond_jax.runs import stages
-from bond_jax.training import enumerable
+from bond_jax.training.tasks import enumerable
 
 
 def descend(config, **args):

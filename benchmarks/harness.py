@@ -19,7 +19,8 @@ from typing import Any
 from absl import flags
 
 from bond_jax.errors import UserError
-from bond_jax.runs import command, configs, files, paths, show
+from bond_jax.runs import command, files, paths, show
+from bond_jax.runs.settings import configs
 
 # Shots, as the first Open LLM Leaderboard had them; other tasks say their own.
 SHOTS = {'gsm8k': 5, 'hellaswag': 10, 'mmlu': 5}

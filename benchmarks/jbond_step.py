@@ -12,7 +12,7 @@ from bond_jax.algorithms import jbond
 from bond_jax.devices import sharding
 from bond_jax.models.stops import Stop
 from bond_jax.rewards import calling
-from bond_jax.runs import defaults
+from bond_jax.runs.settings import defaults
 from bond_jax.training import distil
 from bond_jax.training import optimizer as optimizer_lib
 from bond_jax.training import step as step_lib

@@ -20,7 +20,7 @@ from benchmarks import exact_gradients
 from bond_jax.devices import sharding
 from bond_jax.measures import tables
 from bond_jax.runs import environment, show, stages
-from bond_jax.training import enumerable
+from bond_jax.training.tasks import enumerable
 from configs import enumerable as config_file
 
 ESTIMATES = {

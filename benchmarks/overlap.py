@@ -28,7 +28,8 @@ from bond_jax.devices import sharding
 from bond_jax.models.gemma import model as gemma
 from bond_jax.models.stops import Stop
 from bond_jax.rewards import calling
-from bond_jax.runs import defaults, environment, files, paths, show
+from bond_jax.runs import environment, files, paths, show
+from bond_jax.runs.settings import defaults
 from bond_jax.training import distil
 from bond_jax.training import optimizer as optimizer_lib
 from bond_jax.training import step as step_lib

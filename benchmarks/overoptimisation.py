@@ -24,7 +24,8 @@ import numpy as np
 from benchmarks import compare
 from bond_jax.evaluation import plotting
 from bond_jax.measures import aggregate, curves
-from bond_jax.runs import configs, files, log, paths
+from bond_jax.runs import files, log, paths
+from bond_jax.runs.settings import configs
 from configs import demo_learned_reward, overoptimisation
 
 LABELS = {

@@ -5,12 +5,12 @@ r"""The demo: J-BOND of a tiny Gemma 3 on movie-review sentences.
 Another algorithm on the same task is another argument,
 `--config=configs/demo.py:algorithm=rloo`. Hardware: any laptop; two CPU cores
 take about five minutes. A real run differs in sizes alone. Settings that are
-not here have the value that bond_jax/runs/defaults.py gives them.
+not here have the value that bond_jax/runs/settings/defaults.py gives them.
 """
 
 import ml_collections
 
-from bond_jax.runs import defaults
+from bond_jax.runs.settings import defaults
 
 # Steps, batch, learning rate and arguments of each. All draw 92,160
 # completions: steps x batch x completions per prompt.

@@ -13,7 +13,7 @@ minutes of one CPU core.
 
 import ml_collections
 
-from bond_jax.runs import defaults
+from bond_jax.runs.settings import defaults
 from configs import demo
 
 

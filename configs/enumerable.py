@@ -9,7 +9,7 @@ size: 8 prompts, completions of at most 3 tokens out of 8, 400 in all.
 
 import ml_collections
 
-from bond_jax.runs import defaults
+from bond_jax.runs.settings import defaults
 
 ALGORITHMS = dict(
   jbond=dict(

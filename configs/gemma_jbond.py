@@ -17,7 +17,7 @@ prompts nor reward model nor the number of steps, so these have no default:
 import ml_collections
 from ml_collections import config_dict
 
-from bond_jax.runs import defaults
+from bond_jax.runs.settings import defaults
 
 
 def unset():

@@ -10,7 +10,7 @@ in data/ as a TFDS builder; see docs/data.md. Hardware, estimated and not yet
 tried: a host with 8 TPU v5e chips.
 """
 
-from bond_jax.runs import defaults
+from bond_jax.runs.settings import defaults
 from configs import xsum_bond
 
 

@@ -1,4 +1,4 @@
-"""Puts the types and defaults of runs/defaults.py into docs/config.md.
+"""Puts the types and defaults of runs/settings/defaults.py into docs/config.md.
 
 A row is | key | type | default | meaning | when to change it |.
 """
@@ -6,7 +6,7 @@ A row is | key | type | default | meaning | when to change it |.
 import os
 import re
 
-from bond_jax.runs import defaults
+from bond_jax.runs.settings import defaults
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 PATH = os.path.join(ROOT, 'docs', 'config.md')

@@ -40,7 +40,8 @@ from bond_jax.data import (
 from bond_jax.devices import sharding
 from bond_jax.evaluation import evaluate, history, sweep
 from bond_jax.rewards import calling, http, judge, ridge, serve
-from bond_jax.runs import command, configs, log
+from bond_jax.runs import command, log
+from bond_jax.runs.settings import configs
 from bond_jax.training import checks
 from bond_jax.weights import official
 from bond_jax.weights.huggingface import adapter as hf_adapter

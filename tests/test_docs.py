@@ -14,7 +14,7 @@ import pytest
 import toy
 
 from bond_jax.rewards import calling, make, serve
-from bond_jax.runs import defaults
+from bond_jax.runs.settings import defaults
 
 PAGE = os.path.join(toy.ROOT, 'docs', 'adding_an_algorithm.md')
 FILES = ('bond_jax', 'configs', 'tests', 'pyproject.toml')

@@ -26,6 +26,8 @@ ORDER = [
     'algorithms', 'measures', 'devices', 'models', 'runs', 'data', 'weights',
     'rewards', 'training', 'reward_models', 'evaluation', 'sizing',
 ]  # fmt: skip
+# Their parameters are the settings that users give.
+FACTORIES = {'make', 'adam', 'scalar_head', 'classifier'}
 # Must run where only jax, flax, optax and orbax are installed.
 CORE = {'training.step', 'training.micro_batches', 'training.step_metrics',
         'training.optimizer', 'devices.sharding'} | NOUNS  # fmt: skip
@@ -141,6 +143,11 @@ def test_files_and_functions_stay_short():
       if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
         length = node.end_lineno - node.lineno + 1
         assert length <= 80, (node.name, length)
+        count = len(node.args.args) + len(node.args.kwonlyargs)
+        assert count <= 8 or node.name in FACTORIES, (path, node.name, count)
+  folders = [PACKAGE, *(p for p in PACKAGE.rglob('*') if p.is_dir())]
+  for folder in folders:
+    assert len(list(folder.glob('*.py'))) <= 14, folder
 
 
 @pytest.mark.parametrize('name', COMMANDS)

@@ -25,7 +25,8 @@ from bond_jax.data import movie_reviews, tokenizer
 from bond_jax.devices import hosts
 from bond_jax.errors import UserError
 from bond_jax.rewards import calling, http, make, ridge, serve
-from bond_jax.runs import command, configs
+from bond_jax.runs import command
+from bond_jax.runs.settings import configs
 from bond_jax.weights.huggingface import reader
 
 PACKAGE = pathlib.Path(toy.ROOT, 'bond_jax')

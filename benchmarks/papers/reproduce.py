@@ -27,16 +27,10 @@ from bond_jax.devices import hosts, sharding
 from bond_jax.errors import UserError
 from bond_jax.evaluation import plotting
 from bond_jax.measures import exact, tables
-from bond_jax.runs import (
-  command,
-  environment,
-  fields,
-  files,
-  log,
-  show,
-  stages,
-)
-from bond_jax.training import checks, distil, enumerable, setups
+from bond_jax.runs import command, environment, files, log, show, stages
+from bond_jax.runs.settings import fields
+from bond_jax.training import checks, distil, setups
+from bond_jax.training.tasks import enumerable
 
 LABELS = {
   'step': 'step',

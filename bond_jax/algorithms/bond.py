@@ -126,20 +126,11 @@ def distil(
   learned: bool,
   anchor: AnchorRule,
 ) -> Algorithm:
-  """BOND for any quantile reward: equation (11), given (n - 1) r_BOND.
+  """BOND for any (n - 1) r_BOND, a function from Scores to f32[B, M] in nats.
 
-  Args:
-    quantile_reward: Scores -> (n - 1) r_BOND, f32[B, M], nats, no gradient.
-    n: of Best-of-n, 2 or more.
-    backward_weight: b, in [0, 1].
-    drift_weight: g, 0 or more.
-    num_policy: M, completions of the policy.
-    num_anchor: completions of the anchor.
-    learned: whether the reward is `Scores.log_quantile`.
-    anchor: how it follows the policy.
-
-  The rows are the policy's M, then the best of the anchor's first n, unless
-  b = 1. A ValueError as in `make`.
+  Rows: the policy's, then the best of the anchor's first n, unless b = 1. Where
+  it is `learned` the reward reads `Scores.log_quantile`. A ValueError as in
+  `make`.
   """
   if n < 2:
     raise ValueError(f'n must be 2 or more, got {n}')

@@ -18,10 +18,8 @@ import ml_collections
 
 from bond_jax.data import conversations, readers
 from bond_jax.errors import BadRow, UserError
-from bond_jax.runs import (
-  fields,
-  paths,
-)
+from bond_jax.runs import paths
+from bond_jax.runs.settings import fields
 
 Row = conversations.Row
 Source = Sequence[Row]  # random access

@@ -21,7 +21,6 @@ from bond_jax.models import policies, stops
 from bond_jax.rewards import calling, make
 from bond_jax.runs import (
   command,
-  configs,
   environment,
   fingerprints,
   log,
@@ -30,7 +29,9 @@ from bond_jax.runs import (
   show,
   stages,
 )
-from bond_jax.training import checks, text_task
+from bond_jax.runs.settings import configs
+from bond_jax.training import checks
+from bond_jax.training.tasks import text_task
 from bond_jax.weights import load
 
 

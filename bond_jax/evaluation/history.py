@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from bond_jax.errors import UserError
-from bond_jax.runs import configs, files, log
+from bond_jax.runs import files, log
+from bond_jax.runs.settings import configs
 
 Rows = list[dict[str, Any]]
 

@@ -16,8 +16,9 @@ from bond_jax.devices import sharding
 from bond_jax.errors import UserError
 from bond_jax.models import lora, policies, sampling, stops
 from bond_jax.rewards import make
-from bond_jax.runs import command, configs, defaults, environment
-from bond_jax.training import text_task
+from bond_jax.runs import command, environment
+from bond_jax.runs.settings import configs, defaults
+from bond_jax.training.tasks import text_task
 from bond_jax.types import Prompts
 from bond_jax.weights import load
 

@@ -13,7 +13,8 @@ from bond_jax.data import preferences, sources
 from bond_jax.devices import hosts
 from bond_jax.reward_models import report as reward_report
 from bond_jax.reward_models import train
-from bond_jax.runs import configs, defaults, show, stages
+from bond_jax.runs import show, stages
+from bond_jax.runs.settings import configs, defaults
 from bond_jax.training import checks
 
 

@@ -24,15 +24,9 @@ from bond_jax.models import policies, scalar_head
 from bond_jax.reward_models import losses as preference_losses
 from bond_jax.reward_models import report
 from bond_jax.rewards import gemma as reward_lib
-from bond_jax.runs import (
-  configs,
-  files,
-  log,
-  provenance,
-  saving,
-  stages,
-  stopping,
-)
+from bond_jax.runs import files, log, provenance, stages, stopping
+from bond_jax.runs.checkpoints import saving
+from bond_jax.runs.settings import configs
 from bond_jax.training import guard as guard_lib
 from bond_jax.training import loop, supervised
 from bond_jax.training import optimizer as optimizer_lib

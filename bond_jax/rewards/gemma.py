@@ -25,7 +25,7 @@ from bond_jax.models import library
 from bond_jax.models import scalar_head as head_lib
 from bond_jax.models.gemma import model as gemma
 from bond_jax.rewards.text import judged
-from bond_jax.runs import checkpoint
+from bond_jax.runs.checkpoints import checkpoint
 from bond_jax.types import Params, Policy, RewardFn
 
 _SHORTEST = 16  # pieces to which texts are padded at least

@@ -16,7 +16,8 @@ import ml_collections
 
 from bond_jax.errors import one_line, UserError
 from bond_jax.rewards import answers, calling
-from bond_jax.runs import configs, fields, paths
+from bond_jax.runs import paths
+from bond_jax.runs.settings import configs, fields
 from bond_jax.types import PreferenceFn, RewardFn
 
 _CALLED = 'prompts', 'completions', 'context'

@@ -22,7 +22,8 @@ import numpy as np
 from bond_jax.errors import UserError
 from bond_jax.rewards import calling
 from bond_jax.rewards import make as make_lib
-from bond_jax.runs import command, fields
+from bond_jax.runs import command
+from bond_jax.runs.settings import fields
 from bond_jax.types import Context, PreferenceFn, RewardFn
 
 MOST = 64 * 2**20  # bytes of a request

@@ -14,7 +14,8 @@ from ml_collections.config_flags.config_flags import ConfigFileFlagParser
 
 from bond_jax.devices import hosts
 from bond_jax.errors import one_line, Stopped, UserError
-from bond_jax.runs import configs, fields, paths
+from bond_jax.runs import paths
+from bond_jax.runs.settings import configs, fields
 
 
 def checkpoint_flag() -> flags.Flag:

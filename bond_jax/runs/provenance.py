@@ -15,7 +15,8 @@ import ml_collections
 
 import bond_jax
 from bond_jax.devices import hosts
-from bond_jax.runs import configs, environment, fingerprints
+from bond_jax.runs import environment, fingerprints
+from bond_jax.runs.settings import configs
 
 # Stage -> the splits that it reads, and the parts of the run it starts from.
 _READS = {

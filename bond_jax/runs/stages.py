@@ -15,17 +15,16 @@ import bond_jax
 from bond_jax.devices import hosts
 from bond_jax.errors import UserError
 from bond_jax.runs import (
-  configs,
-  defaults,
   environment,
   files,
   fingerprints,
   lock,
   paths,
-  saving,
   show,
   stopping,
 )
+from bond_jax.runs.checkpoints import saving
+from bond_jax.runs.settings import configs, defaults
 
 
 class Run(NamedTuple):

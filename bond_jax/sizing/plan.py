@@ -16,7 +16,8 @@ import ml_collections
 from bond_jax.devices import sharding
 from bond_jax.errors import UserError
 from bond_jax.models import policies
-from bond_jax.runs import command, defaults, environment, files, show
+from bond_jax.runs import command, environment, files, show
+from bond_jax.runs.settings import defaults
 from bond_jax.sizing import chips, hlo, operations, programs
 from bond_jax.training import setups
 from bond_jax.training import step as step_lib

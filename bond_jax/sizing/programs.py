@@ -15,8 +15,9 @@ import ml_collections
 from bond_jax.devices import sharding
 from bond_jax.models import policies, stops
 from bond_jax.sizing import hlo
-from bond_jax.training import distil, setups, text_task
+from bond_jax.training import distil, setups
 from bond_jax.training import step as step_lib
+from bond_jax.training.tasks import text_task
 from bond_jax.types import Frozen, Params, Prompts, Rollout
 
 

@@ -12,11 +12,8 @@ from bond_jax.data import sources
 from bond_jax.devices import sharding
 from bond_jax.errors import UserError
 from bond_jax.models import policies
-from bond_jax.runs import (
-  configs,
-  defaults,
-  stages,
-)
+from bond_jax.runs import stages
+from bond_jax.runs.settings import configs, defaults
 from bond_jax.training import setups
 
 

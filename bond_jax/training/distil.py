@@ -20,16 +20,9 @@ import numpy as np
 
 from bond_jax.devices import hosts, sharding, shares
 from bond_jax.rewards import calling
-from bond_jax.runs import (
-  command,
-  configs,
-  log,
-  progress,
-  provenance,
-  saving,
-  stages,
-  stopping,
-)
+from bond_jax.runs import command, log, progress, provenance, stages, stopping
+from bond_jax.runs.checkpoints import saving
+from bond_jax.runs.settings import configs
 from bond_jax.training import checks, costs, loop, setups, watch
 from bond_jax.training import guard as guard_lib
 from bond_jax.training import step as step_lib

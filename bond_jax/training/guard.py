@@ -18,7 +18,7 @@ import numpy as np
 from bond_jax.devices import hosts, shares
 from bond_jax.errors import UserError
 from bond_jax.runs import log
-from bond_jax.runs.checkpoint import not_finite
+from bond_jax.runs.checkpoints.checkpoint import not_finite
 from bond_jax.training import step as step_lib
 from bond_jax.training import watch
 from bond_jax.types import Frozen, TrainState

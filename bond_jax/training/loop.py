@@ -12,7 +12,8 @@ import os
 from typing import Any, NamedTuple
 
 from bond_jax.devices import hosts
-from bond_jax.runs import log, saving, stopping
+from bond_jax.runs import log, stopping
+from bond_jax.runs.checkpoints import saving
 from bond_jax.training import guard as guard_lib
 from bond_jax.types import TrainState
 

@@ -11,12 +11,10 @@ from bond_jax import algorithms
 from bond_jax.devices import sharding
 from bond_jax.errors import UserError
 from bond_jax.models import policies
-from bond_jax.runs import (
-  fields,
-)
-from bond_jax.training import enumerable, text_task
+from bond_jax.runs.settings import fields
 from bond_jax.training import optimizer as optimizer_lib
 from bond_jax.training import step as step_lib
+from bond_jax.training.tasks import enumerable, text_task
 from bond_jax.types import (
   Policy,
 )

@@ -16,10 +16,13 @@ from bond_jax.data import tokenizer as tokenizer_lib
 from bond_jax.devices import hosts, sharding
 from bond_jax.models import policies
 from bond_jax.models.log_probs import log_probs
-from bond_jax.runs import configs, log, provenance, saving, stages, stopping
-from bond_jax.training import checks, loop, supervised, text_task
+from bond_jax.runs import log, provenance, stages, stopping
+from bond_jax.runs.checkpoints import saving
+from bond_jax.runs.settings import configs
+from bond_jax.training import checks, loop, supervised
 from bond_jax.training import guard as guard_lib
 from bond_jax.training import optimizer as optimizer_lib
+from bond_jax.training.tasks import text_task
 from bond_jax.types import Policy, TrainState
 from bond_jax.weights import load
 

@@ -13,14 +13,8 @@ import ml_collections
 from bond_jax.devices import sharding
 from bond_jax.errors import UserError
 from bond_jax.models import lora, policies
-from bond_jax.runs import (
-  command,
-  configs,
-  environment,
-  files,
-  paths,
-  show,
-)
+from bond_jax.runs import command, environment, files, paths, show
+from bond_jax.runs.settings import configs
 from bond_jax.weights import load, official
 from bond_jax.weights.huggingface import adapter, reader, writer
 

@@ -14,7 +14,9 @@ from bond_jax.data import tokenizer as tokenizer_lib
 from bond_jax.devices import sharding
 from bond_jax.errors import UserError
 from bond_jax.models import policies
-from bond_jax.runs import checkpoint, configs, files, provenance
+from bond_jax.runs import files, provenance
+from bond_jax.runs.checkpoints import checkpoint
+from bond_jax.runs.settings import configs
 from bond_jax.types import Frozen, Params, Policy
 from bond_jax.weights import official
 from bond_jax.weights.huggingface import adapter

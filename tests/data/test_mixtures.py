@@ -12,7 +12,7 @@ import toy
 
 from bond_jax.data import examples, sources
 from bond_jax.errors import UserError
-from bond_jax.training import text_task
+from bond_jax.training.tasks import text_task
 
 # Of each source: rows, weight, and of how many rows one is too long.
 SIZES = {'chat': (40, 3.0, 4), 'maths': (9, 1.0, 3), 'verse': (23, 0.5, 99)}

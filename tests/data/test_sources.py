@@ -22,7 +22,7 @@ from bond_jax.data import examples as data
 from bond_jax.data import sources, tokenizer
 from bond_jax.devices import sharding
 from bond_jax.errors import BadRow, UserError
-from bond_jax.training import text_task
+from bond_jax.training.tasks import text_task
 
 FEATURES = {
   'document': tfds.features.Text(),

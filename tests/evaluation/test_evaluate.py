@@ -22,7 +22,7 @@ from bond_jax.models.log_probs import log_probs
 from bond_jax.models.stops import Stop
 from bond_jax.rewards import make
 from bond_jax.runs import log
-from bond_jax.training import text_task
+from bond_jax.training.tasks import text_task
 from bond_jax.types import Prompts, Rollout
 from bond_jax.weights import load as origin
 

@@ -18,7 +18,8 @@ from bond_jax.models import stops
 from bond_jax.models.gemma import model as gemma
 from bond_jax.models.log_probs import log_probs
 from bond_jax.models.sampling import Limits, sample
-from bond_jax.training import checks, text_task
+from bond_jax.training import checks
+from bond_jax.training.tasks import text_task
 from bond_jax.types import Prompts, Rollout
 
 EOS = 1

@@ -21,7 +21,7 @@ from bond_jax.data import tokenizer as tokenizer_lib
 from bond_jax.models import log_probs, sampling
 from bond_jax.models.gemma import model as gemma
 from bond_jax.models.stops import Stop
-from bond_jax.runs import checkpoint
+from bond_jax.runs.checkpoints import checkpoint
 from bond_jax.types import Prompts, TrainState
 
 pytest.importorskip('lm_eval', reason='needs requirements-hf.txt')

@@ -18,7 +18,7 @@ from bond_jax.errors import Stopped, UserError
 from bond_jax.models import policies, scalar_head
 from bond_jax.reward_models import train
 from bond_jax.rewards import gemma as reward
-from bond_jax.runs import configs
+from bond_jax.runs.settings import configs
 from bond_jax.training import guard
 from bond_jax.weights import load
 from configs import demo_learned_reward

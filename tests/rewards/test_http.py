@@ -19,7 +19,7 @@ import urllib3
 
 from bond_jax.errors import UserError
 from bond_jax.rewards import calling, http, make, serve, text
-from bond_jax.runs import defaults
+from bond_jax.runs.settings import defaults
 
 PROMPTS = ['naïve 0', 'one', 'two', 'three', 'four', 'five', 'six']
 COMPLETIONS = [[p[-1], p * 2] for p in PROMPTS]

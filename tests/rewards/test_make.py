@@ -21,7 +21,7 @@ import toy
 
 from bond_jax.errors import UserError
 from bond_jax.rewards import calling, make
-from bond_jax.runs import defaults
+from bond_jax.runs.settings import defaults
 
 COMPLETIONS = [['a', 'bbb'], ['cc', '']]
 BATCH = ['p', 'q'], COMPLETIONS, toy.context(COMPLETIONS)

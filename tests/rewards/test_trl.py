@@ -6,7 +6,7 @@ import toy
 
 from bond_jax.errors import UserError
 from bond_jax.rewards import calling, make
-from bond_jax.runs import defaults, fields
+from bond_jax.runs.settings import defaults, fields
 
 PROMPTS = ['two and two', 'one']
 COMPLETIONS = [['4', 'four'], ['1', '4']]

@@ -8,7 +8,7 @@ import pytest
 
 from bond_jax.devices import sharding
 from bond_jax.errors import UserError
-from bond_jax.runs import checkpoint
+from bond_jax.runs.checkpoints import checkpoint
 from bond_jax.types import TrainState
 
 

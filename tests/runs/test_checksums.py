@@ -11,7 +11,7 @@ from test_checkpoint import mesh, same, saved, state_of  # noqa: F401
 import toy
 
 from bond_jax.errors import UserError
-from bond_jax.runs import checksums, saving
+from bond_jax.runs.checkpoints import checksums, saving
 
 
 def saver(folder):
@@ -100,7 +100,7 @@ import os, signal, sys
 sys.path[:0] = ['tests', 'tests/runs']
 import conftest
 import test_checkpoint
-from bond_jax.runs import checksums as integrity
+from bond_jax.runs.checkpoints import checksums as integrity
 from bond_jax.devices import sharding
 
 def write(folder):

@@ -12,7 +12,8 @@ import toy
 import bond_jax
 from bond_jax.errors import UserError
 from bond_jax.rewards import make
-from bond_jax.runs import configs, files
+from bond_jax.runs import files
+from bond_jax.runs.settings import configs
 
 # The smallest command there is.
 SCRIPT = """

@@ -18,7 +18,7 @@ from bond_jax.errors import UserError
 from bond_jax.models import scalar_head
 from bond_jax.models.gemma import model as gemma
 from bond_jax.rewards import calling
-from bond_jax.runs import defaults, fields
+from bond_jax.runs.settings import defaults, fields
 from bond_jax.training import checks, setups, watch
 from configs import demo, demo_learned_reward, overoptimisation
 from configs import ultrafeedback_wind as wind

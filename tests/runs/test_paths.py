@@ -15,7 +15,8 @@ from bond_jax.errors import UserError
 from bond_jax.evaluation import evaluate
 from bond_jax.models import policies
 from bond_jax.rewards import make as making
-from bond_jax.runs import configs, paths
+from bond_jax.runs import paths
+from bond_jax.runs.settings import configs
 from bond_jax.weights import export, official
 from bond_jax.weights.huggingface import adapter, reader
 

@@ -17,13 +17,8 @@ import toy
 
 from bond_jax.devices import sharding
 from bond_jax.errors import Stopped, UserError
-from bond_jax.runs import (
-  checkpoint,
-  checksums,
-  log,
-  provenance,
-  saving,
-)
+from bond_jax.runs import log, provenance
+from bond_jax.runs.checkpoints import checkpoint, checksums, saving
 
 LIMIT = """
 import resource, sys
@@ -31,7 +26,8 @@ import jax
 sys.path[:0] = ['tests', 'tests/runs']
 import conftest, test_checkpoint
 from bond_jax.devices import sharding
-from bond_jax.runs import command, log, saving
+from bond_jax.runs import command, log
+from bond_jax.runs.checkpoints import saving
 
 def limit(size):
   resource.setrlimit(

@@ -12,7 +12,8 @@ from bond_jax.devices import sharding
 from bond_jax.errors import UserError
 from bond_jax.models import policies
 from bond_jax.rewards import make
-from bond_jax.runs import configs, environment, files, stages
+from bond_jax.runs import environment, files, stages
+from bond_jax.runs.settings import configs
 from bond_jax.training import checks, setups
 from bond_jax.weights import load
 from configs import demo, figures

@@ -17,7 +17,7 @@ from bond_jax.models import sampling, scalar_head
 from bond_jax.models.log_probs import log_probs
 from bond_jax.models.stops import Stop
 from bond_jax.runs import stages
-from bond_jax.training import enumerable
+from bond_jax.training.tasks import enumerable
 from bond_jax.types import Rollout
 
 X, V, T = language.PROMPTS, language.VOCAB, language.LENGTH

@@ -33,7 +33,7 @@ from bond_jax.models import lora, policies
 from bond_jax.models.gemma import model as gemma
 from bond_jax.models.stops import Stop
 from bond_jax.rewards import calling
-from bond_jax.runs import checkpoint
+from bond_jax.runs.checkpoints import checkpoint
 from bond_jax.training import distil
 from bond_jax.training import step as step_lib
 from bond_jax.types import Frozen, Prompts, Rollout

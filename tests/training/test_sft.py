@@ -16,7 +16,7 @@ from bond_jax.data import examples, sources
 from bond_jax.errors import UserError
 from bond_jax.models import policies
 from bond_jax.models.log_probs import log_probs
-from bond_jax.runs import configs
+from bond_jax.runs.settings import configs
 from bond_jax.training import guard, sft
 from bond_jax.weights import load
 

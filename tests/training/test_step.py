@@ -16,7 +16,7 @@ from bond_jax.devices import sharding
 from bond_jax.models import scalar_head
 from bond_jax.models.gemma import model as gemma
 from bond_jax.models.stops import Stop
-from bond_jax.runs import checkpoint
+from bond_jax.runs.checkpoints import checkpoint
 from bond_jax.training import guard, step_metrics
 from bond_jax.training import step as step_lib
 from bond_jax.types import Frozen, Prompts

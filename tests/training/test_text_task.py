@@ -15,7 +15,8 @@ from bond_jax.errors import UserError
 from bond_jax.evaluation import evaluate
 from bond_jax.reward_models import train
 from bond_jax.runs import stages
-from bond_jax.training import sft, text_task
+from bond_jax.training import sft
+from bond_jax.training.tasks import text_task
 from bond_jax.types import Rollout
 
 turn = lambda role, content: {'role': role, 'content': content}

@@ -11,9 +11,12 @@ import toy
 
 from bond_jax.errors import UserError
 from bond_jax.rewards import calling
-from bond_jax.runs import checkpoint, command, configs, defaults
-from bond_jax.training import guard, text_task
+from bond_jax.runs import command
+from bond_jax.runs.checkpoints import checkpoint
+from bond_jax.runs.settings import configs, defaults
+from bond_jax.training import guard
 from bond_jax.training import step as step_lib
+from bond_jax.training.tasks import text_task
 from bond_jax.types import TrainState
 
 # The reward's call at step 5: the probe's reference, five steps, one save.

@@ -19,7 +19,7 @@ from bond_jax.data import tokenizer
 from bond_jax.devices import sharding
 from bond_jax.errors import UserError
 from bond_jax.models import lora
-from bond_jax.runs import checkpoint
+from bond_jax.runs.checkpoints import checkpoint
 from bond_jax.types import TrainState
 from bond_jax.weights import export, stacks
 from bond_jax.weights import official as weights

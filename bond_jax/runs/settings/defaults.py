@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import ml_collections
 from ml_collections import config_dict
 
-from bond_jax.runs import fields
-from bond_jax.runs.fields import (
+from bond_jax.runs.settings import fields
+from bond_jax.runs.settings.fields import (
   above,
   at_least,
   between,

@@ -17,7 +17,7 @@ import orbax.checkpoint as ocp
 
 from bond_jax.devices import hosts
 from bond_jax.errors import UserError
-from bond_jax.runs import checksums
+from bond_jax.runs.checkpoints import checksums
 from bond_jax.types import Params, TrainState
 
 

@@ -14,11 +14,8 @@ import ml_collections
 import bond_jax
 from bond_jax.devices import hosts
 from bond_jax.errors import one_line, UserError
-from bond_jax.runs import (
-  defaults,
-  files,
-  paths,
-)
+from bond_jax.runs import files, paths
+from bond_jax.runs.settings import defaults
 
 VERSION = 'version.json'  # of the package that made a run, and where
 # What saved configs called them before there were rooms.

@@ -23,7 +23,9 @@ from typing import Any, Self
 
 from bond_jax.devices import hosts
 from bond_jax.errors import one_line, UserError
-from bond_jax.runs import checkpoint, checksums, command, configs, fingerprints
+from bond_jax.runs import command, fingerprints
+from bond_jax.runs.checkpoints import checkpoint, checksums
+from bond_jax.runs.settings import configs
 from bond_jax.types import TrainState
 
 PATIENCE = 60.0  # seconds for which a step waits for the save before

@@ -1,6 +1,6 @@
 """What the text stages train on: prompts of the data, a reward on text.
 
-Named by `config.task`; `tasks.Task` says what a task is.
+Named by `config.task`; `task.Task` says what a task is.
 """
 
 from __future__ import annotations
@@ -23,12 +23,9 @@ from bond_jax.models.log_probs import log_probs
 from bond_jax.models.sampling import Limits, sample
 from bond_jax.rewards import calling
 from bond_jax.rewards import make as making
-from bond_jax.runs import (
-  configs,
-  defaults,
-  stages,
-)
-from bond_jax.training import tasks
+from bond_jax.runs import stages
+from bond_jax.runs.settings import configs, defaults
+from bond_jax.training.tasks import task
 from bond_jax.types import (
   Context,
   Prompts,
@@ -63,7 +60,7 @@ def check(config: ml_collections.ConfigDict, mesh, rows) -> None:
   sources.check_apart(splits, ('train', 'validation'), ('train', 'test'))
 
 
-def make(run: stages.Run) -> tasks.Task:
+def make(run: stages.Run) -> task.Task:
   """The task of a run whose sft stage has finished."""
   config, workdir, mesh = run.config, run.workdir, run.mesh
   tokenizer = load.load_tokenizer(config, workdir)
@@ -109,7 +106,7 @@ def make(run: stages.Run) -> tasks.Task:
       draw, log_ratio, ask, ask_gold, fetched, frozen.reference, own
     )
 
-  return tasks.Task(
+  return task.Task(
     policy=policy,
     frozen=frozen,
     stop=stop,

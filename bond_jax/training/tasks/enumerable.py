@@ -25,8 +25,9 @@ from bond_jax.measures import exact
 from bond_jax.models import policies, sampling
 from bond_jax.models.stops import Stop
 from bond_jax.rewards import calling
-from bond_jax.runs import configs, defaults, stages
-from bond_jax.training import tasks
+from bond_jax.runs import stages
+from bond_jax.runs.settings import configs, defaults
+from bond_jax.training.tasks import task
 from bond_jax.types import Frozen, Params, Policy, Prompts, Rollout
 
 EOS = 1
@@ -169,7 +170,7 @@ def exact_law(config: ml_collections.ConfigDict, policy: Policy):
   return law
 
 
-def make(run: stages.Run) -> tasks.Task:
+def make(run: stages.Run) -> task.Task:
   """The task: reference and rewards are drawn by the seed of the language."""
   config, mesh = run.config, run.mesh
   settings = config.enumerable
@@ -177,7 +178,7 @@ def make(run: stages.Run) -> tasks.Task:
   init = lambda: policy.init(configs.key(settings.seed, 'reference'))
   shards = sharding.tree_shardings(jax.eval_shape(init), mesh)
   reference = jax.jit(init, out_shardings=shards)()
-  return tasks.Task(
+  return task.Task(
     policy=policy,
     frozen=Frozen(reference, {}),
     stop=Stop((EOS,)),
