@@ -321,3 +321,18 @@ def test_the_walk_leads_through_code_that_is_there():
   for path, name in places:
     body = ast.parse(pathlib.Path(toy.ROOT, path).read_text()).body
     assert name in {getattr(node, 'name', '') for node in body}, (path, name)
+
+
+def test_the_reading_order_has_the_lines_that_it_says():
+  """To the next hundred."""
+  text = pages()['README.md']
+  package = pathlib.Path(toy.ROOT, 'bond_jax')
+  lines = lambda paths: sum(len(p.read_text().splitlines()) for p in paths)
+  first = re.search(r'To read it: (.*?) are ([\d,]+) lines; .* it is ([\d,]+)\.',
+                    text, re.S)  # fmt: skip
+  path = [pathlib.Path(toy.ROOT, x) for x in re.findall(r'\((.*?)\)', first[1])]
+  whole = {*path, package / 'training' / 'distil.py'}
+  whole |= {p for room in ('algorithms', 'models')
+            for p in (package / room).rglob('*.py')}  # fmt: skip
+  for paths, says in ((path, first[2]), (whole, first[3])):
+    assert abs(lines(paths) - int(says.replace(',', ''))) <= 100, says
