@@ -32,8 +32,8 @@ class BadRow(UserError):
 
 def one_line(error: Exception) -> str:
   """The message on one line, of a traceback within it the last line alone."""
-  said, _, trace = str(error).partition('Traceback (most recent call last)')
-  line = said + (trace and trace.strip().splitlines()[-1])
+  text, _, trace = str(error).partition('Traceback (most recent call last)')
+  line = text + (trace and trace.strip().splitlines()[-1])
   # The name under which ml_collections imports the file says nothing.
   return ' '.join(line.replace("module 'config_config'", '--config').split())
 

@@ -91,16 +91,16 @@ def make(
 
   def quantile_reward(scores: Scores) -> Array:
     own = scores.reward[:, :num_policy]
-    theirs = scores.reward[:, num_policy : num_policy + num_quantile]
+    anchor_reward = scores.reward[:, num_policy : num_policy + num_quantile]
     if quantile == 'learned':
       reward = scores.log_quantile
     elif quantile == 'floor':
-      reward = quantiles.floor(own, theirs)
+      reward = quantiles.floor(own, anchor_reward)
     else:
-      reward = quantiles.monte_carlo(own, theirs, zero=zero)
+      reward = quantiles.monte_carlo(own, anchor_reward, zero=zero)
     reward *= n - 1
     if second_term:
-      reward += quantiles.second_term(own, theirs, n)
+      reward += quantiles.second_term(own, anchor_reward, n)
     return reward
 
   return distil(

@@ -198,8 +198,8 @@ def _parse(args: list[str], doc: str) -> list[str]:
     UserError,
     ValueError,
   ) as e:
-    said = UserError(_unknown_key(args) or one_line(e))
-    print(f'error: {said}', file=sys.stderr)
+    error = UserError(_unknown_key(args) or one_line(e))
+    print(f'error: {error}', file=sys.stderr)
     sys.exit(2)
 
 
@@ -215,6 +215,6 @@ def _unknown_key(args: list[str]) -> str | None:
     return None
   for name in re.findall(r'--?(?:no)?config\.([^=\0]+)', text):
     bare = re.sub(r'\[.*?\]', '', name)
-    if said := fields.unknown(config, bare.split('.')):
-      return f'--config.{name}: {said}'
+    if message := fields.unknown(config, bare.split('.')):
+      return f'--config.{name}: {message}'
   return None

@@ -60,7 +60,7 @@ def begin(
   config: ml_collections.ConfigDict,
   path: str,
   workdir: str,
-  asked: Mapping[str, str],
+  flags: Mapping[str, str],
 ) -> bool:
   """Joins the other hosts of a stage; whether there is work to do for it.
 
@@ -74,7 +74,7 @@ def begin(
     {
       'stage': name,
       'config': json.loads(config.to_json_best_effort()),
-      'flags': dict(asked),
+      'flags': dict(flags),
       'versions': environment.versions(),
       'code': fingerprints.of_code(os.path.dirname(bond_jax.__file__)),
     }
@@ -84,8 +84,8 @@ def begin(
     configs.check_workdir(workdir, config)
     if not os.path.exists(path):
       return False
-    done = {k: v for k, v in files.read_json(path).items() if k in asked}
-    if changed := configs.differences(done, asked):
+    done = {k: v for k, v in files.read_json(path).items() if k in flags}
+    if changed := configs.differences(done, flags):
       raise UserError(
         f'{path} is there, with {"; ".join(changed)} asked for now. Nothing was'
         f' changed; move away what the {name} stage wrote to run it again.'
@@ -117,33 +117,33 @@ def stage(
   folder: str,
   open_run: Callable[[ml_collections.ConfigDict, str], Run],
   table: Callable[[dict[str, Any]], list[tuple]] = show.scalars,
-  **asked: str,
+  **flags: str,
 ) -> None:
   """Runs a stage once: `<workdir>/<folder>/summary.json` marks it done.
 
   Args:
     name: of the stage, for people.
-    work: (run, **asked) -> the summary.
+    work: (run, **flags) -> the summary.
     config: of the run.
     workdir: of the run.
     folder: in which the summary goes.
     open_run: (config, workdir) -> the run; a UserError if some stage could not
       work with the config.
     table: what of the summary is shown at the end.
-    **asked: flags beside the config; the summary repeats them.
+    **flags: flags beside the config; the summary repeats them.
   """
   workdir = paths.expanded(workdir)
   path = os.path.normpath(os.path.join(workdir, folder, 'summary.json'))
-  if not begin(name, config, path, workdir, asked):
+  if not begin(name, config, path, workdir, flags):
     return
   with stopping.listening():
-    _work(name, work, config, workdir, path, open_run, table, asked)
+    _work(name, work, config, workdir, path, open_run, table, flags)
     stopping.hear(hosts.gather(stopping.asked()))
     if stopping.due():  # no stage after it shall start
       raise stopping.stopped(name, None)
 
 
-def _work(name, work, config, workdir, path, open_run, table, asked) -> None:
+def _work(name, work, config, workdir, path, open_run, table, flags) -> None:
   """Runs a stage that is not finished; see `stage`."""
   check_stage(name, config, workdir)
   run = open_run(config, workdir)
@@ -155,8 +155,8 @@ def _work(name, work, config, workdir, path, open_run, table, asked) -> None:
       devices += f' of {hosts.count()} hosts'
     hosts.say(f'{name}: {config.model.name} on {devices}, into {workdir}')
     with saving.on_disk(workdir):
-      summary = work(run, **asked)
-      summary = {**summary, **asked, 'versions': environment.versions()}
+      summary = work(run, **flags)
+      summary = {**summary, **flags, 'versions': environment.versions()}
       if hosts.first():
         files.write_json(path, summary)
         show.table(table(summary), f'{name}: done, see {path}')

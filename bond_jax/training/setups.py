@@ -28,8 +28,8 @@ def make_algorithm(config: ml_collections.ConfigDict):
     f[:-3] for f in os.listdir(folder) if f.endswith('.py') and f[0] != '_'
   )
   if name not in known:
-    said = f'algorithm.name is {name!r}; known are {", ".join(known)}.'
-    raise UserError(said)
+    message = f'algorithm.name is {name!r}; known are {", ".join(known)}.'
+    raise UserError(message)
   module = importlib.import_module(f'bond_jax.algorithms.{name}')
   args = config.algorithm.args.to_dict()
   rules = {'algorithm': {'args': fields.of_arguments(module.make)}}

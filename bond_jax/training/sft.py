@@ -111,7 +111,7 @@ def load_vocabulary(
   if config.tokenizer.path:
     return load.load_tokenizer(config, workdir)
 
-  def said(row: examples.Row) -> str:
+  def text_of_row(row: examples.Row) -> str:
     text = examples.text_of(
       row, 'a vocabulary is trained on; give tokenizer.path'
     )
@@ -121,7 +121,7 @@ def load_vocabulary(
   ensure = functools.partial(
     tokenizer_lib.ensure,
     os.path.join(workdir, 'tokenizer.model'),
-    sources.each(rows, said),
+    sources.each(rows, text_of_row),
     config.tokenizer.vocab_size,
   )
   hosts.once(lambda: ensure() and None)  # one trains it

@@ -37,7 +37,7 @@ def differences(a: dict[str, Any], b: dict[str, Any], prefix='') -> list[str]:
 def agree(facts: dict[str, Any]) -> None:
   """A UserError, on all hosts, unless nested `facts` are the same on all."""
   told = hosts.gather(facts)
-  others = [i for i, theirs in enumerate(told) if theirs != told[0]]
+  others = [i for i, other in enumerate(told) if other != told[0]]
   if others:
     rows = differences(told[0], told[others[0]])
     more = f' and {len(rows) - 3} more' if len(rows) > 3 else ''
@@ -96,16 +96,17 @@ def check_version(workdir: str) -> str:
   if not os.path.exists(path):
     return ''
   made = {'folder': '', 'bond_jax': None, **files.read_json(path)}
-  theirs, ours = made['bond_jax'], bond_jax.__version__
-  number = lambda version: [int(x) for x in re.findall(r'\d{1,9}', version)]
-  if not isinstance(theirs, str):
+  version, ours = made['bond_jax'], bond_jax.__version__
+  number = lambda text: [int(x) for x in re.findall(r'\d{1,9}', text)]
+  if not isinstance(version, str):
     raise UserError(
       f'{path} names no version of bond_jax; the newest one may read the run'
       ' once that file is moved away.'
     )
-  if number(theirs) > number(ours):
+  if number(version) > number(ours):
     raise UserError(
-      f'{workdir} was made by bond_jax {theirs}, and this is {ours}: update it.'
+      f'{workdir} was made by bond_jax {version}, and this is {ours}: update'
+      ' it.'
     )
   return str(made['folder'])
 

@@ -210,8 +210,8 @@ def probe_of(draw, log_ratio, ask, ask_gold, read, reference, own):
     of = lambda i: calling.join([(rows, x and x[i]) for rows, x in told])
     return of(0), of(1).value
 
-  theirs = read(draw(reference, 1))
-  before, gold_before = judge(ask, theirs)
+  opponents = read(draw(reference, 1))
+  before, gold_before = judge(ask, opponents)
   if gold_before.ndim == 3:
     raise UserError(
       'gold compares pairs; it must be a reward, a number for each completion.'
@@ -219,7 +219,7 @@ def probe_of(draw, log_ratio, ask, ask_gold, read, reference, own):
   pairs = before.value.ndim == 3
 
   def ask_against(*mine) -> calling.Scored:
-    return calling.against(ask, mine, calling.some(own, *theirs))
+    return calling.against(ask, mine, calling.some(own, *opponents))
 
   def probe(params, whole) -> dict[str, Any]:
     drawn = draw(params, 2)
@@ -258,13 +258,13 @@ def texts(
   """
   some = [rows[int(i)] for i in prompts.id]
   if config.prompt.kind == 'opening':
-    said = [tokenizer.decode(row) for row in prompts.tokens]
+    quoted = [tokenizer.decode(row) for row in prompts.tokens]
   else:
-    said = [examples.last_words(row, config.prompt.kind) for row in some]
+    quoted = [examples.last_words(row, config.prompt.kind) for row in some]
   tokens = [
     [y[m].tolist() for y, m in zip(ys, masks, strict=True)]
     for ys, masks in zip(drawn.completion, drawn.mask, strict=True)
   ]
   cut = stops.of(tokenizer, config.stop).cut(drawn.completion, drawn.mask)
   context = Context(some, tokens, ~cut, config.prompt.kind == 'turn')
-  return said, [[tokenizer.decode(y) for y in ys] for ys in tokens], context
+  return quoted, [[tokenizer.decode(y) for y in ys] for ys in tokens], context
