@@ -135,7 +135,7 @@ def test_adapters_have_nothing_under_them():
   config = language.get_config('jbond')
   config.model.lora.rank = 2
   with pytest.raises(UserError, match='no weights under the adapters'):
-    enumerable.check(config, None)
+    enumerable.check(config, None, None)
 
 
 def test_the_sampler_draws_from_the_law(task, law):
