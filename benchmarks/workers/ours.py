@@ -1,7 +1,6 @@
 """bond_jax's sampler and its J-BOND step."""
 
 import functools
-import inspect
 import itertools
 
 import jax
@@ -14,8 +13,6 @@ from bond_jax.models.gemma import model as gemma
 from bond_jax.models.stops import Stop
 from bond_jax.types import Prompts
 
-HAS_SLOTS = 'slots' in inspect.signature(sampling.sample).parameters
-
 
 def prompts_of(rows: np.ndarray, first: int) -> Prompts:
   ids = np.arange(first, first + len(rows), dtype=np.int32)
@@ -25,12 +22,9 @@ def prompts_of(rows: np.ndarray, first: int) -> Prompts:
 
 def draw(policy, params, prompts, key, workload: workloads.Workload):
   """The call that is measured."""
-  queue = dict(slots=workload.slots) if workload.slots and HAS_SLOTS else {}
-  return sampling.sample(
-      policy, params, prompts, key, num=workload.n,
-      length=workload.new_tokens, stop=Stop(workloads.stop_ids(workload)),
-      **queue,
-  )  # fmt: skip
+  stop = Stop(workloads.stop_ids(workload))
+  limits = sampling.Limits(workload.new_tokens, stop, workload.slots or 0)
+  return sampling.sample(policy, params, prompts, key, limits, num=workload.n)
 
 
 def sampler(policy, params) -> serve.Call:
@@ -44,7 +38,7 @@ def sampler(policy, params) -> serve.Call:
   @functools.cache
   def prepared(workload):
     rows = workloads.tokens(workload, policy.vocab_size)
-    parts = [rows] if HAS_SLOTS else workloads.batches(workload, rows)
+    parts = [rows]
     starts = itertools.accumulate(map(len, parts), initial=0)
     return [
       jax.device_put(prompts_of(x, i))
@@ -76,7 +70,7 @@ def open_(folder: str, model: str = ''):
   hello = dict(
     versions=serve.versions('jax', 'jaxlib', 'flax'),
     device=device.device_kind,
-    refill=HAS_SLOTS,
+    refill=True,
   )
   return calls, hello
 

@@ -318,7 +318,8 @@ def test_a_policy_stands_on_what_it_was_trained_on(command, place, monkeypatch):
 def test_the_environment_changes_no_number(monkeypatch):
   """x64, promotion, the generator: pinned, whatever is set around us."""
   script = (
-    'import jax, numpy as np; from bond_jax.runs import configs, environment'
+    'import jax, numpy as np; from bond_jax.runs import environment'
+    '; from bond_jax.runs.settings import configs'
     '; environment.configure_jax()'
     '; x = jax.random.normal(configs.key(7, "stream"), (3,)) + np.float64(1)'
     '; print(x.dtype, x.tolist())'

@@ -258,7 +258,8 @@ def learned(config):
     config.reward_model = dict(
       kind='gemma', weights='random', loss='bradley_terry', margin=0.0,
       pool='last', members=1, dropout=0.0, merge_dropout=0.0, min_gap=0.1,
-      partners=1, length=16, batch=8, steps=6, save_every=1,
+      partners=1, length=16, batch=8, micro_batches=1, steps=6,
+      save_every=1,
       optimizer=dict(toy.OPTIMIZER),
     )  # fmt: skip
   return config

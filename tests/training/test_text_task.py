@@ -58,7 +58,8 @@ def config(tmp_path):
     config.reward_model = dict(
       kind='gemma', loss='bradley_terry', margin=0.0, min_gap=1.0, partners=2,
       weights=config.weights, pool='last', length=64, dropout=0.0,
-      merge_dropout=0.0, members=1, steps=2, batch=4, save_every=2,
+      merge_dropout=0.0, members=1, steps=2, batch=4, micro_batches=1,
+      save_every=2,
       optimizer=toy.OPTIMIZER,
     )  # fmt: skip
   for split in ('train', 'validation', 'test'):
