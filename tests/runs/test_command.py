@@ -125,6 +125,18 @@ def test_a_run_of_before_the_rooms_is_read(tmp_path, name):
   assert configs.check_workdir(str(tmp_path), config)  # it is still its own
 
 
+def test_a_run_that_is_older_than_a_setting_has_its_default(tmp_path):
+  config = toy.get_config('nowhere')
+  configs.claim_workdir(str(tmp_path), config)
+  path = tmp_path / 'config.json'
+  old = json.loads(path.read_text())
+  del old['stop'], old['sft']['micro_batches']
+  path.write_text(json.dumps(old))
+  read = configs.read_config(str(tmp_path))
+  assert (read.stop, read.sft.micro_batches) == ((), 1)
+  assert configs.check_workdir(str(tmp_path), config)
+
+
 def test_without_a_config_it_is_that_of_the_run(call, tmp_path):
   """Tuples are tuples again; and what is wrong with the folder is one line."""
   workdir = run_of(tmp_path)
