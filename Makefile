@@ -95,7 +95,7 @@ demo: setup  ## sft, reward model, J-BOND and evaluation, into runs/demo
 	  $(PYTHON) -m bond_jax.$$stage --config=$(CONFIG) --workdir=$(WORKDIR); \
 	done
 
-test: venv  ## the core test suite; needs no network and no data
+test: venv libtpu  ## the core test suite; needs no network and no data
 	@$(PYTHON) -m pytest -n 2 --dist loadfile
 
 test-docs: venv libtpu  ## run every command of README.md and docs/ (minutes)

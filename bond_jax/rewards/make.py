@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping
 from concurrent import futures
 import importlib
 import inspect
+import math
+import time
 from typing import Any, NamedTuple
 
 import ml_collections
@@ -21,6 +23,7 @@ from bond_jax.runs.settings import configs, fields
 from bond_jax.types import PreferenceFn, RewardFn
 
 _CALLED = 'prompts', 'completions', 'context'
+_SLICE = 0.5  # seconds of a wait
 
 
 class Part(NamedTuple):
@@ -116,7 +119,9 @@ def reward(
 
   def begin():
     submit = calling.worker()
-    return submit, submit(_made, parts).result()
+    made = submit(_made, parts)
+    _wait(made, None)
+    return submit, made.result()
 
   thread = begin()
 
@@ -124,7 +129,7 @@ def reward(
     nonlocal thread
     submit, made = thread = thread or begin()
     future = submit(made, prompts, completions, context)
-    if not futures.wait([future], timeout or None).done:
+    if not _wait(future, timeout or None):
       thread = None
       raise UserError(
         f'reward {alone.__name__} took more than reward.timeout = {timeout:g} s'
@@ -134,6 +139,18 @@ def reward(
 
   alone.__name__ = calling.name_of(thread[1])
   return alone
+
+
+def _wait(future: futures.Future, timeout: float | None) -> bool:
+  """Whether the future is done within so many seconds.
+
+  Waits in slices: the handler of a signal that another thread got, or that
+  came just before the wait, runs only when this thread wakes.
+  """
+  until = time.monotonic() + (math.inf if timeout is None else timeout)
+  while not future.done() and (left := until - time.monotonic()) > 0:
+    futures.wait([future], min(left, _SLICE))
+  return future.done()
 
 
 def _made(parts: Mapping[str, Part]) -> RewardFn | PreferenceFn:

@@ -18,6 +18,7 @@ import os
 import pathlib
 import re
 import shutil
+import time
 from typing import Any
 
 from etils import epath
@@ -106,10 +107,19 @@ def save_official(
       checkpointer.save(folder, args=args)
   except BaseException as e:
     if jax.process_index() == 0:  # what Orbax would have renamed in the end
-      shutil.rmtree(f'{folder}.orbax-checkpoint-tmp', ignore_errors=True)
+      _remove(f'{folder}.orbax-checkpoint-tmp')
     if not isinstance(e, Exception):
       raise
     raise UserError(f'cannot write {path}: {_reason(e)}.') from e
+
+
+def _remove(path: str) -> None:
+  """Removes a folder into which threads of a failed save may still write."""
+  for _ in range(20):
+    shutil.rmtree(path, ignore_errors=True)
+    time.sleep(0.05)
+    if not os.path.exists(path):
+      return
 
 
 def _flat(params: Params, config: gemma.Config) -> dict[str, Any]:
