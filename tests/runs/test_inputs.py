@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 from absl import flags
+from conftest import core
 import jax
 import pytest
 import toy
@@ -257,7 +258,7 @@ def test_an_evaluation_never_mixes_two_rewards(place, capsys):
     toy.run('evaluate', config, workdir)  # finished, of another reward
 
 
-@pytest.mark.parametrize('change', ['settings', 'policy', 'nothing'])
+@pytest.mark.parametrize('change', core(2, ['nothing', 'settings', 'policy']))
 def test_an_evaluation_goes_on_with_the_same_things_alone(
   change, place, capsys
 ):
@@ -295,7 +296,7 @@ def test_the_settings_of_an_evaluation_may_change(place):
     toy.run('evaluate', config, workdir)
 
 
-@pytest.mark.parametrize('command', ['evaluate', 'sample'])
+@pytest.mark.parametrize('command', core(1, ['sample', 'evaluate']))
 def test_a_policy_stands_on_what_it_was_trained_on(command, place, monkeypatch):
   """With another reference its KL would be to something else."""
   config, workdir = with_length(place), str(place / 'run')

@@ -142,7 +142,13 @@ def on_tmpfs(tmp_path):
 
 @pytest.mark.parametrize(
   'how, says',
-  [('fill', 'No space left on device'), ('readonly', 'Read-only file system')],
+  core(
+    1,
+    [
+      ('fill', 'No space left on device'),
+      ('readonly', 'Read-only file system'),
+    ],
+  ),
 )
 def test_a_full_and_a_read_only_disk_stop_the_run(on_tmpfs, how, says):
   config = toy.get_config(toy.folder())
