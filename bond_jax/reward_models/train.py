@@ -99,10 +99,10 @@ def init_state(
 
   if mine.weights == 'random':
     key = configs.key(config.seed, 'reward_model')
-    init = lambda i: policy.init(jax.random.fold_in(key, i))
-    shards = sharding.tree_shardings(jax.eval_shape(init, 0), mesh)
-    init = jax.jit(init, out_shardings=shards)
-    starts = [init(i) for i in members]
+    starts = [
+      sharding.initialised(policy.init, jax.random.fold_in(key, i), mesh)
+      for i in members
+    ]
   elif mine.weights == 'sft':
     folder = configs.reference_dir(config, workdir)
     params = load.load_params(policy, folder, 'sft', 'last', mesh)

@@ -55,17 +55,12 @@ def init_state(config, policy: Policy, optimizer, mesh) -> TrainState:
   def begin(params):
     return TrainState(jnp.int32(0), params, {}, optimizer.init(params), {})
 
-  init = lambda: policy.init(configs.key(config.seed, 'sft'))
-  shapes = jax.eval_shape(init)
   if config.weights:
     params = load.load_weights(config, mesh, 'float32')
   else:
-    # Optimizing the random numbers of `init` takes 10 s on CPU, and saves none.
-    cpu = jax.default_backend() == 'cpu'
-    options = {'xla_backend_optimization_level': 0} if cpu else None
-    shards = sharding.tree_shardings(shapes, mesh)
-    params = jax.jit(init, out_shardings=shards, compiler_options=options)()
-  shards = sharding.tree_shardings(jax.eval_shape(begin, shapes), mesh)
+    key = configs.key(config.seed, 'sft')
+    params = sharding.initialised(policy.init, key, mesh)
+  shards = sharding.tree_shardings(jax.eval_shape(begin, params), mesh)
   return jax.jit(begin, out_shardings=shards, donate_argnums=(0,))(params)
 
 

@@ -79,15 +79,15 @@ def load_frozen(config, policy: Policy, workdir: str, mesh) -> Frozen:
     full = load_weights(config, mesh, dtype)
   if not low_rank:
     return Frozen(reference=full, base={})
-  init = lambda: policy.init(configs.key(config.seed, 'lora'))
-  like = sharding.tree_structs(jax.eval_shape(init), mesh)
   base = jax.tree.map(lambda x: x.astype(config.model.dtype), full)
   if config.model.lora.weights:
     sizes = policies.make_sizes(config.model, config.tokenizer.vocab_size)
+    shapes = jax.eval_shape(policy.init, jax.random.key(0))
+    like = sharding.tree_structs(shapes, mesh)
     reference = adapter.load_adapter(config.model.lora.weights, sizes, like)
   else:
-    shards = jax.tree.map(lambda x: x.sharding, like)
-    reference = jax.jit(init, out_shardings=shards)()
+    key = configs.key(config.seed, 'lora')
+    reference = sharding.initialised(policy.init, key, mesh)
   return Frozen(reference, base)
 
 

@@ -175,9 +175,8 @@ def make(run: stages.Run) -> task.Task:
   config, mesh = run.config, run.mesh
   settings = config.enumerable
   policy = make_policy(config)
-  init = lambda: policy.init(configs.key(settings.seed, 'reference'))
-  shards = sharding.tree_shardings(jax.eval_shape(init), mesh)
-  reference = jax.jit(init, out_shardings=shards)()
+  key = configs.key(settings.seed, 'reference')
+  reference = sharding.initialised(policy.init, key, mesh)
   return task.Task(
     policy=policy,
     frozen=Frozen(reference, {}),
