@@ -281,7 +281,7 @@ def outcome(folder: str, newest: int, whole) -> str:
   except UserError:
     return 'seen'
   with checkpoint.manager(folder) as checkpoints:
-    step = checkpoint.last_step(checkpoints)
+    step = checkpoints.latest_step()
     if step != newest:
       return 'seen'
     return 'harmless' if equal(read(checkpoints, step), whole) else 'used'

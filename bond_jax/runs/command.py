@@ -47,13 +47,10 @@ def run(
 def run_flags(
   folder: str = 'workdir', partial: bool = False
 ) -> Callable[[], tuple[ml_collections.ConfigDict, str]]:
-  """Defines --config and the folder; returns what gives both, once parsed.
+  """Defines --config and the flag `folder`; returns what gives both, parsed.
 
-  Without --config it is that of the run in the workdir.
-
-  Args:
-    folder: the flag that names it.
-    partial: fields of the config without a default may be left unset.
+  Without --config it is that of the run in the workdir. `partial`: settings
+  that have no default may be left unset.
   """
   config_file = config_flags.DEFINE_config_file(
     'config',
@@ -138,10 +135,9 @@ def execute(main: Callable[[], None], doc: str) -> None:
 
   def run_main(argv):
     logging.set_verbosity(logging.WARNING)
-    if len(argv) > 1:
-      print(f'error: unexpected argument {argv[1]!r}', file=sys.stderr)
-      return 2
     try:
+      if len(argv) > 1:
+        raise UserError(f'unexpected argument {argv[1]!r}')
       with hosts.together(debug.value):
         main()
     except UserError as e:
@@ -169,15 +165,15 @@ def _loaded(
     config = given.value
   except OSError:
     config = None
-  if isinstance(config, ml_collections.ConfigDict):
-    unset = [] if partial else fields.unset(config.to_dict(), '--config')
-    if unset:
-      raise UserError(
-        f'{", ".join(unset)}: not set. They have no default; {path} says what'
-        ' they are.'
-      )
-    return config, paths.expanded(path)
-  raise UserError(f'cannot read --config={path}; give a configs/*.py file.')
+  if not isinstance(config, ml_collections.ConfigDict):
+    raise UserError(f'cannot read --config={path}; give a configs/*.py file.')
+  settings = {} if partial else fields.leaves(config.to_dict())
+  if unset := [f'--config.{k}' for k, v in settings.items() if v is None]:
+    raise UserError(
+      f'{", ".join(unset)}: not set. They have no default; {path} says what'
+      ' they are.'
+    )
+  return config, paths.expanded(path)
 
 
 def _parse(args: list[str], doc: str) -> list[str]:

@@ -352,15 +352,26 @@ def test_the_settings_of_another_kind_of_reward_model(module, kind, example):
   assert f"config.reward_model (kind '{kind}', as in configs/{example})" in said
 
 
-def test_the_choices_are_those_of_the_code():
-  assert (
-    fields.PROMPTS == examples.KINDS and tuple(examples.FATES) == fields.LONGER
-  )
-  assert tuple(gemma.REMAT) == fields.REMAT
-  assert fields.BAD_ROWS == sources.BAD_ROWS
-  assert fields.POOLS == scalar_head.POOLS
-  assert fields.REWARD_FAILURES == calling.FAILURES
-  assert tuple(watch.ADVICE) == fields.WARNINGS
+@pytest.mark.parametrize(
+  'path, choices',
+  [
+    ('prompt.kind', examples.KINDS),
+    ('prompt.longer', examples.FATES),
+    ('model.remat', gemma.REMAT),
+    ('data.bad_rows', sources.BAD_ROWS),
+    ('reward_model.gemma.pool', scalar_head.POOLS),
+    ('reward.failure', calling.FAILURES),
+    ('train.watch.stop', watch.ADVICE),
+  ],
+)
+def test_the_choices_are_those_of_the_code(path, choices):
+  setting = defaults.TREE
+  for name in path.split('.'):
+    setting = setting[name]
+  rule = fields.one_of(*choices)
+  if path == 'train.watch.stop':
+    rule = fields.several(rule, example="('kl', 'entropy')")
+  assert setting.rule.says == rule.says
 
 
 @pytest.mark.parametrize(

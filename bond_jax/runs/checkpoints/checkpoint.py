@@ -20,16 +20,13 @@ from bond_jax.errors import UserError
 from bond_jax.runs.checkpoints import checksums
 from bond_jax.types import Params, TrainState
 
+_KEEP = 2  # newest checkpoints that stay
 
-def manager(folder: str, *, keep: int = 2) -> ocp.CheckpointManager:
-  """A CheckpointManager that keeps the last `keep` steps, and the best.
 
-  Args:
-    folder: made if absent.
-    keep: the number of newest checkpoints that stay.
-  """
+def manager(folder: str) -> ocp.CheckpointManager:
+  """Of a folder, made if absent; the last _KEEP steps stay, and the best."""
   options = ocp.CheckpointManagerOptions(
-    preservation_policy=_Kept(keep),
+    preservation_policy=_Kept(),
     best_fn=_score,
     enable_async_checkpointing=True,
     temporary_path_class=checksums.TemporaryPath,
@@ -54,9 +51,6 @@ class _Kept:
   and the others stay as they would have without it.
   """
 
-  def __init__(self, keep: int):
-    self._keep = keep
-
   def should_preserve(self, checkpoints: Sequence[Any], **_) -> list[bool]:
     last = len(checkpoints) - 1
     scored = [
@@ -65,7 +59,7 @@ class _Kept:
       if info.metrics and info.metrics['score'] is not None
     ]
     best = sorted(scored, key=lambda i: checkpoints[i].metrics['score'])[-1:]
-    kept = {*scored[-self._keep :], *best, last}
+    kept = {*scored[-_KEEP:], *best, last}
     return [i in kept for i in range(len(checkpoints))]
 
 
@@ -117,11 +111,6 @@ def broken(tree: Any) -> list[str]:
   ]
 
 
-def last_step(checkpoints: ocp.CheckpointManager) -> int | None:
-  """The last step that was saved, the same one on all hosts."""
-  return hosts.once(checkpoints.latest_step)
-
-
 def restore(
   checkpoints: ocp.CheckpointManager, like: TrainState
 ) -> tuple[TrainState, dict[str, Any]]:
@@ -129,13 +118,11 @@ def restore(
 
   Returns the state, and the JSON dict that was saved with it.
   """
-  step = last_step(checkpoints)
-  rest = abstract(like._replace(params={})._asdict())
   out = checkpoints.restore(
-    step,
+    hosts.once(checkpoints.latest_step),
     args=ocp.args.Composite(
-      params=ocp.args.StandardRestore(abstract(like.params)),
-      rest=ocp.args.StandardRestore(rest),
+      params=ocp.args.StandardRestore(like.params),
+      rest=ocp.args.StandardRestore(like._replace(params={})._asdict()),
       data=ocp.args.JsonRestore(),
     ),
   )
@@ -158,19 +145,8 @@ def restore_params(
   """
   folder = os.fspath(checkpoints.directory)
   hosts.once(lambda: checksums.check(folder, step, ('params',)))
-  out = checkpoints.restore(
-    step,
-    args=ocp.args.Composite(params=ocp.args.StandardRestore(abstract(like))),
-  )
-  return out['params']
-
-
-def abstract(tree: Any) -> Any:
-  """The shapes, dtypes and shardings of a tree of arrays."""
-  return jax.tree.map(
-    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
-    tree,
-  )
+  args = ocp.args.Composite(params=ocp.args.StandardRestore(like))
+  return checkpoints.restore(step, args=args)['params']
 
 
 def choose(checkpoints: ocp.CheckpointManager, which: str) -> int:
@@ -185,13 +161,11 @@ def _choose(checkpoints: ocp.CheckpointManager, which: str) -> int:
       f'{checkpoints.directory} holds no checkpoint; run the stage that'
       ' writes it first.'
     )
-  if which == 'last':
-    return steps[-1]
-  if which == 'best':
-    return checkpoints.best_step() or steps[-1]
-  if which.isdigit() and int(which) in steps:
-    return int(which)
-  raise UserError(
-    f'checkpoint {which!r} is not in {checkpoints.directory}; there are'
-    f' {", ".join(map(str, steps))}, and "last" and "best".'
-  )
+  known = {str(step): step for step in steps} | {'last': steps[-1]}
+  known['best'] = checkpoints.best_step() or steps[-1]
+  if which not in known:
+    raise UserError(
+      f'checkpoint {which!r} is not in {checkpoints.directory}; there are'
+      f' {", ".join(map(str, steps))}, and "last" and "best".'
+    )
+  return known[which]

@@ -56,7 +56,7 @@ class Saver:
     hosts.once(self._clear)
     hosts.once(lambda: checksums.set_aside(self.folder))
     self._checkpoints = checkpoint.manager(self.folder)
-    self.start = checkpoint.last_step(self._checkpoints)
+    self.start = hosts.once(self._checkpoints.latest_step)
     self._stage, self._failure, self._facts = stage, failure, facts
     self._writing: int | None = None  # a step whose save has not been checked
     self._read, self._inputs = inputs, inputs()

@@ -18,8 +18,6 @@ from bond_jax.runs import files, paths
 from bond_jax.runs.settings import defaults
 
 VERSION = 'version.json'  # of the package that made a run, and where
-# What saved configs called them before there were rooms.
-_TASKS = {'bond_jax.text_task': 'text', 'bond_jax.enumerable': 'enumerable'}
 
 
 def differences(a: dict[str, Any], b: dict[str, Any], prefix='') -> list[str]:
@@ -54,7 +52,8 @@ def check_workdir(workdir: str, config: ml_collections.ConfigDict) -> bool:
   if not os.path.exists(path):
     return False
   check_version(workdir)
-  rows = differences(_saved(path), _plain(config))
+  settings = _plain(json.loads(config.to_json_best_effort()))
+  rows = differences(_plain(files.read_json(path)), settings)
   # How a run is evaluated may change: it does not change what was trained.
   if rows := [row for row in rows if not row.startswith('evaluate.')]:
     raise UserError(
@@ -71,9 +70,9 @@ def claim_workdir(workdir: str, config: ml_collections.ConfigDict) -> None:
   """
   workdir = paths.expanded(workdir)
   path = os.path.join(workdir, 'config.json')
-  settings = _plain(config)
+  settings = _plain(json.loads(config.to_json_best_effort()))
   owned = check_workdir(workdir, config)
-  if owned and _saved(path) == settings:
+  if owned and _plain(files.read_json(path)) == settings:
     return
   try:
     if not owned:
@@ -121,7 +120,7 @@ def read_config(
     ' is'
   )
   check_version(workdir)
-  raw = _saved(path, remedy)
+  raw = _plain(files.read_json(path, remedy))
   try:
     # What was a tuple is a list in JSON, and must be hashable again.
     config = ml_collections.ConfigDict(_tuples(raw)).lock()
@@ -137,18 +136,9 @@ def read_config(
     ) from e
 
 
-def _saved(path: str, remedy: str = files._RESTORE) -> dict[str, Any]:
-  """A config.json, in the words of this version."""
-  raw = files.read_json(path, remedy)
-  if isinstance(name := raw.get('task'), str):
-    raw['task'] = _TASKS.get(name, name)
-  return json.loads(json.dumps(defaults.filled(raw)))
-
-
-def _plain(config: ml_collections.ConfigDict) -> dict[str, Any]:
-  """A config as its config.json would be read."""
-  settings = defaults.filled(json.loads(config.to_json_best_effort()))
-  return json.loads(json.dumps(settings))
+def _plain(settings: dict[str, Any]) -> dict[str, Any]:
+  """What a config.json has, with the settings that are newer than it."""
+  return json.loads(json.dumps(defaults.filled(settings)))
 
 
 def _tuples(value: Any) -> Any:
@@ -173,11 +163,7 @@ def reference_dir(config: ml_collections.ConfigDict, workdir: str) -> str:
 def of_reward_model(
   config: ml_collections.ConfigDict,
 ) -> ml_collections.ConfigDict:
-  """The config as the reward model sees it.
-
-  What the section has of data, model, tokenizer, prompt and weights takes the
-  place of the run's.
-  """
+  """The run's, with what the section `reward_model` has in its place."""
   mine, settings = config.copy_and_resolve_references(), config.reward_model
   with mine.unlocked():
     for name in ('data', 'model', 'tokenizer', 'prompt'):

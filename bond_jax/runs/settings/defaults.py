@@ -7,7 +7,8 @@ the command line gives it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+import functools
 from typing import Any, NamedTuple
 
 import ml_collections
@@ -76,7 +77,7 @@ _DATA = dict(
   fields=S({}, {'*': TEXT}),  # our names of fields -> theirs: text='document'
   splits=S({}, _SPLITS),  # our splits -> theirs: validation='train[:5%]'
   mix=S({}, {'*': _SOURCE}),  # several in the place of one
-  bad_rows=S('stop', one_of(*fields.BAD_ROWS)),
+  bad_rows=S('stop', one_of('stop', 'skip')),
 )
 # path: a SentencePiece file; '' = the sft stage trains one on the data.
 _TOKENIZER = dict(
@@ -85,17 +86,17 @@ _TOKENIZER = dict(
   vocab_size=S(int, at_least(5)),
 )
 _PROMPT = dict(
-  kind=S('turn', one_of(*fields.PROMPTS)),
+  kind=S('turn', one_of('opening', 'text', 'turn')),
   length=S(512, at_least(2)),
-  longer=S('drop', one_of(*fields.LONGER)),
+  longer=S('drop', one_of('drop', 'cut')),
 )
 _MODEL = dict(
   name=S(str, NAME),  # see models/gemma/configs.py
   sizes=S({}, _SIZES),  # of a Gemma, instead of those of the name
   temperature=S(1.0, at_least(0, NUMBER)),  # of sampling and of scoring alike
-  dtype=S('bfloat16', one_of(*fields.DTYPES)),  # of the computation
+  dtype=S('bfloat16', one_of('float32', 'bfloat16')),  # of the computation
   scan=S(True, FLAG),  # loop over layers: compiles faster
-  remat=S('all', one_of(*fields.REMAT)),  # in the backward pass
+  remat=S('all', one_of('none', 'products', 'all')),  # in the backward pass
   # Adapters instead of all weights; rank 0 = all weights.
   lora=dict(
     rank=S(0, at_least(0)),
@@ -111,12 +112,14 @@ _REWARD = dict(
   parts=S({}, {'*': _PART}),  # several in the place of one
   missing_eos_penalty=S(0.0, NUMBER),  # taken off completions that were cut
   length_penalty=S(0.0, NUMBER),  # taken off per token
-  failure=S('stop', one_of(*fields.REWARD_FAILURES)),
+  failure=S('stop', one_of('stop', 'skip')),
   retries=S(0, at_least(0)),
   timeout=S(0.0, between(0, 1e9)),  # seconds for a batch; 0 = none
   # Of a judge: the reference's completions that evaluation compares with.
   opponents=S(0, at_least(0)),
 )
+_WARNINGS = one_of('kl', 'entropy', 'length', 'signal', 'anchor', 'speed',
+                   'skipped')  # fmt: skip
 # When training warns of what goes wrong slowly.
 _WATCH = dict(
   kl=S(10.0, at_least(0, LIMIT)),  # nats to the reference
@@ -124,7 +127,7 @@ _WATCH = dict(
   length=S(2.0, at_least(1, LIMIT)),  # times as long, or as short, as at first
   signal=S(0.05, SHARE),  # share of prompts with a signal
   speed=S(2.0, at_least(1, LIMIT)),  # times the seconds of a step at first
-  stop=S((), several(one_of(*fields.WARNINGS), example="('kl', 'entropy')")),
+  stop=S((), several(_WARNINGS, example="('kl', 'entropy')")),
 )
 _RIDGE = dict(
   kind=S('ridge', one_of('ridge', 'gemma')),
@@ -139,7 +142,7 @@ _GEMMA = dict(
   min_gap=S(1.0, at_least(0, NUMBER)),  # of ratings that make a pair
   partners=S(8, COUNT),  # pairs that a training text is in, at most
   weights=S(str, NAME),  # 'sft', 'random' or a checkpoint
-  pool=S('last', one_of(*fields.POOLS)),
+  pool=S('last', one_of('last', 'mean')),
   length=S(512, COUNT),
   dropout=S(0.0, PART),  # share of the pieces that are left out in training
   merge_dropout=S(0.0, PART),  # share of the vocabulary's merges, likewise
@@ -155,7 +158,7 @@ TREE = dict(
   seed=S(0, at_least(0)),
   # The run whose sft and reward stages this one starts from: its own.
   reference=S('{workdir}', NAME),
-  save_failure=S('stop', one_of(*fields.SAVE_FAILURES)),
+  save_failure=S('stop', one_of('stop', 'go_on')),
   task=S('text', one_of('text', 'enumerable')),
   # Devices along each axis; data=-1 takes all. sharding.make_mesh checks them.
   mesh=dict(data=S(-1, WHOLE), model=S(1, WHOLE)),
@@ -233,12 +236,10 @@ TEXT_NEEDS = (*TASKS['text'], *(f'train.{name}' for name in PROBE))
 def make(
   task: str, *, sft: bool = False, reward_model: str = ''
 ) -> ml_collections.ConfigDict:
-  """The config of a task, with every setting at its default.
+  """The config of a task, 'text' or 'enumerable', every setting at its default.
 
-  Args:
-    task: 'text' or 'enumerable'.
-    sft: whether there is a supervised stage.
-    reward_model: 'ridge' or 'gemma', of a stage that trains one; '' = none.
+  `sft`: with a supervised stage. `reward_model`: 'ridge' or 'gemma', of a stage
+  that trains one; '' = none.
   """
   names = {*COMMON, *TASKS[task], *(['sft'] if sft else [])}
   tree = {name: part for name, part in TREE.items() if name in names}
@@ -298,37 +299,14 @@ def _rules(tree: Mapping[str, Any]) -> dict[str, Any]:
   }
 
 
-def _all_rules() -> dict[str, Any]:
-  rules = fields.optional(_rules(TREE))
-  # What differs from the run's, for the reward model alone.
-  own = {
-    name: fields.optional(_rules(part))
-    for name, part in (
-      ('data', _DATA), ('tokenizer', _TOKENIZER), ('model', _MODEL),
-      ('prompt', _PROMPT),
-    )
-  }  # fmt: skip
-  kinds = {
-    'ridge': (_rules(_RIDGE), 'configs/demo.py'),
-    'gemma': (
-      _rules(_GEMMA) | fields.optional(own), 'configs/demo_learned_reward.py'
-    ),
-  }  # fmt: skip
-  rules['reward_model?'] = fields.Kinds(kinds)
-  return rules
-
-
-RULES = _all_rules()
-
-
-def check(
-  config: Mapping[str, Any], needed: Sequence[str] = (), unset: bool = False
-) -> None:
-  """A UserError for a setting that is wrong, unknown or missing.
-
-  Args:
-    config: nested dicts.
-    needed: names of sections that must be there.
-    unset: a setting may be None still.
-  """
-  fields.check(config, needed, rules=RULES, unset=unset)
+# What differs from the run's, for the reward model alone.
+_OWN = {
+  f'{name}?': fields.optional(_rules(TREE[name]))
+  for name in ('data', 'tokenizer', 'model', 'prompt')
+}
+RULES = fields.optional(_rules(TREE))
+RULES['reward_model?'] = fields.Kinds({
+  'ridge': (_rules(_RIDGE), 'configs/demo.py'),
+  'gemma': (_rules(_GEMMA) | _OWN, 'configs/demo_learned_reward.py'),
+})  # fmt: skip
+check = functools.partial(fields.check, rules=RULES)

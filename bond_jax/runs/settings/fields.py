@@ -7,12 +7,15 @@ name. A name that no rule knows is refused: no code reads it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+import contextlib
 import difflib
 import inspect
 import math
 import numbers
 import re
 from typing import Any, NamedTuple
+
+from flax import traverse_util
 
 from bond_jax.errors import UserError
 
@@ -32,13 +35,12 @@ class Kinds(NamedTuple):
   of: Mapping[str, tuple[dict[str, Any], str]]
 
 
-def _is_number(value: Any) -> bool:
-  return isinstance(value, numbers.Real) and not isinstance(value, bool)
+def _is_number(value: Any, kind: type = numbers.Real) -> bool:
+  return isinstance(value, kind) and not isinstance(value, bool)
 
 
 def _is_whole(value: Any) -> bool:
-  whole = _is_number(value) and isinstance(value, numbers.Integral)
-  return whole and abs(value) <= _MOST
+  return _is_number(value, numbers.Integral) and abs(value) <= _MOST
 
 
 def _is_text(value: Any) -> bool:
@@ -56,8 +58,7 @@ TEXT = Rule('a text', _is_text)
 NAME = Rule('a text that is not empty', lambda x: _is_text(x) and x != '')
 TABLE = Rule('a table of settings', lambda x: isinstance(x, Mapping))
 EVEN = Rule(
-  'an even whole number above 0',
-  lambda x: _is_whole(x) and x > 0 and x % 2 == 0,
+  'an even whole number above 0', lambda x: COUNT.allows(x) and x % 2 == 0
 )
 SHA256 = Rule(
   'a sha256, 64 hexadecimal digits, or empty',
@@ -111,18 +112,6 @@ SHARE = between(0, 1)
 PART = Rule(
   'a number, 0 or more and less than 1', lambda x: SHARE.allows(x) and x < 1
 )
-PROMPTS = 'opening', 'text', 'turn'
-LONGER = 'drop', 'cut'
-BAD_ROWS = 'stop', 'skip'
-DTYPES = 'float32', 'bfloat16'
-REMAT = 'none', 'products', 'all'
-POOLS = 'last', 'mean'
-SPLITS = 'train', 'validation', 'test'
-REWARD_FAILURES = 'stop', 'skip'
-SAVE_FAILURES = 'stop', 'go_on'
-WARNINGS = (
-  'kl', 'entropy', 'length', 'signal', 'anchor', 'speed', 'skipped',
-)  # fmt: skip
 
 
 def of_arguments(function: Callable[..., Any]) -> dict[str, Rule]:
@@ -136,14 +125,15 @@ def of_arguments(function: Callable[..., Any]) -> dict[str, Rule]:
   return found
 
 
-def functions(config: Any) -> list[str]:
+def leaves(config: dict[str, Any]) -> dict[str, Any]:
+  """Every setting in nested tables, by its dotted name."""
+  return traverse_util.flatten_dict(config, sep='.')
+
+
+def functions(config: dict[str, Any]) -> list[str]:
   """Every module:function that nested settings name."""
-  found = []
-  for key, value in config.items() if isinstance(config, dict) else ():
-    if key == 'function' and isinstance(value, str):
-      found.append(value)
-    found += functions(value)
-  return sorted(set(found))
+  named = (v for k, v in leaves(config).items() if k.endswith('.function'))
+  return sorted({value for value in named if isinstance(value, str)})
 
 
 def check(
@@ -155,12 +145,9 @@ def check(
 ) -> None:
   """A UserError for the first setting that is wrong, unknown or missing.
 
-  Args:
-    config: nested dicts.
-    needed: dotted names of settings that must be there although the rules let
-      them be missing.
-    rules: name -> Rule, Kinds or table of such.
-    unset: a setting may be None, which none of the rules allows.
+  Those that are `needed`, by dotted names, must be there although the `rules`
+  (name -> Rule, Kinds or table of such) let them be missing. `unset`: a setting
+  may be None, which none of the rules allows.
   """
   _check(config, rules, 'config', {f'config.{x}' for x in needed}, unset)
 
@@ -207,17 +194,6 @@ def _of_kind(value: Mapping[str, Any], rule: Kinds, name: str):
   return {**kind, **table}, f'{name} (kind {value["kind"]!r}, as in {example})'
 
 
-def unset(config: Mapping[str, Any], above: str) -> list[str]:
-  """The names of all settings that are None still."""
-  found = []
-  for key, value in config.items():
-    if isinstance(value, Mapping):
-      found += unset(value, f'{above}.{key}')
-    elif value is None:
-      found.append(f'{above}.{key}')
-  return found
-
-
 def unknown(config: Mapping[str, Any], name: Sequence[str]) -> str:
   """What is said of a name that a config does not have; '' if it has it."""
   above = 'config'
@@ -253,7 +229,6 @@ def check_arguments(
 
 def signature_of(function: Callable[..., Any]) -> inspect.Signature:
   """Of what is not written in Python, one that takes everything."""
-  try:
+  with contextlib.suppress(ValueError):
     return inspect.signature(function)
-  except ValueError:
-    return inspect.signature(lambda *args, **kwargs: None)
+  return inspect.signature(lambda *args, **kwargs: None)
