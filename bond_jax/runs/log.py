@@ -11,9 +11,8 @@ import contextlib
 import json
 import math
 import os
-import sys
 import time
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 from tensorboardX import summary
@@ -22,10 +21,13 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from bond_jax.devices import hosts
 from bond_jax.errors import UserError
-from bond_jax.runs import files, progress
+from bond_jax.runs import files, progress, show
+from bond_jax.runs.settings import fields
+
+is_number = fields.NUMBER.allows  # of a value of JSON
 
 
-class Writer:
+class Writer(contextlib.AbstractContextManager):
   """Writes what one stage reports: a line, JSONL rows, TensorBoard scalars.
 
   Write a step's row before its checkpoint is saved: on resumption at step s
@@ -43,13 +45,9 @@ class Writer:
   ):
     """Opens `folder`/metrics.jsonl and `folder`/tensorboard.
 
-    Args:
-      folder: of the stage; made if it is missing.
-      title: the first word of the progress line.
-      total: steps of the whole stage.
-      resumed_at: steps completed in the restored checkpoint; None starts
-        afresh, and drops what an earlier attempt has left.
-      show: keys of metrics that the progress line repeats.
+    `resumed_at`: steps completed in the restored checkpoint; None starts
+    afresh, and drops what an earlier attempt has left. The progress line begins
+    with `title`, counts to `total` steps, and repeats the metrics `show`.
     """
     self._seconds: collections.Counter[str] = collections.Counter()
     self._main = hosts.first()
@@ -70,9 +68,6 @@ class Writer:
       self._plot([Event(step=keep + 1, session_log=start)])
     self._line = progress.Line(title, total, resumed_at or 0, show, self._main)
 
-  def __enter__(self) -> Self:
-    return self
-
   def __exit__(self, *_) -> None:
     self.close()
 
@@ -90,18 +85,16 @@ class Writer:
       self._seconds[name] += time.monotonic() - begin
       self._line.phase = outer
 
-  def advance(self, step: int) -> None:
-    """Moves the progress line to `step` completed steps."""
-    self._line.advance(step)
-
   def write(self, step: int, metrics: Mapping[str, Any]) -> dict[str, Any]:
     """Writes one row, and returns it; scalars only, null if not finite."""
-    self.advance(step)
+    self._line.advance(step)
     values = {key: np.asarray(value).item() for key, value in metrics.items()}
     values |= {f'seconds/{k}': round(v, 6) for k, v in self._seconds.items()}
     self._seconds.clear()
     self._line.last |= values
-    row = {'step': step} | {k: _finite(v) for k, v in values.items()}
+    row = {'step': step} | {
+      k: v if math.isfinite(v) else None for k, v in values.items()
+    }
     if self._main:
       self._rows.append((json.dumps(row) + '\n').encode())
       self._plot(
@@ -120,7 +113,7 @@ class Writer:
         self._board.flush()
     except OSError as e:
       self._board = None
-      _warn(
+      show.warn(
         f'cannot write for TensorBoard ({e.strerror}), which sees no later step'
         ' of this process; metrics.jsonl has them all.'
       )
@@ -166,7 +159,7 @@ class _Rows:
       self._send()
     except OSError as e:
       if not self._warned:
-        _warn(
+        show.warn(
           f'cannot write to {self._path} ({e.strerror}); its rows are kept in'
           ' memory, and written when that is possible.'
         )
@@ -183,10 +176,6 @@ class _Rows:
     with contextlib.suppress(OSError):
       if self._file:
         self._file.close()
-
-
-def _warn(line: str) -> None:
-  print(f'\nWARNING: {line}', file=sys.stderr, flush=True)
 
 
 def read_rows(path: str) -> list[dict[str, Any]]:
@@ -218,19 +207,12 @@ def read_rows(path: str) -> list[dict[str, Any]]:
 
 def phase_seconds(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
   """Sums `seconds/<phase>` over the rows of a stage, resumptions included."""
-  total: collections.defaultdict[str, float] = collections.defaultdict(float)
+  total: collections.Counter[str] = collections.Counter()
   for row in rows:
     for key, value in row.items():
       if key.startswith('seconds/') and is_number(value):
         total[key.removeprefix('seconds/')] += value
   return dict(total)
-
-
-def is_number(value: Any) -> bool:
-  """Whether a value of JSON is a finite number."""
-  if not isinstance(value, int | float) or isinstance(value, bool):
-    return False
-  return abs(value) <= sys.float_info.max
 
 
 def _drop_after(path: str, step: int) -> None:
@@ -244,9 +226,3 @@ def _drop_after(path: str, step: int) -> None:
   ]
   with files.whole(path) as f:
     f.writelines(json.dumps(row) + '\n' for row in rows)
-
-
-def _finite(value: Any) -> Any:
-  if isinstance(value, float) and not math.isfinite(value):
-    return None
-  return value

@@ -42,11 +42,9 @@ jax.monitoring.register_event_duration_secs_listener(_on_end)
 
 
 def compilations(*programs: str) -> int:
-  """Counts XLA compilations in this process since this module was imported.
+  """Counts XLA compilations of jitted functions, by name, in this process.
 
-  Args:
-    *programs: names of jitted functions; without any, all programs count, also
-      the small ones that eager array operations compile.
+  Without names of all, also the small ones of eager array operations.
   """
   if not programs:
     return _compiled.total()
@@ -64,12 +62,7 @@ class Line:
   ):
     """Shows the line from now on, if it is `visible`, until `close`.
 
-    Args:
-      title: its first word.
-      total: steps of the whole stage.
-      step: completed steps.
-      keys: of the metrics in `last` that are shown.
-      visible: whether anything is printed.
+    After `title` come the completed `step` of `total`, and `keys` of `last`.
     """
     self._title, self._total, self._keys = title, total, keys
     self._step = self._first = step

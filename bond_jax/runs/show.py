@@ -1,9 +1,18 @@
-"""Numbers, times and tables as people read them."""
+"""Numbers, times, tables and warnings as people read them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+import sys
 from typing import Any
+
+from bond_jax.devices import hosts
+
+
+def warn(line: str) -> None:
+  """Prints a warning, once for all hosts."""
+  if hosts.first():
+    print(f'\nWARNING: {line}', file=sys.stderr, flush=True)
 
 
 def clock(seconds: float) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 import json
 import os
 from typing import Any, NamedTuple
@@ -55,13 +55,7 @@ def check_stage(
     )
 
 
-def begin(
-  name: str,
-  config: ml_collections.ConfigDict,
-  path: str,
-  workdir: str,
-  flags: Mapping[str, str],
-) -> bool:
+def _begin(name, config, path: str, workdir: str, flags) -> bool:
   """Joins the other hosts of a stage; whether there is work to do for it.
 
   A UserError if they are not about to do the same, or if the workdir is
@@ -97,17 +91,6 @@ def begin(
   return not done
 
 
-def claim(config: ml_collections.ConfigDict, workdir: str, folder: str) -> None:
-  """Makes the workdir this config's, and `folder` in it, on all hosts."""
-
-  def make() -> None:
-    configs.claim_workdir(workdir, config)
-    os.makedirs(folder, exist_ok=True)
-
-  hosts.once(make)
-  hosts.check_shared(folder)
-
-
 def stage(
   name: str,
   work: Callable[..., dict[str, Any]],
@@ -121,42 +104,32 @@ def stage(
 ) -> None:
   """Runs a stage once: `<workdir>/<folder>/summary.json` marks it done.
 
-  Args:
-    name: of the stage, for people.
-    work: (run, **flags) -> the summary.
-    config: of the run.
-    workdir: of the run.
-    folder: in which the summary goes.
-    open_run: (config, workdir) -> the run; a UserError if some stage could not
-      work with the config.
-    table: what of the summary is shown at the end.
-    **flags: flags beside the config; the summary repeats them.
+  `open_run(config, workdir)` gives the run, or a UserError if some stage could
+  not work with the config; `work(run, **flags)` the summary, which repeats the
+  flags beside the config, and of which `table` is shown at the end.
   """
   workdir = paths.expanded(workdir)
   path = os.path.normpath(os.path.join(workdir, folder, 'summary.json'))
-  if not begin(name, config, path, workdir, flags):
+  if not _begin(name, config, path, workdir, flags):
     return
   with stopping.listening():
-    _work(name, work, config, workdir, path, open_run, table, flags)
+    check_stage(name, config, workdir)
+    run = open_run(config, workdir)
+    hosts.check_mesh(run.mesh)
+    with lock.held(workdir, name):
+      hosts.once(lambda: configs.claim_workdir(workdir, config))
+      hosts.once(lambda: os.makedirs(os.path.dirname(path), exist_ok=True))
+      hosts.check_shared(os.path.dirname(path))
+      devices = f'{run.mesh.size} {jax.default_backend()} device(s)'
+      if hosts.count() > 1:
+        devices += f' of {hosts.count()} hosts'
+      hosts.say(f'{name}: {config.model.name} on {devices}, into {workdir}')
+      with saving.on_disk(workdir):
+        summary = work(run, **flags)
+        summary = {**summary, **flags, 'versions': environment.versions()}
+        if hosts.first():
+          files.write_json(path, summary)
+          show.table(table(summary), f'{name}: done, see {path}')
     stopping.hear(hosts.gather(stopping.asked()))
     if stopping.due():  # no stage after it shall start
       raise stopping.stopped(name, None)
-
-
-def _work(name, work, config, workdir, path, open_run, table, flags) -> None:
-  """Runs a stage that is not finished; see `stage`."""
-  check_stage(name, config, workdir)
-  run = open_run(config, workdir)
-  hosts.check_mesh(run.mesh)
-  with lock.held(workdir, name):
-    claim(config, workdir, os.path.dirname(path))
-    devices = f'{run.mesh.size} {jax.default_backend()} device(s)'
-    if hosts.count() > 1:
-      devices += f' of {hosts.count()} hosts'
-    hosts.say(f'{name}: {config.model.name} on {devices}, into {workdir}')
-    with saving.on_disk(workdir):
-      summary = work(run, **flags)
-      summary = {**summary, **flags, 'versions': environment.versions()}
-      if hosts.first():
-        files.write_json(path, summary)
-        show.table(table(summary), f'{name}: done, see {path}')

@@ -23,7 +23,7 @@ from typing import Any, Self
 
 from bond_jax.devices import hosts
 from bond_jax.errors import one_line, UserError
-from bond_jax.runs import command, fingerprints
+from bond_jax.runs import command, fingerprints, show
 from bond_jax.runs.checkpoints import checkpoint, checksums
 from bond_jax.runs.settings import configs
 from bond_jax.types import TrainState
@@ -44,13 +44,9 @@ class Saver:
   ):
     """Reads the folder; `start` becomes the last good step, or None.
 
-    Args:
-      folder: of the checkpoints.
-      stage: its name, for messages.
-      failure: what a failed save does, 'stop' or 'go_on'.
-      facts: saved with each step, and compared on resumption.
-      inputs: fingerprints of what the stage reads, likewise; a UserError if
-        they have changed since the last good step, and nobody accepted that.
+    `failure` is what a failed save does, 'stop' or 'go_on'. `facts`, and the
+    fingerprints `inputs()` of what the stage reads, are saved with each step; a
+    UserError if these changed since the last good one, and nobody accepted it.
     """
     self.folder = os.path.abspath(folder)
     hosts.once(self._clear)
@@ -119,7 +115,7 @@ class Saver:
     if must:
       self._wait_for_it()
     elif not self._wait(PATIENCE):
-      _warn(
+      show.warn(
         f'{self._stage}: step {self._writing} is still being written, after'
         f' waiting {PATIENCE:.0f} s for it, so step {step} is not saved. The'
         f' last good checkpoint is {self._last_good()}.'
@@ -133,7 +129,7 @@ class Saver:
     self._writing = step
     self._inputs, changed = fingerprints.steady(self._inputs, self._read())
     if changed:
-      _warn(
+      show.warn(
         f'{self._stage}: step {step}: changed while the stage runs:'
         f' {"; ".join(changed[:3])}. What is read next is of the changed files.'
       )
@@ -195,7 +191,7 @@ class Saver:
         f'{line} Make room, or let it write there, and start the same command'
         " again; with save_failure 'go_on' it would train on."
       )
-    _warn(line)
+    show.warn(line)
 
   def _last_good(self) -> str:
     steps = [s for s in checksums.steps(self.folder) if s != self._writing]
@@ -232,11 +228,6 @@ def _brief(error: Exception) -> str:
   found = re.search(r"os_error_code='(\d+)'", text)  # tensorstore's
   code = found[1] if found else getattr(error, 'errno', None)
   return os.strerror(int(code)) if code else text[:200]
-
-
-def _warn(line: str) -> None:
-  if hosts.first():
-    print(f'\nWARNING: {line}', file=sys.stderr, flush=True)
 
 
 def _no_traces(record: logging.LogRecord) -> bool:
