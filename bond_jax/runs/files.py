@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 import contextlib
 import json
 import os
-from typing import Any, IO, TypeVar
+from typing import Any, IO
 import zipfile
 import zlib
 
@@ -49,9 +49,6 @@ def read_json(path: str, remedy: str = _RESTORE) -> dict[str, Any]:
   raise UserError(f'cannot read {path} ({reason}); {remedy}.')
 
 
-T = TypeVar('T')
-
-
 def write(path: str, arrays: Mapping[str, np.ndarray]) -> None:
   """Writes named arrays; makes the folder if it is missing."""
   os.makedirs(os.path.dirname(path), exist_ok=True)
@@ -61,10 +58,10 @@ def write(path: str, arrays: Mapping[str, np.ndarray]) -> None:
 
 def read(
   path: str,
-  use: Callable[[Mapping[str, np.ndarray]], T],
+  use: Callable[[Mapping[str, np.ndarray]], Any],
   what: str,
   remedy: str,
-) -> T:
+) -> Any:
   """Reads a file of `write`, and returns what `use` makes of its arrays.
 
   A FileNotFoundError if it is absent. A UserError, "path is not `what`;

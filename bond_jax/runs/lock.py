@@ -20,8 +20,6 @@ import sys
 from bond_jax.devices import hosts
 from bond_jax.errors import UserError
 
-_MOST = 2000  # bytes of the line that are read
-
 
 @contextlib.contextmanager
 def held(workdir: str, stage: str) -> Iterator[None]:
@@ -86,7 +84,7 @@ def _locked(path: str) -> int:
 
 
 def _owner(fd: int) -> str:
-  return os.pread(fd, _MOST, 0).decode(errors='replace').partition('\n')[0]
+  return os.pread(fd, 2000, 0).decode(errors='replace').partition('\n')[0]
 
 
 def _is(fd: int, path: str) -> bool:

@@ -27,8 +27,7 @@ _compiling: dict[int, tuple[str, float]] = {}  # thread -> program, start time
 
 def _on_start(event: str, _: float, **metadata: Any) -> None:
   if event == _COMPILE:
-    program = metadata['fun_name'], time.monotonic()
-    _compiling[threading.get_ident()] = program
+    _compiling[threading.get_ident()] = metadata['fun_name'], time.monotonic()
 
 
 def _on_end(event: str, _: float, **metadata: Any) -> None:

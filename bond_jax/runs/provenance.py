@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 import glob
 import hashlib
 import json
@@ -16,7 +16,7 @@ import ml_collections
 import bond_jax
 from bond_jax.devices import hosts
 from bond_jax.runs import environment, fingerprints
-from bond_jax.runs.settings import configs
+from bond_jax.runs.settings import configs, fields
 
 # Stage -> the splits that it reads, and the parts of the run it starts from.
 _READS = {
@@ -63,7 +63,8 @@ def inputs(
   evaluate also the modules of the rewards, and the files in their arguments.
   What is not on this machine is left out.
   """
-  flat = dict(_texts(json.loads(config.to_json_best_effort())))
+  flat = fields.leaves(json.loads(config.to_json_best_effort()))
+  flat = {key: value for key, value in flat.items() if isinstance(value, str)}
   start = configs.reference_dir(config, workdir)
   splits, parts = _READS[stage]
   found: dict[str, str | None] = {}
@@ -89,15 +90,6 @@ def inputs(
     if stage != 'reward' or config.weights == 'sft':
       found[f'reference {part}'] = _of_run(f'{start}/{part}', _OF_RUN[part])
   return {key: value for key, value in found.items() if value}
-
-
-def _texts(value: Any, key: str = '') -> Iterator[tuple[str, str]]:
-  """Every text in nested tables, by its path."""
-  if isinstance(value, str):
-    yield key, value
-  items = value.items() if isinstance(value, Mapping) else ()
-  for name, inner in items:
-    yield from _texts(inner, f'{key}.{name}' if key else name)
 
 
 def _modules(key: str, function: str) -> dict[str, str]:
@@ -153,24 +145,19 @@ def check_start(
 ) -> None:
   """Refuses a policy whose base, reference or vocabulary has changed since.
 
-  Args:
-    config: of the run.
-    workdir: of the run.
-    made: the facts that the policy's checkpoint was saved with.
-    alone: it is used without its reference, which may have changed then, as may
-      the weights that it started from, unless it is an adapter of them. If not,
-      a line says which rewards and data have changed.
+  `made` are the facts that its checkpoint was saved with. One that is used
+  `alone`, without its reference, may have another now, and other weights that
+  it started from, unless it is an adapter of them. Of one that is not a line
+  says which rewards and data have changed.
   """
   if not (before := made.get('inputs')):
     return
   now = hosts.once(lambda: inputs(config, workdir, 'train'))
   whole = alone and not config.model.lora.rank
   kinds = ('tokenizer', 'reference tokenizer') if whole else _UNDER
-  pick = lambda some, yes: {
-    k: x for k, x in some.items() if k.startswith(kinds) == yes
-  }
-  lines = fingerprints.changed(pick(before, True), pick(now, True))
-  fingerprints.accept(f'the policy of {workdir}', lines)
-  lines = fingerprints.changed(pick(before, False), pick(now, False))
+  lines = fingerprints.changed(before, now)
+  under = [line for line in lines if line.startswith(kinds)]
+  fingerprints.accept(f'the policy of {workdir}', under)
+  lines = [line for line in lines if line not in under]
   if lines and not alone:
     hosts.say(f'changed since {workdir} was trained: {"; ".join(lines[:5])}')

@@ -151,21 +151,21 @@ def restore_params(
 
 def choose(checkpoints: ocp.CheckpointManager, which: str) -> int:
   """The step of 'last', 'best' or a number; a UserError if it is absent."""
-  return hosts.once(lambda: _choose(checkpoints, which))
 
+  def find() -> int:
+    steps = sorted(checkpoints.all_steps())
+    if not steps:
+      raise UserError(
+        f'{checkpoints.directory} holds no checkpoint; run the stage that'
+        ' writes it first.'
+      )
+    known = {str(step): step for step in steps} | {'last': steps[-1]}
+    known['best'] = checkpoints.best_step() or steps[-1]
+    if which not in known:
+      raise UserError(
+        f'checkpoint {which!r} is not in {checkpoints.directory}; there are'
+        f' {", ".join(map(str, steps))}, and "last" and "best".'
+      )
+    return known[which]
 
-def _choose(checkpoints: ocp.CheckpointManager, which: str) -> int:
-  steps = sorted(checkpoints.all_steps())
-  if not steps:
-    raise UserError(
-      f'{checkpoints.directory} holds no checkpoint; run the stage that'
-      ' writes it first.'
-    )
-  known = {str(step): step for step in steps} | {'last': steps[-1]}
-  known['best'] = checkpoints.best_step() or steps[-1]
-  if which not in known:
-    raise UserError(
-      f'checkpoint {which!r} is not in {checkpoints.directory}; there are'
-      f' {", ".join(map(str, steps))}, and "last" and "best".'
-    )
-  return known[which]
+  return hosts.once(find)

@@ -21,7 +21,6 @@ from bond_jax.runs import files
 NAME = 'sha256.json'
 _OWN = '_CHECKPOINT_METADATA'  # Orbax's, changed after the sums are written
 _LATER = (NAME, NAME + '.tmp', _OWN, 'commit_success.txt')
-_THREADS = 4
 
 
 class TemporaryPath(ocp.path.atomicity.AtomicRenameTemporaryPath):
@@ -125,5 +124,5 @@ def _sums(folder: str, names: Sequence[str]) -> dict[str, list[int | str]]:
       sha = hashlib.file_digest(f, 'sha256')
       return [f.tell(), sha.hexdigest()]
 
-  with futures.ThreadPoolExecutor(_THREADS) as threads:
+  with futures.ThreadPoolExecutor(4) as threads:
     return dict(zip(names, threads.map(of, names), strict=True))
