@@ -80,10 +80,9 @@ def of_modules(name: str) -> dict[str, str]:
 
 def _imported(module: types.ModuleType) -> set[str]:
   """The modules that a module's names are, or come from."""
-  values = list(vars(module).values())
   names = (
     x.__name__ if inspect.ismodule(x) else getattr(x, '__module__', None)
-    for x in values
+    for x in list(vars(module).values())
   )
   return {name for name in names if isinstance(name, str)}
 
@@ -91,10 +90,9 @@ def _imported(module: types.ModuleType) -> set[str]:
 def _is_own(name: str) -> bool:
   """Whether a module is the user's: not installed, not Python's, not ours."""
   path = getattr(sys.modules.get(name), '__file__', None) or ''
-  others = 'bond_jax', *sys.stdlib_module_names
-  installed = 'site-packages' in path.split(os.sep)
-  own = name.partition('.')[0] not in others and not installed
-  return own and path.endswith('.py')
+  if name.partition('.')[0] in ('bond_jax', *sys.stdlib_module_names):
+    return False
+  return path.endswith('.py') and 'site-packages' not in path.split(os.sep)
 
 
 def of_code(folder: str) -> dict[str, str]:

@@ -71,41 +71,6 @@ _OPTIMIZER = dict(
   weight_decay=S(0.0, at_least(0, NUMBER)),
   clip=S(1.0, above(0, LIMIT)),  # global norm
 )
-_DATA = dict(
-  name=S(str, TEXT),  # see docs/data.md
-  data_dir=S('data', TEXT),  # of TFDS
-  fields=S({}, {'*': TEXT}),  # our names of fields -> theirs: text='document'
-  splits=S({}, _SPLITS),  # our splits -> theirs: validation='train[:5%]'
-  mix=S({}, {'*': _SOURCE}),  # several in the place of one
-  bad_rows=S('stop', one_of('stop', 'skip')),
-)
-# path: a SentencePiece file; '' = the sft stage trains one on the data.
-_TOKENIZER = dict(
-  path=S('', TEXT),
-  sha256=S('', fields.SHA256),
-  vocab_size=S(int, at_least(5)),
-)
-_PROMPT = dict(
-  kind=S('turn', one_of('opening', 'text', 'turn')),
-  length=S(512, at_least(2)),
-  longer=S('drop', one_of('drop', 'cut')),
-)
-_MODEL = dict(
-  name=S(str, NAME),  # see models/gemma/configs.py
-  sizes=S({}, _SIZES),  # of a Gemma, instead of those of the name
-  temperature=S(1.0, at_least(0, NUMBER)),  # of sampling and of scoring alike
-  dtype=S('bfloat16', one_of('float32', 'bfloat16')),  # of the computation
-  scan=S(True, FLAG),  # loop over layers: compiles faster
-  remat=S('all', one_of('none', 'products', 'all')),  # in the backward pass
-  # Adapters instead of all weights; rank 0 = all weights.
-  lora=dict(
-    rank=S(0, at_least(0)),
-    alpha=S(16.0, at_least(0, NUMBER)),
-    targets=S('attn|mlp', TEXT),  # a regular expression
-    weights=S('', TEXT),  # a peft adapter that training starts from
-    exact_anchor=S(False, FLAG),  # average products of adapters, not adapters
-  ),
-)
 _REWARD = dict(
   function=S(str, TEXT),  # module:function, which makes it
   args=S({}, TABLE),
@@ -120,39 +85,6 @@ _REWARD = dict(
 )
 _WARNINGS = one_of('kl', 'entropy', 'length', 'signal', 'anchor', 'speed',
                    'skipped')  # fmt: skip
-# When training warns of what goes wrong slowly.
-_WATCH = dict(
-  kl=S(10.0, at_least(0, LIMIT)),  # nats to the reference
-  entropy=S(0.5, SHARE),  # per token, share of what it was at first
-  length=S(2.0, at_least(1, LIMIT)),  # times as long, or as short, as at first
-  signal=S(0.05, SHARE),  # share of prompts with a signal
-  speed=S(2.0, at_least(1, LIMIT)),  # times the seconds of a step at first
-  stop=S((), several(_WARNINGS, example="('kl', 'entropy')")),
-)
-_RIDGE = dict(
-  kind=S('ridge', one_of('ridge', 'gemma')),
-  order=S(3, COUNT),  # pieces of the longest n-grams
-  min_count=S(2, COUNT),  # texts that an n-gram must be in
-  alphas=S((0.25, 0.5, 1.0, 2.0), several(at_least(0, NUMBER), 1)),
-)
-_GEMMA = dict(
-  kind=S('gemma', one_of('ridge', 'gemma')),
-  loss=S('bradley_terry', one_of('bradley_terry', 'margin', 'regression')),
-  margin=S(0.0, at_least(0, NUMBER)),
-  min_gap=S(1.0, at_least(0, NUMBER)),  # of ratings that make a pair
-  partners=S(8, COUNT),  # pairs that a training text is in, at most
-  weights=S(str, NAME),  # 'sft', 'random' or a checkpoint
-  pool=S('last', one_of('last', 'mean')),
-  length=S(512, COUNT),
-  dropout=S(0.0, PART),  # share of the pieces that are left out in training
-  merge_dropout=S(0.0, PART),  # share of the vocabulary's merges, likewise
-  members=S(1, COUNT),  # models of which the score is the mean
-  steps=S(int, COUNT),
-  batch=S(128, COUNT),
-  micro_batches=S(1, COUNT),
-  optimizer=_OPTIMIZER,
-  save_every=S(100, COUNT),
-)
 
 TREE = dict(
   seed=S(0, at_least(0)),
@@ -163,11 +95,42 @@ TREE = dict(
   # Devices along each axis; data=-1 takes all. sharding.make_mesh checks them.
   mesh=dict(data=S(-1, WHOLE), model=S(1, WHOLE)),
   sampling_mesh=dict(data=S(-1, WHOLE), model=S(1, WHOLE)),
-  data=_DATA,
+  data=dict(
+    name=S(str, TEXT),  # see docs/data.md
+    data_dir=S('data', TEXT),  # of TFDS
+    fields=S({}, {'*': TEXT}),  # our names of fields -> theirs: text='document'
+    splits=S({}, _SPLITS),  # our splits -> theirs: validation='train[:5%]'
+    mix=S({}, {'*': _SOURCE}),  # several in the place of one
+    bad_rows=S('stop', one_of('stop', 'skip')),
+  ),
   weights=S('', TEXT),  # a checkpoint that the model starts from; '' = none
-  tokenizer=_TOKENIZER,
-  model=_MODEL,
-  prompt=_PROMPT,
+  # path: a SentencePiece file; '' = the sft stage trains one on the data.
+  tokenizer=dict(
+    path=S('', TEXT),
+    sha256=S('', fields.SHA256),
+    vocab_size=S(int, at_least(5)),
+  ),
+  model=dict(
+    name=S(str, NAME),  # see models/gemma/configs.py
+    sizes=S({}, _SIZES),  # of a Gemma, instead of those of the name
+    temperature=S(1.0, at_least(0, NUMBER)),  # of sampling and of scoring alike
+    dtype=S('bfloat16', one_of('float32', 'bfloat16')),  # of the computation
+    scan=S(True, FLAG),  # loop over layers: compiles faster
+    remat=S('all', one_of('none', 'products', 'all')),  # in the backward pass
+    # Adapters instead of all weights; rank 0 = all weights.
+    lora=dict(
+      rank=S(0, at_least(0)),
+      alpha=S(16.0, at_least(0, NUMBER)),
+      targets=S('attn|mlp', TEXT),  # a regular expression
+      weights=S('', TEXT),  # a peft adapter that training starts from
+      exact_anchor=S(False, FLAG),  # average products of adapters, not adapters
+    ),
+  ),
+  prompt=dict(
+    kind=S('turn', one_of('opening', 'text', 'turn')),
+    length=S(512, at_least(2)),
+    longer=S('drop', one_of('drop', 'cut')),
+  ),
   length=S(512, COUNT),  # new tokens at most
   stop=S((), several(NAME, example="('Question:',)")),  # texts that end one
   chunk=S(1024, COUNT),  # tokens whose logits exist at one time, per device
@@ -182,7 +145,32 @@ TREE = dict(
     save_every=S(100, COUNT),
     validation_batches=S(4, COUNT),
   ),
-  reward_model=dict(ridge=_RIDGE, gemma=_GEMMA),  # one of them
+  reward_model=dict(  # one of them
+    ridge=dict(
+      kind=S('ridge', one_of('ridge', 'gemma')),
+      order=S(3, COUNT),  # pieces of the longest n-grams
+      min_count=S(2, COUNT),  # texts that an n-gram must be in
+      alphas=S((0.25, 0.5, 1.0, 2.0), several(at_least(0, NUMBER), 1)),
+    ),
+    gemma=dict(
+      kind=S('gemma', one_of('ridge', 'gemma')),
+      loss=S('bradley_terry', one_of('bradley_terry', 'margin', 'regression')),
+      margin=S(0.0, at_least(0, NUMBER)),
+      min_gap=S(1.0, at_least(0, NUMBER)),  # of ratings that make a pair
+      partners=S(8, COUNT),  # pairs that a training text is in, at most
+      weights=S(str, NAME),  # 'sft', 'random' or a checkpoint
+      pool=S('last', one_of('last', 'mean')),
+      length=S(512, COUNT),
+      dropout=S(0.0, PART),  # share of the pieces that are left out in training
+      merge_dropout=S(0.0, PART),  # share of the vocabulary's merges, likewise
+      members=S(1, COUNT),  # models of which the score is the mean
+      steps=S(int, COUNT),
+      batch=S(128, COUNT),
+      micro_batches=S(1, COUNT),
+      optimizer=_OPTIMIZER,
+      save_every=S(100, COUNT),
+    ),
+  ),
   reward=_REWARD,
   # A reward that nothing is trained on.
   gold=dict(function=S(str, TEXT), args=S({}, TABLE)),
@@ -198,7 +186,15 @@ TREE = dict(
     optimizer=_OPTIMIZER,
     save_every=S(100, COUNT),
     skip_limit=S(0, at_least(0)),  # steps in a row that may not be finite
-    watch=_WATCH,
+    # When training warns of what goes wrong slowly.
+    watch=dict(
+      kl=S(10.0, at_least(0, LIMIT)),  # nats to the reference
+      entropy=S(0.5, SHARE),  # per token, share of what it was at first
+      length=S(2.0, at_least(1, LIMIT)),  # times as long or short as at first
+      signal=S(0.05, SHARE),  # share of prompts with a signal
+      speed=S(2.0, at_least(1, LIMIT)),  # times the seconds of a step at first
+      stop=S((), several(_WARNINGS, example="('kl', 'entropy')")),
+    ),
     probe_prompts=S(128, COUNT),  # validation prompts of the curves
     probe_completions=S(2, COUNT),
   ),
@@ -305,8 +301,9 @@ _OWN = {
   for name in ('data', 'tokenizer', 'model', 'prompt')
 }
 RULES = fields.optional(_rules(TREE))
+_KINDS = RULES['reward_model?']
 RULES['reward_model?'] = fields.Kinds({
-  'ridge': (_rules(_RIDGE), 'configs/demo.py'),
-  'gemma': (_rules(_GEMMA) | _OWN, 'configs/demo_learned_reward.py'),
+  'ridge': (_KINDS['ridge'], 'configs/demo.py'),
+  'gemma': (_KINDS['gemma'] | _OWN, 'configs/demo_learned_reward.py'),
 })  # fmt: skip
 check = functools.partial(fields.check, rules=RULES)
