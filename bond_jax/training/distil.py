@@ -47,29 +47,14 @@ class Programs(NamedTuple):
 
 def make_programs(setup: step_lib.Setup, mesh, state) -> Programs:
   """Jits the step over the mesh; state stays in its shards throughout."""
-  rows = sharding.by_row(mesh)
-  kept = (jax.tree.map(lambda x: x.sharding, state), sharding.replicated(mesh))
-
-  def rollout(state, frozen, prompts, key, index):
-    return step_lib.rollout(setup, state, frozen, prompts, key, index)
-
-  def weigh(state, frozen, prompts, drawn, reward):
-    batch, row = step_lib.weigh(setup, state, frozen, prompts, drawn, reward)
-    return batch, row | {'tokens/decoded': drawn.mask.sum()}
-
-  def update(state, frozen, batch):
-    state, row = step_lib.update(setup, state, frozen, batch)
-    # Of completions, as those decoded; `costs` counts their prompts too.
-    return state, row | {'tokens/trained': batch.mask.sum()}
-
-  def move_anchor(state, frozen):
-    return step_lib.move_anchor(setup, state, frozen)
-
+  rows, whole = sharding.by_row(mesh), sharding.replicated(mesh)
+  kept = (jax.tree.map(lambda x: x.sharding, state), whole)
+  jit = lambda f, **how: jax.jit(functools.partial(f, setup), **how)
   return Programs(
-    jax.jit(rollout, out_shardings=rows),
-    jax.jit(weigh, out_shardings=(rows, sharding.replicated(mesh))),
-    jax.jit(update, out_shardings=kept, donate_argnums=(0,)),
-    jax.jit(move_anchor, out_shardings=kept, donate_argnums=(0,)),
+    jit(step_lib.rollout, out_shardings=rows),
+    jit(step_lib.weigh, out_shardings=(rows, whole)),
+    jit(step_lib.update, out_shardings=kept, donate_argnums=(0,)),
+    jit(step_lib.move_anchor, out_shardings=kept, donate_argnums=(0,)),
   )
 
 
@@ -177,14 +162,10 @@ def make_guard(
   config: ml_collections.ConfigDict, algorithm: Algorithm
 ) -> guard_lib.Guard:
   """The guard that the settings of `train` ask for."""
-  settings = config.train.watch
-  names = 'kl', 'entropy', 'length', 'signal', 'speed'
-  look = functools.partial(
-    watch.look,
-    moves=algorithm.anchor.moves,
-    **{name: settings[name] for name in names},
-  )
-  return guard_lib.Guard('train', config.train.skip_limit, look, settings.stop)
+  limits = config.train.watch.to_dict()
+  stop_at = limits.pop('stop')
+  look = functools.partial(watch.look, moves=algorithm.anchor.moves, **limits)
+  return guard_lib.Guard('train', config.train.skip_limit, look, stop_at)
 
 
 def train(run: stages.Run) -> dict[str, Any]:
@@ -220,7 +201,7 @@ def train(run: stages.Run) -> dict[str, Any]:
     task = task._replace(frozen=None)  # all of it is nowhere else
 
     def broken(state, batch):
-      guard.broken(guard_lib.find(setup, state, frozen, batch))
+      guard.broken = guard_lib.find(setup, state, frozen, batch)
       if command.debugging():
         guard_lib.rerun(setup, state, frozen, batch)
 
@@ -255,9 +236,9 @@ def train(run: stages.Run) -> dict[str, Any]:
 
 def init_state(setup, frozen: Frozen, mesh) -> TrainState:
   """The state before the first step, created in its shards."""
-  init = lambda frozen: step_lib.init_state(setup, frozen)
   like = state_like(setup, frozen, mesh)
   shards = jax.tree.map(lambda x: x.sharding, like)
+  init = functools.partial(step_lib.init_state, setup)
   return jax.jit(init, out_shardings=shards)(frozen)
 
 
@@ -266,8 +247,8 @@ def state_like(setup, frozen: Frozen, mesh) -> TrainState:
 
   A UserError if a large parameter would be whole on every device.
   """
-  init = lambda frozen: step_lib.init_state(setup, frozen)
   sharding.check_split(frozen, mesh)
+  init = functools.partial(step_lib.init_state, setup)
   return sharding.tree_structs(jax.eval_shape(init, frozen), mesh)
 
 

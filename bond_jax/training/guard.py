@@ -47,11 +47,15 @@ def find(
         continue
       where = f'{name}{jax.tree_util.keystr(path, simple=True, separator="/")}'
       if bad.ndim:
-        rows = [int(i) for i in np.asarray(ids)[bad]]
-        more = f' and {len(rows) - 5} more' if len(rows) > 5 else ''
-        where += f' of prompts {", ".join(map(str, rows[:5]))}{more}'
+        where += f' of prompts {_first(np.asarray(ids)[bad], 5)}'
       found.append(where)
   return found
+
+
+def _first(names: Sequence, count: int) -> str:
+  more = len(names) - count
+  listed = ', '.join(map(str, names[:count]))
+  return f'{listed} and {more} more' if more > 0 else listed
 
 
 def rerun(
@@ -108,7 +112,7 @@ class Guard:
     look: Callable[[Sequence[watch.Row]], dict[str, str]] = lambda rows: {},
     stop_at: Sequence[str] = (),
   ):
-    """The guard of the stage `name`.
+    """The guard of a stage.
 
     Args:
       name: of the stage, for its lines.
@@ -121,7 +125,7 @@ class Guard:
     self._look, self._stop_at = look, stop_at
     self._seen: list[watch.Row] = []
     self._found: dict[str, str] = {}
-    self._names: list[str] = []  # of what the last step broke
+    self.broken: list[str] = []  # what was not finite in a skipped step
     self._skipped = 0  # steps in a row
 
   def catch_up(self, folder: str) -> None:
@@ -130,24 +134,19 @@ class Guard:
     for row in hosts.once(lambda: log.read_rows(path)):
       self.keep(row)
 
-  def broken(self, names: list[str]) -> None:
-    """Takes in what was not finite in a step that was skipped."""
-    self._names = names
-
   def check(self, row: dict[str, Any], step: int, folder: str) -> None:
     """A UserError for a step that is one too many not to be finite."""
-    names, self._names = self._names, []
+    names, self.broken = self.broken, []
     if not row['skipped']:
       self._skipped = 0
       return
     self._skipped += 1
-    more = f' and {len(names) - 4} more' if len(names) > 4 else ''
     what = (
       f'step {step} changed nothing: its loss is {row["loss"]}, the norm of its'
       f' gradient {row["gradient_norm"]}'
     )
     if names:
-      what += f'. Not finite are {", ".join(names[:4])}{more}'
+      what += f'. Not finite are {_first(names, 4)}'
     if self._skipped > self._limit:
       raise UserError(
         f'{what}. train.skip_limit allows {self._limit} such steps in a row.'

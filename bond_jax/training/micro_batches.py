@@ -56,7 +56,10 @@ def fold(buckets: int, f, carry: Any, parts: Any, prompt_mask, mask):
   if buckets == 1:
     return jax.lax.scan(lambda carry, x: f(carry, x, whole), carry, parts)
   at = lambda i: jax.tree.map(lambda x: x[i], parts)
-  sizes = _sizes(buckets, *whole)
+  sizes = [
+    tuple(-(-length * j // buckets) for length in whole)
+    for j in range(1, buckets + 1)
+  ]
   out = jax.eval_shape(lambda: f(carry, at(0), whole)[1])
   outs = jax.tree.map(lambda x: jnp.zeros((n, *x.shape), x.dtype), out)
 
@@ -74,11 +77,6 @@ def fold(buckets: int, f, carry: Any, parts: Any, prompt_mask, mask):
     )
     first = last
   return carry, outs
-
-
-def _sizes(buckets: int, p: int, t: int) -> list[tuple[int, int]]:
-  of = lambda length, j: -(-length * j // buckets)
-  return [(of(p, j), of(t, j)) for j in range(1, buckets + 1)]
 
 
 def _places(sizes, prompt_mask: Array, mask: Array) -> Array:

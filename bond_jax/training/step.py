@@ -125,6 +125,7 @@ def rollout(
   setup, algorithm = on_base(setup, frozen), setup.algorithm
   key = jax.random.fold_in(key, state.step + index)
   anchor = anchor_of(setup, state, frozen)
+  limits = Limits(setup.length, setup.stop, setup.slots, setup.sampling_mesh)
   parts = []
   for params, num, first in (
     (state.params, algorithm.num_policy, 0),
@@ -135,13 +136,7 @@ def rollout(
     # One after the other: a device holds the weights and cache of one sampler.
     params, parts = jax.lax.optimization_barrier((params, parts))
     drawn = sample(
-      setup.policy,
-      params,
-      prompts,
-      key,
-      Limits(setup.length, setup.stop, setup.slots, setup.sampling_mesh),
-      num=num,
-      first=first,
+      setup.policy, params, prompts, key, limits, num=num, first=first
     )
     parts.append(drawn)
   return jax.tree.map(lambda *x: jnp.concatenate(x, 1), *parts)
@@ -155,13 +150,11 @@ def score(
   drawn: Rollout,
   judged: Array,
 ) -> tuple[Rollout, Scores]:
-  """Selects the rows that enter the loss, and scores those named for it.
+  """Selects the M rows that enter the loss, and scores those named for it.
 
-  `drawn` holds K completions per prompt, and `judged` their rewards f32[B, K],
-  or f32[B, K, K], the probabilities with which a judge prefers one to another.
-  Rewards are compared, and preferences counted: what each is worth is how often
-  it beats the others (Borda). Returns the M selected completions, and their
-  Scores.
+  `judged` are the rewards f32[B, K] of `drawn`, which are compared, or f32[B,
+  K, K], the probabilities with which a judge prefers one to another: of these
+  each is worth how often it beats the others (Borda).
   """
   setup, algorithm = on_base(setup, frozen), setup.algorithm
   if judged.ndim == 3:
@@ -179,23 +172,17 @@ def score(
     batches = micro_batches.split(
       (prompts, some.completion, some.mask), setup.micro_batches
     )
+    one = lambda carry, part, size: (carry, f(size, *part))
     _, out = micro_batches.fold(
-      setup.buckets,
-      lambda _, part, size: ((), f(size, *part)),
-      (),
-      batches,
-      batches[0].mask,
-      batches[2],
+      setup.buckets, one, (), batches, batches[0].mask, batches[2]
     )
     return micro_batches.join(out)
-
-  def log_of(params):
-    return lambda size, *x: log_policy_of(setup, params, size, *x)
 
   def log_quantile(size, *x):
     params, x = state.aux['params'], micro_batches.trim(size, *x)
     return jax.nn.log_sigmoid(scalar_head.logits(setup.policy, params, *x))
 
+  log_of = lambda params: functools.partial(log_policy_of, setup, params)
   t = drawn.mask.shape[-1]
   anchor = anchor_of(setup, state, frozen)
   scores = Scores(
@@ -251,7 +238,7 @@ def weigh(
     prompts, drawn, reward, scores.win, setup.algorithm.num_policy,
     setup.stop.cut(drawn.completion, drawn.mask),
   )  # fmt: skip
-  return batch, {**metrics, **shown}
+  return batch, {**metrics, **shown, 'tokens/decoded': drawn.mask.sum()}
 
 
 def update(
@@ -275,6 +262,8 @@ def update(
       batch.own * batch.prompts.weight[:, None], batch.log_sampled, log_policy
     ),
     'skipped': 1.0 - jnp.isfinite(value + norm),
+    # Of completions, as those decoded; `costs` counts their prompts too.
+    'tokens/trained': batch.mask.sum(),
   }
   aux = state.aux
   if setup.algorithm.quantile_rows:

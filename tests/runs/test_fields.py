@@ -17,7 +17,6 @@ from bond_jax.data import examples, sources
 from bond_jax.errors import UserError
 from bond_jax.models import scalar_head
 from bond_jax.models.gemma import model as gemma
-from bond_jax.rewards import calling
 from bond_jax.runs.settings import defaults, fields
 from bond_jax.training import checks, setups, watch
 from configs import demo, demo_learned_reward, overoptimisation
@@ -359,7 +358,6 @@ def test_the_choices_are_those_of_the_code():
   assert tuple(gemma.REMAT) == fields.REMAT
   assert fields.BAD_ROWS == sources.BAD_ROWS
   assert fields.POOLS == scalar_head.POOLS
-  assert fields.REWARD_FAILURES == calling.FAILURES
   assert tuple(watch.ADVICE) == fields.WARNINGS
 
 

@@ -26,11 +26,7 @@ from bond_jax.rewards import make as making
 from bond_jax.runs import stages
 from bond_jax.runs.settings import configs, defaults
 from bond_jax.training.tasks import task
-from bond_jax.types import (
-  Context,
-  Prompts,
-  Rollout,
-)
+from bond_jax.types import Context, Prompts, Rollout
 from bond_jax.weights import load
 
 
