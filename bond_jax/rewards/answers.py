@@ -56,13 +56,9 @@ def combine(
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
   """One reward of several: of scores the weighted sum, of judges the mean.
 
-  Returns it, and of scores the weighted parts. A UserError for parts of both
-  kinds: a score and a probability have no sum.
-
-  Args:
-    parts: name -> f32[B, K], or f32[B, K, K].
-    weights: of each; of judges at least 0, and not all 0.
-    name: of the whole, for errors.
+  Returns it, f32[B, K] or f64[B, K, K], and of scores the weighted parts. A
+  UserError, which `name`s the whole, for parts of both kinds, which have no
+  sum, and for weights of judges below 0, or all 0.
   """
   scores, judges = (
     [k for k, v in parts.items() if v.ndim == ndim] for ndim in (2, 3)

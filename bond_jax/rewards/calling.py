@@ -72,13 +72,11 @@ def score(
   failure: str = 'stop',
   retries: int = 0,
 ) -> Scored:
-  """Calls a reward as the config says.
+  """Calls a reward as the config says; the penalties are taken off scores.
 
   Args:
-    reward: any.
-    prompts, completions, context: B of them, K of each, see `Context`.
-    missing_eos_penalty: taken off completions that were cut.
-    length_penalty: taken off per token.
+    reward, prompts, completions, context: any; B, K of each, see `Context`.
+    missing_eos_penalty, length_penalty: of completions cut, and per token.
     failure: 'stop', a UserError; 'skip', the prompts on which the reward fails
       alone too have weight 0. If these are all, `join` raises.
     retries: further attempts before that, after 1, 2, 4 ... 30 seconds.

@@ -240,7 +240,17 @@ def _load(
   """
   tokenizer, network = _read(path, device)
   config, tell = network.config, [True]
-  _check_sizes(path, batch, length, tokenizer, config)
+  if batch < 1 or length < 1:
+    raise UserError(
+      f'{path}: batch ({batch}) and length ({length}) must be 1 or more.'
+    )
+  places = getattr(config.get_text_config(), 'max_position_embeddings', None)
+  limit = min(x for x in (tokenizer.model_max_length, places) if x and x > 0)
+  if length > limit:
+    raise UserError(
+      f'{path} reads {limit} tokens at most, length is {length}; set'
+      f' length={limit}.'
+    )
   tokenizer.truncation_side, tokenizer.padding_side = side, 'right'
   # A causal model scores the last token that is not its padding.
   token = tokenizer.pad_token_id
@@ -271,21 +281,6 @@ def _load(
   labels = [config.id2label.get(i, str(i)) for i in range(config.num_labels)]
   independent = config.problem_type == 'multi_label_classification'
   return Model(path, tokenizer, labels, independent, logits)
-
-
-def _check_sizes(path, batch: int, length: int, tokenizer, config) -> None:
-  """Refuses sizes below 1, and lengths that the model does not read."""
-  if batch < 1 or length < 1:
-    raise UserError(
-      f'{path}: batch ({batch}) and length ({length}) must be 1 or more.'
-    )
-  places = getattr(config.get_text_config(), 'max_position_embeddings', None)
-  limit = min(x for x in (tokenizer.model_max_length, places) if x and x > 0)
-  if length > limit:
-    raise UserError(
-      f'{path} reads {limit} tokens at most, length is {length}; set'
-      f' length={limit}.'
-    )
 
 
 def _encode(tokenizer, texts: tuple[str, ...], length: int, add_special: bool):

@@ -20,7 +20,7 @@ import numpy as np
 
 from bond_jax.devices import hosts, sharding, shares
 from bond_jax.rewards import calling
-from bond_jax.runs import command, log, progress, provenance, stages, stopping
+from bond_jax.runs import log, progress, provenance, stages, stopping
 from bond_jax.runs.checkpoints import saving
 from bond_jax.runs.settings import configs
 from bond_jax.training import checks, costs, loop, setups, watch
@@ -49,11 +49,21 @@ def make_programs(setup: step_lib.Setup, mesh, state) -> Programs:
   """Jits the step over the mesh; state stays in its shards throughout."""
   rows, whole = sharding.by_row(mesh), sharding.replicated(mesh)
   kept = (jax.tree.map(lambda x: x.sharding, state), whole)
+
+  def weigh(setup, state, frozen, prompts, drawn, reward):
+    batch, row = step_lib.weigh(setup, state, frozen, prompts, drawn, reward)
+    return batch, row | {'tokens/decoded': drawn.mask.sum()}
+
+  def update(setup, state, frozen, batch):
+    state, row = step_lib.update(setup, state, frozen, batch)
+    # Of completions, as those decoded; `costs` counts their prompts too.
+    return state, row | {'tokens/trained': batch.mask.sum()}
+
   jit = lambda f, **how: jax.jit(functools.partial(f, setup), **how)
   return Programs(
     jit(step_lib.rollout, out_shardings=rows),
-    jit(step_lib.weigh, out_shardings=(rows, whole)),
-    jit(step_lib.update, out_shardings=kept, donate_argnums=(0,)),
+    jit(weigh, out_shardings=(rows, whole)),
+    jit(update, out_shardings=kept, donate_argnums=(0,)),
     jit(step_lib.move_anchor, out_shardings=kept, donate_argnums=(0,)),
   )
 
@@ -202,8 +212,6 @@ def train(run: stages.Run) -> dict[str, Any]:
 
     def broken(state, batch):
       guard.broken = guard_lib.find(setup, state, frozen, batch)
-      if command.debugging():
-        guard_lib.rerun(setup, state, frozen, batch)
 
     each = Distillation(
         setup, make_programs(setup, mesh, state), task.batches, task.reward,

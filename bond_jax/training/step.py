@@ -238,7 +238,7 @@ def weigh(
     prompts, drawn, reward, scores.win, setup.algorithm.num_policy,
     setup.stop.cut(drawn.completion, drawn.mask),
   )  # fmt: skip
-  return batch, {**metrics, **shown, 'tokens/decoded': drawn.mask.sum()}
+  return batch, {**metrics, **shown}
 
 
 def update(
@@ -262,8 +262,6 @@ def update(
       batch.own * batch.prompts.weight[:, None], batch.log_sampled, log_policy
     ),
     'skipped': 1.0 - jnp.isfinite(value + norm),
-    # Of completions, as those decoded; `costs` counts their prompts too.
-    'tokens/trained': batch.mask.sum(),
   }
   aux = state.aux
   if setup.algorithm.quantile_rows:

@@ -26,16 +26,10 @@ def make_update(
 ):
   """update(state, batch) -> state, metrics; jitted, the state in its shards.
 
-  Args:
-    loss: (params, part, total) -> what a part of a batch adds to its mean loss.
-    weight: batch -> the total, by which every part divides.
-    optimizer: of the parameters.
-    parts: micro-batches, whose gradients add up to that of the batch exactly.
-    mesh: of the metrics.
-    state: whose shards are kept.
-
-  A step whose loss or gradient is not finite moves nothing but the step, and
-  `skipped` is 1.
+  `loss(params, part, total)` is what a part of a batch adds to its mean loss,
+  and `weight(batch)` the total: the gradients of the `parts` micro-batches add
+  up to that of the batch exactly. A step whose loss or gradient is not finite
+  moves nothing but the step, and `skipped` is 1.
   """
 
   def gradient_of(params, batch):

@@ -133,12 +133,9 @@ def look_at(
   facts, lines = {'rows_looked_at': looked_at}, []
   if prompt:
     kept = prompt.kind != 'opening' and prompt.longer == 'cut'
-    facts = {
-      'prompts_looked_at': looked_at,
-      'prompts_cut' if kept else 'prompts_left_out': sum(
-        count.left_out for count in counts
-      ),
-    }
+    lost = sum(count.left_out for count in counts)
+    facts = {'prompts_looked_at': looked_at}
+    facts['prompts_cut' if kept else 'prompts_left_out'] = lost
     lines = examples.describe(counts, prompt.kind, prompt.length, prompt.longer)
   if empty := sources.empty_lines(rows):
     lines.append(f'data: {empty:,} empty lines are skipped')
