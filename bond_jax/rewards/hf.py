@@ -232,11 +232,10 @@ def _load(
   side: str,
   add_special: bool,
 ) -> Model:
-  """Loads a classifier; see it for the first arguments.
+  """Loads a `classifier`.
 
-  Args:
-    side: on which longer texts are cut; of pairs the first text is.
-    add_special: the tokenizer adds its own tokens; else the text has them.
+  Longer texts are cut on one `side`; of pairs the first text is. Where not
+  `add_special`, texts have the tokenizer's own tokens already.
   """
   tokenizer, network = _read(path, device)
   config, tell = network.config, [True]

@@ -26,9 +26,8 @@ def both_orders(
 ) -> PreferenceFn:
   """Returns the judge that asks `compare` for each pair in both orders.
 
-  Args:
-    compare: f(prompt, a, b, row) -> the probability that a beats b. What the
-      place is worth, first or second, cancels.
+  `compare(prompt, a, b, row)` is the probability that a beats b. What the place
+  is worth, first or second, cancels.
   """
   return all_at_once(lambda pairs: [compare(*pair) for pair in pairs])
 

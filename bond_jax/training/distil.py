@@ -1,8 +1,4 @@
-"""Distillation: the loop around a step.
-
-What a step computes is in `step.py`; here are prompts, rewards, checkpoints and
-metrics.
-"""
+"""Distillation: prompts, rewards, checkpoints and metrics around `step.py`."""
 
 from __future__ import annotations
 
@@ -26,14 +22,7 @@ from bond_jax.runs.settings import configs
 from bond_jax.training import checks, costs, loop, setups, watch
 from bond_jax.training import guard as guard_lib
 from bond_jax.training import step as step_lib
-from bond_jax.types import (
-  Algorithm,
-  Array,
-  Frozen,
-  Prompts,
-  Rollout,
-  TrainState,
-)
+from bond_jax.types import Array, Frozen, Prompts, Rollout, TrainState
 
 
 class Programs(NamedTuple):
@@ -158,24 +147,14 @@ def rest_reference(
 ) -> tuple[Frozen, Callable[[], Frozen]]:
   """Moves the reference to the hosts, where the step does not look at it.
 
-  Returns what is left on the devices, and a function that gives all of it
-  again: the caller lets go of that, and of `frozen`, when it is done.
+  Returns what is left on the devices, and a function that gives all of it: the
+  caller lets go of that, and of `frozen`.
   """
   if step_lib.reads_reference(setup.algorithm):
     return frozen, lambda: frozen
   there = sharding.to_host(frozen.reference)
   left = frozen._replace(reference={})
   return left, lambda: left._replace(reference=sharding.to_device(there))
-
-
-def make_guard(
-  config: ml_collections.ConfigDict, algorithm: Algorithm
-) -> guard_lib.Guard:
-  """The guard that the settings of `train` ask for."""
-  limits = config.train.watch.to_dict()
-  stop_at = limits.pop('stop')
-  look = functools.partial(watch.look, moves=algorithm.anchor.moves, **limits)
-  return guard_lib.Guard('train', config.train.skip_limit, look, stop_at)
 
 
 def train(run: stages.Run) -> dict[str, Any]:
@@ -192,7 +171,11 @@ def train(run: stages.Run) -> dict[str, Any]:
   setup = setups.make_setup(config, task.policy, task.stop, mesh)
   cost = costs.of_config(config, setup.algorithm)
   hosts.say(f'train: {costs.line(cost)}')
-  guard = make_guard(config, setup.algorithm)
+  limits = settings.watch.to_dict()
+  stop_at = limits.pop('stop')
+  moves = setup.algorithm.anchor.moves
+  look = functools.partial(watch.look, moves=moves, **limits)
+  guard = guard_lib.Guard('train', settings.skip_limit, look, stop_at)
   show = ('reward/policy', 'signal/fires', 'win_rate/reference', 'kl/reference')
   writer = log.Writer(folder, 'train', settings.steps, saver.start, show)
   compiled = []  # programs of the step compiled so far, after each iteration
@@ -236,10 +219,18 @@ def train(run: stages.Run) -> dict[str, Any]:
       job, state, settings.steps, settings.save_every, saver, writer, guard
     )
   rows, times = loop.times(folder)
-  found = summarise(rows, setup.algorithm.anchor.moves)
-  compilations = compiled[-1] - compiled[0] if compiled else 0
-  found['compilations_after_first_step'] = compilations
-  return found | times | dict(task.facts, cost=cost._asdict())
+  last, compiled = rows[-1], compiled or [0]
+  return {
+    'steps': last['step'],
+    'win_rate_validation': last['win_rate/reference'],
+    'kl_validation': last['kl/reference'],
+    'anchor_drift': last['anchor/drift'] if moves else None,
+    'signal_fires': float(np.mean([row['signal/fires'] for row in rows])),
+    'compilations_after_first_step': compiled[-1] - compiled[0],
+    **times,
+    **task.facts,
+    'cost': cost._asdict(),
+  }
 
 
 def init_state(setup, frozen: Frozen, mesh) -> TrainState:
@@ -258,18 +249,6 @@ def state_like(setup, frozen: Frozen, mesh) -> TrainState:
   sharding.check_split(frozen, mesh)
   init = functools.partial(step_lib.init_state, setup)
   return sharding.tree_structs(jax.eval_shape(init, frozen), mesh)
-
-
-def summarise(rows: list[dict[str, Any]], moves: bool) -> dict[str, Any]:
-  """The numbers of the stage, from its metrics."""
-  last = rows[-1]
-  return {
-    'steps': last['step'],
-    'win_rate_validation': last['win_rate/reference'],
-    'kl_validation': last['kl/reference'],
-    'anchor_drift': last['anchor/drift'] if moves else None,
-    'signal_fires': float(np.mean([row['signal/fires'] for row in rows])),
-  }
 
 
 def main(config: ml_collections.ConfigDict, workdir: str) -> None:

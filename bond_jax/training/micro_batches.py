@@ -44,10 +44,8 @@ def fold(buckets: int, f, carry: Any, parts: Any, prompt_mask, mask):
       each, in a loop of its own. A conditional would copy the carry.
     f: looks at no more of a part than `size`, (P', T'), which holds it: the
       least, if no part is shorter than the one before, see `by_length`.
-    carry: any.
-    parts: a pytree with leading axis n.
-    prompt_mask: bool[n, b, P].
-    mask: bool[n, b, M, T].
+    carry, parts: any; a pytree with leading axis n.
+    prompt_mask, mask: bool[n, b, P], bool[n, b, M, T].
 
   Returns:
     The last carry, and what came out of each part, stacked.

@@ -210,8 +210,7 @@ def weigh(
 ) -> tuple[Batch, dict[str, Array]]:
   """A rollout and what it is worth, as a batch to train on; metrics of it.
 
-  The whole batch is weighed at once, before any split: baselines may be means
-  over all prompts.
+  All of it is weighed at once: baselines may be means over all prompts.
   """
   algorithm = setup.algorithm
   if setup.buckets > 1 and setup.micro_batches > 1:
@@ -244,25 +243,19 @@ def weigh(
 def update(
   setup: Setup, state: TrainState, frozen: Frozen, batch: Batch
 ) -> tuple[TrainState, dict[str, Array]]:
-  """One optimizer step on a batch.
+  """One optimizer step on a batch: the state, its anchor unmoved, and metrics.
 
-  Returns:
-    The next state, its anchor unmoved, and scalar metrics. Where the loss or
-    the gradient is not finite nothing moves but the step, and `skipped` is 1.
+  Where the loss or the gradient is not finite nothing moves but the step, and
+  `skipped` is 1.
   """
   setup = on_base(setup, frozen)
   loss = functools.partial(loss_of, setup)
-  params, opt_state, value, norm, log_policy = _descend(
+  params, opt_state, metrics, log_policy = _descend(
     setup, loss, state.params, state.opt_state, batch
   )
-  metrics = {
-    'loss': value,
-    'gradient_norm': norm,
-    'sampler_gap': step_metrics.sampler_gap(
-      batch.own * batch.prompts.weight[:, None], batch.log_sampled, log_policy
-    ),
-    'skipped': 1.0 - jnp.isfinite(value + norm),
-  }
+  metrics['sampler_gap'] = step_metrics.sampler_gap(
+    batch.own * batch.prompts.weight[:, None], batch.log_sampled, log_policy
+  )
   aux = state.aux
   if setup.algorithm.quantile_rows:
     aux, metrics['quantile/loss'] = _update_quantile(setup, aux, batch)
@@ -288,10 +281,10 @@ def _update_quantile(setup: Setup, aux: Any, batch: Batch) -> tuple[Any, Array]:
     logit = scalar_head.logits(setup.policy, params, *x)
     return quantiles.learned_loss(logit, part.quantile_target), logit
 
-  params, opt_state, value, _, _ = _descend(
+  params, opt_state, row, _ = _descend(
     setup, loss, aux['params'], aux['opt_state'], batch
   )
-  return {'params': params, 'opt_state': opt_state}, value
+  return {'params': params, 'opt_state': opt_state}, row['loss']
 
 
 def gradient_of(setup: Setup, loss, params: Params, batch: Batch):
@@ -300,10 +293,7 @@ def gradient_of(setup: Setup, loss, params: Params, batch: Batch):
   `loss` returns f32[b] and an array with that leading axis; it needs no more
   of the prompts and completions than `size`, see `micro_batches.fold`. Every
   micro-batch divides by the whole batch's weight: the accumulated gradient is
-  exactly the gradient of the batch.
-
-  Returns:
-    The gradient, the mean loss, and the arrays joined.
+  exactly that of the batch. Returns it, the mean loss, and the arrays joined.
   """
   total = jnp.maximum(batch.prompts.weight.sum(), 1e-9)
 
@@ -326,17 +316,12 @@ def gradient_of(setup: Setup, loss, params: Params, batch: Batch):
 
 
 def _descend(setup: Setup, loss, params: Params, opt_state, batch: Batch):
-  """One step of the optimizer on `gradient_of`, or none if it is not finite.
-
-  Returns:
-    params, opt_state, the mean loss, the gradient's norm, and the arrays
-    joined, before the step.
-  """
+  """`optimizer.descend` by `gradient_of`, and the arrays before the step."""
   gradient, value, arrays = gradient_of(setup, loss, params, batch)
-  params, opt_state, norm = optimizer_lib.descend(
+  moved = optimizer_lib.descend(
     setup.optimizer, params, opt_state, gradient, value
   )
-  return params, opt_state, value, norm, arrays
+  return *moved, arrays
 
 
 def move_anchor(

@@ -46,17 +46,13 @@ def make_update(
 
   def update(state, batch):
     value, gradient = gradient_of(state.params, batch)
-    params, opt_state, norm = optimizer_lib.descend(
+    params, opt_state, row = optimizer_lib.descend(
       optimizer, state.params, state.opt_state, gradient, value
     )
     state = state._replace(
       step=state.step + 1, params=params, opt_state=opt_state
     )
-    return state, {
-      'loss': value,
-      'gradient_norm': norm,
-      'skipped': 1.0 - jnp.isfinite(value + norm),
-    }
+    return state, row
 
   shards = jax.tree.map(lambda x: x.sharding, state)
   return jax.jit(
