@@ -66,8 +66,11 @@ def fold(buckets: int, f, carry: Any, parts: Any, prompt_mask, mask):
     carry, out = f(carry, at(i), size)
     return carry, jax.tree.map(lambda all_, x: all_.at[i].set(x), outs, out)
 
+  p, t = prompt_mask.sum(-1).max(1), mask.sum(-1).max((1, 2))
+  held = [(p > a) | (t > b) for a, b in sizes[:-1]]
+  # Of each micro-batch, the index of the least size that holds it.
+  place = jax.lax.cummax(sum(x.astype(jnp.int32) for x in held))
   first = 0
-  place = jax.lax.cummax(_places(sizes, prompt_mask, mask))
   for j, size in enumerate(sizes):
     last = n if j == buckets - 1 else (place <= j).sum()
     carry, outs = jax.lax.fori_loop(
@@ -75,14 +78,6 @@ def fold(buckets: int, f, carry: Any, parts: Any, prompt_mask, mask):
     )
     first = last
   return carry, outs
-
-
-def _places(sizes, prompt_mask: Array, mask: Array) -> Array:
-  """The index of the least size that holds each micro-batch, i32[n]."""
-  p = prompt_mask.sum(-1).max(1)
-  t = mask.sum(-1).max((1, 2))
-  held = [(p > a) | (t > b) for a, b in sizes[:-1]]
-  return sum((x.astype(jnp.int32) for x in held), jnp.zeros(len(p), jnp.int32))
 
 
 def by_length(n: int, parts: int, prompts: Prompts, drawn: Rollout, judged):

@@ -73,28 +73,20 @@ def look(
       found['signal'] = f'the reward gave a signal on {share:.1%} of prompts'
     if moves and _known(rows, 'anchor/drift')[-1] < 1e-6:
       found['anchor'] = 'the anchor has not moved'
-    found |= _changes(early, late, entropy, length, speed)
-  return {name: f'{what}: {ADVICE[name]}.' for name, what in found.items()}
-
-
-def _changes(early, late, entropy, length, speed) -> dict[str, str]:
-  """Measures that are far from those of the first rows."""
-  found = {}
-  ratio = _ratio(early, late, 'entropy/token')
-  if ratio < entropy:
-    found['entropy'] = f'the entropy per token is {ratio:.0%} of what it was'
-  ratio = _ratio(early, late, 'length/completion')
-  if ratio < 1 / length or ratio > length:
-    found['length'] = f'completions are {ratio:.1f} times as long as at first'
-  seconds = [
-    statistics.median(sum(row.get(k) or 0 for k in PHASES) for row in some)
-    for some in (early, late)
-  ]
-  if seconds[0] and seconds[1] > speed * seconds[0]:
-    found['speed'] = (
-      f'a step takes {seconds[1] / seconds[0]:.1f} times as long as at first'
+    ratio = _ratio(early, late, 'entropy/token')
+    if ratio < entropy:
+      found['entropy'] = f'the entropy per token is {ratio:.0%} of what it was'
+    ratio = _ratio(early, late, 'length/completion')
+    if ratio < 1 / length or ratio > length:
+      found['length'] = f'completions are {ratio:.1f} times as long as at first'
+    before, after = (
+      statistics.median(sum(row.get(k) or 0 for k in PHASES) for row in some)
+      for some in (early, late)
     )
-  return found
+    if before and after > speed * before:
+      ratio = after / before
+      found['speed'] = f'a step takes {ratio:.1f} times as long as at first'
+  return {name: f'{what}: {ADVICE[name]}.' for name, what in found.items()}
 
 
 def _known(rows: Sequence[Row], key: str) -> list[float]:
