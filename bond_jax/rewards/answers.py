@@ -19,41 +19,35 @@ def check(
   with their transpose, to a thousandth, and are made to do so exactly.
   """
   expected = (
-    f'expected one number per completion, {list(shape)}, or per pair of them,'
+    f'one number per completion, {list(shape)}, or per pair of them,'
     f' {[*shape, shape[1]]}'
   )
+
+  def fault(got: Any, expected: str = expected, i: int = 0) -> UserError:
+    return UserError(
+      f'reward {name} returned {got}, expected {expected}'
+      f' ({quote(i, prompts)}).'
+    )
+
   kind = type(values).__name__
   try:
-    values = plain(values)
-    array = np.asarray(values)
+    array = np.asarray(plain(values))
   except ValueError:  # ragged
     array = np.array(None)
   except Exception as e:
-    raise UserError(
-      f'reward {name} returned {kind}, which cannot be read ({reason(e)});'
-      f' {expected} ({quote(0, prompts)}).'
-    ) from e
+    raise fault(f'{kind}, which cannot be read ({reason(e)})') from e
   pairs = array.ndim == 3
   if array.shape != shape + shape[1:] * pairs:
-    got = kind if array.dtype == object else list(array.shape)
-    raise UserError(
-      f'reward {name} returned {got}, {expected} ({quote(0, prompts)}).'
-    )
+    raise fault(kind if array.dtype == object else list(array.shape))
   if array.dtype.kind not in 'biuf':
-    raise UserError(
-      f'reward {name} returned {array.dtype}, expected numbers'
-      f' ({quote(0, prompts)}).'
-    )
+    raise fault(array.dtype, 'numbers')
   with np.errstate(over='ignore'):
     result = array.astype(np.float32)
   bad = np.argwhere(~np.isfinite(result))
   if len(bad):
     i, *k = bad[0].tolist()
-    raise UserError(
-      f'reward {name} returned {array[tuple(bad[0])]} for completion'
-      f' {" against ".join(map(str, k))}, expected a finite float32'
-      f' ({quote(i, prompts)}).'
-    )
+    got = f'{array[i, *k]} for completion {" against ".join(map(str, k))}'
+    raise fault(got, 'a finite float32', i)
   return antisymmetric(result, prompts, name) if pairs else result
 
 
@@ -62,13 +56,9 @@ def combine(
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
   """One reward of several: of scores the weighted sum, of judges the mean.
 
-  Returns it, and of scores the weighted parts. A UserError for parts of both
-  kinds: a score and a probability have no sum.
-
-  Args:
-    parts: name -> f32[B, K], or f32[B, K, K].
-    weights: of each; of judges at least 0, and not all 0.
-    name: of the whole, for errors.
+  Returns it, f32[B, K] or f64[B, K, K], and of scores the weighted parts. A
+  UserError, which `name`s the whole, for parts of both kinds, which have no
+  sum, and for weights of judges below 0, or all 0.
   """
   scores, judges = (
     [k for k, v in parts.items() if v.ndim == ndim] for ndim in (2, 3)

@@ -22,7 +22,6 @@ from bond_jax.errors import UserError
 from bond_jax.rewards import answers
 from bond_jax.types import Context, PreferenceFn, RewardFn
 
-FAILURES = ('stop', 'skip')  # what a reward's failure ends in
 _MANY = 8  # distinct completions that hardly all deserve one number
 
 
@@ -37,17 +36,12 @@ class Scored(NamedTuple):
   error: str = ''  # of a batch without any reward; see `join`
 
 
-# The arguments of a reward: prompts, completions, context.
-Texts = tuple[Sequence[str], Sequence[Sequence[str]], Context]
-
-
 def asker(
   reward: RewardFn | PreferenceFn, **rules: Any
 ) -> Callable[..., Scored]:
   """Returns `score` of this reward by these rules, for all of a stage.
 
-  Warns once where a reward, or a part of it, has one number for every
-  completion: a library that swallows its own errors looks like that.
+  Warns once where a reward, or a part of it, has one number for everything.
   """
   told = set()
 
@@ -78,27 +72,23 @@ def score(
   failure: str = 'stop',
   retries: int = 0,
 ) -> Scored:
-  """Calls a reward as the config says.
+  """Calls a reward as the config says; the penalties are taken off scores.
 
   Args:
-    reward: any.
-    prompts, completions, context: B of them, K of each, see `Context`.
-    missing_eos_penalty: taken off completions that were cut.
-    length_penalty: taken off per token.
+    reward, prompts, completions, context: any; B, K of each, see `Context`.
+    missing_eos_penalty, length_penalty: of completions cut, and per token.
     failure: 'stop', a UserError; 'skip', the prompts on which the reward fails
       alone too have weight 0. If these are all, `join` raises.
     retries: further attempts before that, after 1, 2, 4 ... 30 seconds.
   """
 
   def attempt(*batch) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    for i in range(retries + 1):
+    for i in range(retries):
       try:
         return call(reward, *batch)
       except UserError:
-        if i == retries:
-          raise
         time.sleep(min(2**i, 30))
-    raise AssertionError('no attempt was made')
+    return call(reward, *batch)
 
   weight, error = np.ones(len(prompts), np.float32), ''
   try:
@@ -181,8 +171,7 @@ def call(
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
   """The value as in `Scored`, and its parts, f32[B, K], where it has any.
 
-  A UserError if it is not that: the line names the reward and the first prompt
-  on which it went wrong.
+  A UserError if it is not that names the reward and the first such prompt.
   """
   name, shape = name_of(reward), (len(prompts), len(completions[0]))
   try:
@@ -206,15 +195,11 @@ def call(
   return total, parts
 
 
-def against(
-  ask: Callable[..., Scored], texts: Texts, opponents: Texts
-) -> Scored:
+def against(ask: Callable[..., Scored], texts, opponents) -> Scored:
   """Of a judge: how often completions beat fixed opponents, f32[B, K].
 
-  Args:
-    ask: the judge; see `asker`.
-    texts: the completions, with prompts and context.
-    opponents: m completions of the same prompts.
+  `texts` and `opponents`, m completions of the same prompts, are each prompts,
+  completions and context; `ask` is of `asker`.
   """
   prompts, completions, context = texts
   _, others, other = opponents
@@ -237,7 +222,7 @@ def worker(threads: int = 1) -> Callable[..., futures.Future]:
   """Returns submit(f, *args): so many threads make the calls, in turn.
 
   They do not keep the process alive as an executor's would: a call may hang.
-  They end when nobody has `submit` any more.
+  They end with `submit`.
   """
   calls: queue.SimpleQueue = queue.SimpleQueue()
 
@@ -274,10 +259,9 @@ def _one_by_one(attempt, prompts, completions, context: Context):
       found.append(None)
       error = str(e)
   weight = np.array([x is not None for x in found], np.float32)
-  good = [x for x in found if x is not None]
+  good = [x for x in found if x]
   if not good:
-    empty = np.zeros(context.finished.shape, np.float32)
-    return empty, {}, weight, error
+    return np.zeros(context.finished.shape, np.float32), {}, weight, error
   _check_alike(good)
   value, parts = good[0]
   filled = [x or (0.5 + 0 * value, {k: 0 * v for k, v in parts.items()})
@@ -288,10 +272,9 @@ def _one_by_one(attempt, prompts, completions, context: Context):
 
 def _check_alike(found: Iterable[tuple[np.ndarray, Mapping]]) -> None:
   """A UserError for scores beside probabilities, or for other parts."""
-  kinds = [(value.ndim, *parts) for value, parts in found]
-  for other in kinds:
-    if other != kinds[0]:
-      (a, *some), (b, *others) = kinds[0], other
+  (a, *some), *kinds = [(value.ndim, *parts) for value, parts in found]
+  for b, *others in kinds:
+    if (a, some) != (b, others):
       raise UserError(
         f'the reward returned {a} axes and the parts {some} for some prompts of'
         f' a batch, {b} axes and {others} for others; it must return the same'

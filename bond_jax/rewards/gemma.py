@@ -7,11 +7,11 @@ needed, whichever model the policy is.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 import dataclasses
 import json
 import os
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 from jax.sharding import AxisType, Mesh
@@ -29,14 +29,6 @@ from bond_jax.runs.checkpoints import checkpoint
 from bond_jax.types import Params, Policy, RewardFn
 
 _SHORTEST = 16  # pieces to which texts are padded at least
-
-
-class Model(NamedTuple):
-  """A reward model that can be called."""
-
-  score: Callable[[Sequence[Sequence[int]]], np.ndarray]  # pieces -> f64[N]
-  tokenizer: tokenizer_lib.Tokenizer
-  settings: dict[str, Any]  # model.json
 
 
 def make_policy(settings: dict[str, Any]) -> Policy:
@@ -101,8 +93,11 @@ def scorer(policy: Policy, pool: str, mesh: Mesh, batch: int):
   return score
 
 
-def read(path: str, batch: int) -> Model:
-  """Reads what the stage left in `path`; a UserError if that is not there."""
+def read(path: str, batch: int):
+  """What the stage left in `path`; a UserError if that is not there.
+
+  Returns score(pieces) -> f64[N], the tokenizer, and what model.json holds.
+  """
   name = os.path.join(path, 'model.json')
   try:
     with open(name, encoding='utf-8') as f:
@@ -136,9 +131,8 @@ def read(path: str, batch: int) -> Model:
     step = checkpoint.choose(checkpoints, str(step))
     params = checkpoint.restore_params(checkpoints, like, step)
   score = scorer(policy, pool, mesh, batch)
-  return Model(
-    lambda pieces: score(params, pieces) / temperature, tokenizer, settings
-  )
+  calibrated = lambda pieces: score(params, pieces) / temperature
+  return calibrated, tokenizer, settings
 
 
 def scalar_head(path: str, batch: int = 256) -> RewardFn:
@@ -151,8 +145,8 @@ def scalar_head(path: str, batch: int = 256) -> RewardFn:
     path: '{reference}/reward' is that of the run's own stage.
     batch: texts that are scored at a time.
   """
-  model = read(path, batch)
-  turns, system = model.settings['turns'], model.settings['system']
+  score, tokenizer, settings = read(path, batch)
+  turns, system = settings['turns'], settings['system']
 
   def scalar_head_reward(prompts, completions, context):
     if turns != context.turns:
@@ -163,17 +157,15 @@ def scalar_head(path: str, batch: int = 256) -> RewardFn:
         ' and reward_model.prompt.kind must agree.'
       )
     texts = judged(prompts, completions, context)
-    prompt_turns = [None] * len(texts)
-    if turns:
-      prompt_turns = [
-        conversations.prompt_turns(row)
-        for row, ys in zip(context.rows, completions, strict=True)
-        for _ in ys
-      ]
+    prompt_turns = [
+      conversations.prompt_turns(row) if turns else None
+      for row, ys in zip(context.rows, completions, strict=True)
+      for _ in ys
+    ]
     pieces = [
-      preferences.encode(model.tokenizer, text, messages, system=system)
+      preferences.encode(tokenizer, text, messages, system=system)
       for text, messages in zip(texts, prompt_turns, strict=True)
     ]
-    return model.score(pieces).reshape(len(prompts), -1)
+    return score(pieces).reshape(len(prompts), -1)
 
   return scalar_head_reward

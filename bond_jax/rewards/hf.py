@@ -232,15 +232,24 @@ def _load(
   side: str,
   add_special: bool,
 ) -> Model:
-  """Loads a classifier; see it for the first arguments.
+  """Loads a `classifier`.
 
-  Args:
-    side: on which longer texts are cut; of pairs the first text is.
-    add_special: the tokenizer adds its own tokens; else the text has them.
+  Longer texts are cut on one `side`; of pairs the first text is. Where not
+  `add_special`, texts have the tokenizer's own tokens already.
   """
   tokenizer, network = _read(path, device)
   config, tell = network.config, [True]
-  _check_sizes(path, batch, length, tokenizer, config)
+  if batch < 1 or length < 1:
+    raise UserError(
+      f'{path}: batch ({batch}) and length ({length}) must be 1 or more.'
+    )
+  places = getattr(config.get_text_config(), 'max_position_embeddings', None)
+  limit = min(x for x in (tokenizer.model_max_length, places) if x and x > 0)
+  if length > limit:
+    raise UserError(
+      f'{path} reads {limit} tokens at most, length is {length}; set'
+      f' length={limit}.'
+    )
   tokenizer.truncation_side, tokenizer.padding_side = side, 'right'
   # A causal model scores the last token that is not its padding.
   token = tokenizer.pad_token_id
@@ -271,21 +280,6 @@ def _load(
   labels = [config.id2label.get(i, str(i)) for i in range(config.num_labels)]
   independent = config.problem_type == 'multi_label_classification'
   return Model(path, tokenizer, labels, independent, logits)
-
-
-def _check_sizes(path, batch: int, length: int, tokenizer, config) -> None:
-  """Refuses sizes below 1, and lengths that the model does not read."""
-  if batch < 1 or length < 1:
-    raise UserError(
-      f'{path}: batch ({batch}) and length ({length}) must be 1 or more.'
-    )
-  places = getattr(config.get_text_config(), 'max_position_embeddings', None)
-  limit = min(x for x in (tokenizer.model_max_length, places) if x and x > 0)
-  if length > limit:
-    raise UserError(
-      f'{path} reads {limit} tokens at most, length is {length}; set'
-      f' length={limit}.'
-    )
 
 
 def _encode(tokenizer, texts: tuple[str, ...], length: int, add_special: bool):

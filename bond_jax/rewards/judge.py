@@ -26,9 +26,8 @@ def both_orders(
 ) -> PreferenceFn:
   """Returns the judge that asks `compare` for each pair in both orders.
 
-  Args:
-    compare: f(prompt, a, b, row) -> the probability that a beats b. What the
-      place is worth, first or second, cancels.
+  `compare(prompt, a, b, row)` is the probability that a beats b. What the place
+  is worth, first or second, cancels.
   """
   return all_at_once(lambda pairs: [compare(*pair) for pair in pairs])
 
@@ -65,16 +64,13 @@ def _probabilities(answer: Any, pairs: Sequence[Pair]) -> np.ndarray:
   """f64[X]; averaged, a logit or a score might look like one."""
   try:
     values = np.asarray(answers.plain(answer), np.float64)
+    if values.shape != (len(pairs),):
+      raise ValueError(f'the shape is {list(values.shape)}')
   except Exception as e:
     raise UserError(
       f'a judge answered {type(answer).__name__}, expected one probability for'
       f' each of {len(pairs)} pairs: {answers.reason(e)}.'
     ) from e
-  if values.shape != (len(pairs),):
-    raise UserError(
-      f'a judge answered {list(values.shape)}, expected one probability for'
-      f' each of {len(pairs)} pairs.'
-    )
   bad = np.flatnonzero(~((values >= 0) & (values <= 1)))
   if len(bad):
     pair = pairs[bad[0]]

@@ -37,11 +37,9 @@ class Part(NamedTuple):
 def check_reward(
   section: ml_collections.ConfigDict, name: str = 'reward'
 ) -> None:
-  """A UserError for a reward that cannot be made; no factory is called.
+  """A UserError for a section 'reward' or 'gold' that cannot be made.
 
-  Args:
-    section: of the config.
-    name: its name, 'reward' or 'gold'.
+  No factory is called.
   """
   flag = f'--config.{name}'
   for part in _parts(section).values():
@@ -58,11 +56,6 @@ def check_reward(
       f'reward {part.function}', factory, part.args,
       f' {flag}.args={{}} takes all away that the config has.',
     )  # fmt: skip
-  if 'failure' in section and section.failure not in calling.FAILURES:
-    raise UserError(
-      f'{name}.failure is {section.failure!r}; known are'
-      f' {", ".join(calling.FAILURES)}.'
-    )
 
 
 def make_reward(
@@ -91,11 +84,10 @@ def make_reward(
 
 def _parts(section) -> dict[str, Part]:
   """The parts of a section; without any, the section itself, named ''."""
-  if section.get('parts'):
-    return {
-      k: Part(v.function, v.args, v.weight) for k, v in section.parts.items()
-    }
-  return {'': Part(section.function, section.args)}
+  parts = section.get('parts') or {'': section}
+  return {
+    k: Part(v.function, v.args, v.get('weight', 1.0)) for k, v in parts.items()
+  }
 
 
 def make_ask(
@@ -195,9 +187,7 @@ def _made_of(part: Part) -> RewardFn | PreferenceFn:
       f'{name} returned a function of {signature}, {expected} ({e}).'
     ) from e
 
-  def named(*texts):
-    return made(*texts)
-
+  named = lambda *texts: made(*texts)  # whose name can be set
   # For errors: 'reward' or '<lambda>', as many are called, tells nobody which.
   name = calling.name_of(made)
   named.__name__ = name if ':' in name else part.function

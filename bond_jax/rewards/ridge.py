@@ -45,16 +45,8 @@ def features(
   """Returns counts of the known n-grams, scaled, each row of unit length.
 
   Unit length means that neither a long text nor a repeated word is worth more.
-
-  Args:
-    ids: pieces of each text.
-    keys: i64[F], sorted, of the known n-grams.
-    scale: f64[F], what a count is multiplied by (the inverse frequency).
-    order: length of the longest n-grams.
-    base: of the keys; see `ngrams`.
-
-  Returns:
-    f64[len(ids), F]; a row without any known n-gram is zero.
+  `keys` i64[F] are of `ngrams`, sorted, and `scale` f64[F] what a count is
+  multiplied by (the inverse frequency). A row without any of them is zero.
   """
   row, key = ngrams(ids, order, base)
   column = np.searchsorted(keys, key).clip(max=len(keys) - 1)

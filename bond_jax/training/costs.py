@@ -41,13 +41,9 @@ def num_trained(algorithm: Algorithm) -> int:
 def cost(
   algorithm: Algorithm, *, prompt: int, length: int, epochs: int
 ) -> Cost:
-  """The cost of one prompt in one update.
+  """The cost of one prompt in one update, with P = `prompt`, T = `length`.
 
-  Args:
-    algorithm: what is drawn, scored and trained.
-    prompt: P.
-    length: T.
-    epochs: updates on every rollout, which share what it cost.
+  The `epochs`, updates on every rollout, share what it cost.
   """
   a, m = algorithm, num_trained(algorithm)
   drawn = a.num_policy + a.num_anchor

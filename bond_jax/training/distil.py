@@ -1,8 +1,4 @@
-"""Distillation: the loop around a step.
-
-What a step computes is in `step.py`; here are prompts, rewards, checkpoints and
-metrics.
-"""
+"""Distillation: prompts, rewards, checkpoints and metrics around `step.py`."""
 
 from __future__ import annotations
 
@@ -20,20 +16,13 @@ import numpy as np
 
 from bond_jax.devices import hosts, sharding, shares
 from bond_jax.rewards import calling
-from bond_jax.runs import command, log, progress, provenance, stages, stopping
+from bond_jax.runs import log, progress, provenance, stages, stopping
 from bond_jax.runs.checkpoints import saving
 from bond_jax.runs.settings import configs
 from bond_jax.training import checks, costs, loop, setups, watch
 from bond_jax.training import guard as guard_lib
 from bond_jax.training import step as step_lib
-from bond_jax.types import (
-  Algorithm,
-  Array,
-  Frozen,
-  Prompts,
-  Rollout,
-  TrainState,
-)
+from bond_jax.types import Array, Frozen, Prompts, Rollout, TrainState
 
 
 class Programs(NamedTuple):
@@ -47,29 +36,24 @@ class Programs(NamedTuple):
 
 def make_programs(setup: step_lib.Setup, mesh, state) -> Programs:
   """Jits the step over the mesh; state stays in its shards throughout."""
-  rows = sharding.by_row(mesh)
-  kept = (jax.tree.map(lambda x: x.sharding, state), sharding.replicated(mesh))
+  rows, whole = sharding.by_row(mesh), sharding.replicated(mesh)
+  kept = (jax.tree.map(lambda x: x.sharding, state), whole)
 
-  def rollout(state, frozen, prompts, key, index):
-    return step_lib.rollout(setup, state, frozen, prompts, key, index)
-
-  def weigh(state, frozen, prompts, drawn, reward):
+  def weigh(setup, state, frozen, prompts, drawn, reward):
     batch, row = step_lib.weigh(setup, state, frozen, prompts, drawn, reward)
     return batch, row | {'tokens/decoded': drawn.mask.sum()}
 
-  def update(state, frozen, batch):
+  def update(setup, state, frozen, batch):
     state, row = step_lib.update(setup, state, frozen, batch)
     # Of completions, as those decoded; `costs` counts their prompts too.
     return state, row | {'tokens/trained': batch.mask.sum()}
 
-  def move_anchor(state, frozen):
-    return step_lib.move_anchor(setup, state, frozen)
-
+  jit = lambda f, **how: jax.jit(functools.partial(f, setup), **how)
   return Programs(
-    jax.jit(rollout, out_shardings=rows),
-    jax.jit(weigh, out_shardings=(rows, sharding.replicated(mesh))),
-    jax.jit(update, out_shardings=kept, donate_argnums=(0,)),
-    jax.jit(move_anchor, out_shardings=kept, donate_argnums=(0,)),
+    jit(step_lib.rollout, out_shardings=rows),
+    jit(weigh, out_shardings=(rows, whole)),
+    jit(update, out_shardings=kept, donate_argnums=(0,)),
+    jit(step_lib.move_anchor, out_shardings=kept, donate_argnums=(0,)),
   )
 
 
@@ -163,28 +147,14 @@ def rest_reference(
 ) -> tuple[Frozen, Callable[[], Frozen]]:
   """Moves the reference to the hosts, where the step does not look at it.
 
-  Returns what is left on the devices, and a function that gives all of it
-  again: the caller lets go of that, and of `frozen`, when it is done.
+  Returns what is left on the devices, and a function that gives all of it: the
+  caller lets go of that, and of `frozen`.
   """
   if step_lib.reads_reference(setup.algorithm):
     return frozen, lambda: frozen
   there = sharding.to_host(frozen.reference)
   left = frozen._replace(reference={})
   return left, lambda: left._replace(reference=sharding.to_device(there))
-
-
-def make_guard(
-  config: ml_collections.ConfigDict, algorithm: Algorithm
-) -> guard_lib.Guard:
-  """The guard that the settings of `train` ask for."""
-  settings = config.train.watch
-  names = 'kl', 'entropy', 'length', 'signal', 'speed'
-  look = functools.partial(
-    watch.look,
-    moves=algorithm.anchor.moves,
-    **{name: settings[name] for name in names},
-  )
-  return guard_lib.Guard('train', config.train.skip_limit, look, settings.stop)
 
 
 def train(run: stages.Run) -> dict[str, Any]:
@@ -201,7 +171,11 @@ def train(run: stages.Run) -> dict[str, Any]:
   setup = setups.make_setup(config, task.policy, task.stop, mesh)
   cost = costs.of_config(config, setup.algorithm)
   hosts.say(f'train: {costs.line(cost)}')
-  guard = make_guard(config, setup.algorithm)
+  limits = settings.watch.to_dict()
+  stop_at = limits.pop('stop')
+  moves = setup.algorithm.anchor.moves
+  look = functools.partial(watch.look, moves=moves, **limits)
+  guard = guard_lib.Guard('train', settings.skip_limit, look, stop_at)
   show = ('reward/policy', 'signal/fires', 'win_rate/reference', 'kl/reference')
   writer = log.Writer(folder, 'train', settings.steps, saver.start, show)
   compiled = []  # programs of the step compiled so far, after each iteration
@@ -220,9 +194,7 @@ def train(run: stages.Run) -> dict[str, Any]:
     task = task._replace(frozen=None)  # all of it is nowhere else
 
     def broken(state, batch):
-      guard.broken(guard_lib.find(setup, state, frozen, batch))
-      if command.debugging():
-        guard_lib.rerun(setup, state, frozen, batch)
+      guard.broken = guard_lib.find(setup, state, frozen, batch)
 
     each = Distillation(
         setup, make_programs(setup, mesh, state), task.batches, task.reward,
@@ -247,17 +219,25 @@ def train(run: stages.Run) -> dict[str, Any]:
       job, state, settings.steps, settings.save_every, saver, writer, guard
     )
   rows, times = loop.times(folder)
-  found = summarise(rows, setup.algorithm.anchor.moves)
-  compilations = compiled[-1] - compiled[0] if compiled else 0
-  found['compilations_after_first_step'] = compilations
-  return found | times | dict(task.facts, cost=cost._asdict())
+  last, compiled = rows[-1], compiled or [0]
+  return {
+    'steps': last['step'],
+    'win_rate_validation': last['win_rate/reference'],
+    'kl_validation': last['kl/reference'],
+    'anchor_drift': last['anchor/drift'] if moves else None,
+    'signal_fires': float(np.mean([row['signal/fires'] for row in rows])),
+    'compilations_after_first_step': compiled[-1] - compiled[0],
+    **times,
+    **task.facts,
+    'cost': cost._asdict(),
+  }
 
 
 def init_state(setup, frozen: Frozen, mesh) -> TrainState:
   """The state before the first step, created in its shards."""
-  init = lambda frozen: step_lib.init_state(setup, frozen)
   like = state_like(setup, frozen, mesh)
   shards = jax.tree.map(lambda x: x.sharding, like)
+  init = functools.partial(step_lib.init_state, setup)
   return jax.jit(init, out_shardings=shards)(frozen)
 
 
@@ -266,21 +246,9 @@ def state_like(setup, frozen: Frozen, mesh) -> TrainState:
 
   A UserError if a large parameter would be whole on every device.
   """
-  init = lambda frozen: step_lib.init_state(setup, frozen)
   sharding.check_split(frozen, mesh)
+  init = functools.partial(step_lib.init_state, setup)
   return sharding.tree_structs(jax.eval_shape(init, frozen), mesh)
-
-
-def summarise(rows: list[dict[str, Any]], moves: bool) -> dict[str, Any]:
-  """The numbers of the stage, from its metrics."""
-  last = rows[-1]
-  return {
-    'steps': last['step'],
-    'win_rate_validation': last['win_rate/reference'],
-    'kl_validation': last['kl/reference'],
-    'anchor_drift': last['anchor/drift'] if moves else None,
-    'signal_fires': float(np.mean([row['signal/fires'] for row in rows])),
-  }
 
 
 def main(config: ml_collections.ConfigDict, workdir: str) -> None:

@@ -2,7 +2,7 @@
 
 A step whose loss or gradient is not finite changes nothing, so that the state
 that it began with is there to be looked at, with its batch: `find` names what
-is not finite, `rerun` raises where it arises. Slow faults are `watch.py`'s.
+is not finite. Slow faults are `watch.py`'s.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 
 from bond_jax.devices import hosts, shares
 from bond_jax.errors import UserError
-from bond_jax.runs import log
+from bond_jax.runs import command, log
 from bond_jax.runs.checkpoints.checkpoint import not_finite
 from bond_jax.training import step as step_lib
 from bond_jax.training import watch
@@ -37,7 +37,8 @@ def find(
 
   Parameters, anchor and optimizer by their paths; what was sampled, what the
   rows were found worth, and log-probs, by the ids of their prompts; gradients.
-  Nothing, if a step on `batch` is finite.
+  Nothing, if a step on `batch` is finite. With --debug it raises where a NaN
+  arises.
   """
   flags = jax.jit(functools.partial(_flags, setup))(state, frozen, batch)
   ids, found = shares.fetch(batch.prompts.id), []
@@ -47,22 +48,18 @@ def find(
         continue
       where = f'{name}{jax.tree_util.keystr(path, simple=True, separator="/")}'
       if bad.ndim:
-        rows = [int(i) for i in np.asarray(ids)[bad]]
-        more = f' and {len(rows) - 5} more' if len(rows) > 5 else ''
-        where += f' of prompts {", ".join(map(str, rows[:5]))}{more}'
+        where += f' of prompts {_first(np.asarray(ids)[bad], 5)}'
       found.append(where)
+  if command.debugging():  # once more, operation by operation
+    with jax.disable_jit(), jax.debug_nans(True):
+      step_lib.update(setup, state, frozen, batch)
   return found
 
 
-def rerun(
-  setup: step_lib.Setup,
-  state: TrainState,
-  frozen: Frozen,
-  batch: step_lib.Batch,
-) -> None:
-  """Makes the step again, operation by operation; raises where a NaN arises."""
-  with jax.disable_jit(), jax.debug_nans(True):
-    step_lib.update(setup, state, frozen, batch)
+def _first(names: Sequence, count: int) -> str:
+  more = len(names) - count
+  listed = ', '.join(map(str, names[:count]))
+  return f'{listed} and {more} more' if more > 0 else listed
 
 
 def _flags(setup, state, frozen, batch) -> tuple[Any, ...]:
@@ -99,7 +96,12 @@ def check_finite(row: dict[str, Any], step: int, folder: str) -> None:
 
 
 class Guard:
-  """Watches the rows of a stage; `stops` is the error that should end it."""
+  """Watches the rows of the stage `name`.
+
+  Attributes:
+    stops: the error that should end it.
+    broken: what was not finite in a step that was skipped.
+  """
 
   def __init__(
     self,
@@ -108,20 +110,17 @@ class Guard:
     look: Callable[[Sequence[watch.Row]], dict[str, str]] = lambda rows: {},
     stop_at: Sequence[str] = (),
   ):
-    """The guard of the stage `name`.
+    """`look(rows)` finds what goes wrong slowly, a line of advice by its name.
 
-    Args:
-      name: of the stage, for its lines.
-      skip_limit: steps in a row that may not be finite.
-      look: rows -> what goes wrong slowly; a line of advice by its name.
-      stop_at: names of such faults that end the stage.
+    It ends the stage where `stop_at` has that name, and so do more than
+    `skip_limit` steps in a row that are not finite.
     """
     self.stops: UserError | None = None
     self._name, self._limit = name, skip_limit
     self._look, self._stop_at = look, stop_at
     self._seen: list[watch.Row] = []
     self._found: dict[str, str] = {}
-    self._names: list[str] = []  # of what the last step broke
+    self.broken: list[str] = []
     self._skipped = 0  # steps in a row
 
   def catch_up(self, folder: str) -> None:
@@ -130,24 +129,19 @@ class Guard:
     for row in hosts.once(lambda: log.read_rows(path)):
       self.keep(row)
 
-  def broken(self, names: list[str]) -> None:
-    """Takes in what was not finite in a step that was skipped."""
-    self._names = names
-
   def check(self, row: dict[str, Any], step: int, folder: str) -> None:
     """A UserError for a step that is one too many not to be finite."""
-    names, self._names = self._names, []
+    names, self.broken = self.broken, []
     if not row['skipped']:
       self._skipped = 0
       return
     self._skipped += 1
-    more = f' and {len(names) - 4} more' if len(names) > 4 else ''
     what = (
       f'step {step} changed nothing: its loss is {row["loss"]}, the norm of its'
       f' gradient {row["gradient_norm"]}'
     )
     if names:
-      what += f'. Not finite are {", ".join(names[:4])}{more}'
+      what += f'. Not finite are {_first(names, 4)}'
     if self._skipped > self._limit:
       raise UserError(
         f'{what}. train.skip_limit allows {self._limit} such steps in a row.'

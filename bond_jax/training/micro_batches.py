@@ -44,10 +44,8 @@ def fold(buckets: int, f, carry: Any, parts: Any, prompt_mask, mask):
       each, in a loop of its own. A conditional would copy the carry.
     f: looks at no more of a part than `size`, (P', T'), which holds it: the
       least, if no part is shorter than the one before, see `by_length`.
-    carry: any.
-    parts: a pytree with leading axis n.
-    prompt_mask: bool[n, b, P].
-    mask: bool[n, b, M, T].
+    carry, parts: any; a pytree with leading axis n.
+    prompt_mask, mask: bool[n, b, P], bool[n, b, M, T].
 
   Returns:
     The last carry, and what came out of each part, stacked.
@@ -56,7 +54,10 @@ def fold(buckets: int, f, carry: Any, parts: Any, prompt_mask, mask):
   if buckets == 1:
     return jax.lax.scan(lambda carry, x: f(carry, x, whole), carry, parts)
   at = lambda i: jax.tree.map(lambda x: x[i], parts)
-  sizes = _sizes(buckets, *whole)
+  sizes = [
+    tuple(-(-length * j // buckets) for length in whole)
+    for j in range(1, buckets + 1)
+  ]
   out = jax.eval_shape(lambda: f(carry, at(0), whole)[1])
   outs = jax.tree.map(lambda x: jnp.zeros((n, *x.shape), x.dtype), out)
 
@@ -65,8 +66,11 @@ def fold(buckets: int, f, carry: Any, parts: Any, prompt_mask, mask):
     carry, out = f(carry, at(i), size)
     return carry, jax.tree.map(lambda all_, x: all_.at[i].set(x), outs, out)
 
+  p, t = prompt_mask.sum(-1).max(1), mask.sum(-1).max((1, 2))
+  held = [(p > a) | (t > b) for a, b in sizes[:-1]]
+  # Of each micro-batch, the index of the least size that holds it.
+  place = jax.lax.cummax(sum(x.astype(jnp.int32) for x in held))
   first = 0
-  place = jax.lax.cummax(_places(sizes, prompt_mask, mask))
   for j, size in enumerate(sizes):
     last = n if j == buckets - 1 else (place <= j).sum()
     carry, outs = jax.lax.fori_loop(
@@ -74,19 +78,6 @@ def fold(buckets: int, f, carry: Any, parts: Any, prompt_mask, mask):
     )
     first = last
   return carry, outs
-
-
-def _sizes(buckets: int, p: int, t: int) -> list[tuple[int, int]]:
-  of = lambda length, j: -(-length * j // buckets)
-  return [(of(p, j), of(t, j)) for j in range(1, buckets + 1)]
-
-
-def _places(sizes, prompt_mask: Array, mask: Array) -> Array:
-  """The index of the least size that holds each micro-batch, i32[n]."""
-  p = prompt_mask.sum(-1).max(1)
-  t = mask.sum(-1).max((1, 2))
-  held = [(p > a) | (t > b) for a, b in sizes[:-1]]
-  return sum((x.astype(jnp.int32) for x in held), jnp.zeros(len(p), jnp.int32))
 
 
 def by_length(n: int, parts: int, prompts: Prompts, drawn: Rollout, judged):

@@ -48,10 +48,10 @@ def descend(
   opt_state: Any,
   gradient: Params,
   loss: Array,
-) -> tuple[Params, Any, Array]:
+) -> tuple[Params, Any, dict[str, Array]]:
   """One step, or none if the loss or the gradient is not finite.
 
-  Returns params, the optimizer's state, and the gradient's norm.
+  Returns params, the optimizer's state, and metrics: `skipped` is 1 if none.
   """
   norm = optax.tree.norm(gradient)
   changes, moved = optimizer.update(gradient, opt_state, params)
@@ -60,4 +60,5 @@ def descend(
   params, opt_state = jax.tree.map(
     functools.partial(jnp.where, finite), new, (params, opt_state)
   )
-  return params, opt_state, norm
+  row = {'loss': loss, 'gradient_norm': norm, 'skipped': 1.0 - finite}
+  return params, opt_state, row

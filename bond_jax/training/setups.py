@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-import os
+import pkgutil
 
 import ml_collections
 
@@ -15,18 +15,14 @@ from bond_jax.runs.settings import fields
 from bond_jax.training import optimizer as optimizer_lib
 from bond_jax.training import step as step_lib
 from bond_jax.training.tasks import enumerable, text_task
-from bond_jax.types import (
-  Policy,
-)
+from bond_jax.types import Policy
 
 
 def make_algorithm(config: ml_collections.ConfigDict):
   """The algorithm whose file in `algorithms/` bears `config.algorithm.name`."""
   name = config.algorithm.name
-  folder = os.path.dirname(algorithms.__file__)
-  known = sorted(
-    f[:-3] for f in os.listdir(folder) if f.endswith('.py') and f[0] != '_'
-  )
+  found = pkgutil.iter_modules(algorithms.__path__)
+  known = sorted(module.name for module in found if not module.ispkg)
   if name not in known:
     message = f'algorithm.name is {name!r}; known are {", ".join(known)}.'
     raise UserError(message)

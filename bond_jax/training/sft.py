@@ -71,17 +71,12 @@ def batches_of(
 ):
   """Whole texts, or answers to prompts, as `sft.target` says."""
   settings = config.sft
-  kwargs = dict(
-    length=settings.length,
-    batch=settings.batch,
-    seed=config.seed,
-  )
+  sizes = dict(length=settings.length, batch=settings.batch, seed=config.seed)
   if settings.target == 'text':
-    return examples.sentences(rows, tokenizer, **kwargs)
-  encode = load.make_encoder(config, tokenizer)
-  length = config.prompt.length
+    return examples.sentences(rows, tokenizer, **sizes)
+  encode, length = load.make_encoder(config, tokenizer), config.prompt.length
   return examples.answers(
-    rows, encode, tokenizer, prompt_length=length, **kwargs
+    rows, encode, tokenizer, prompt_length=length, **sizes
   )
 
 

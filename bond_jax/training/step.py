@@ -125,6 +125,7 @@ def rollout(
   setup, algorithm = on_base(setup, frozen), setup.algorithm
   key = jax.random.fold_in(key, state.step + index)
   anchor = anchor_of(setup, state, frozen)
+  limits = Limits(setup.length, setup.stop, setup.slots, setup.sampling_mesh)
   parts = []
   for params, num, first in (
     (state.params, algorithm.num_policy, 0),
@@ -135,13 +136,7 @@ def rollout(
     # One after the other: a device holds the weights and cache of one sampler.
     params, parts = jax.lax.optimization_barrier((params, parts))
     drawn = sample(
-      setup.policy,
-      params,
-      prompts,
-      key,
-      Limits(setup.length, setup.stop, setup.slots, setup.sampling_mesh),
-      num=num,
-      first=first,
+      setup.policy, params, prompts, key, limits, num=num, first=first
     )
     parts.append(drawn)
   return jax.tree.map(lambda *x: jnp.concatenate(x, 1), *parts)
@@ -155,13 +150,11 @@ def score(
   drawn: Rollout,
   judged: Array,
 ) -> tuple[Rollout, Scores]:
-  """Selects the rows that enter the loss, and scores those named for it.
+  """Selects the M rows that enter the loss, and scores those named for it.
 
-  `drawn` holds K completions per prompt, and `judged` their rewards f32[B, K],
-  or f32[B, K, K], the probabilities with which a judge prefers one to another.
-  Rewards are compared, and preferences counted: what each is worth is how often
-  it beats the others (Borda). Returns the M selected completions, and their
-  Scores.
+  `judged` are the rewards f32[B, K] of `drawn`, which are compared, or f32[B,
+  K, K], the probabilities with which a judge prefers one to another: of these
+  each is worth how often it beats the others (Borda).
   """
   setup, algorithm = on_base(setup, frozen), setup.algorithm
   if judged.ndim == 3:
@@ -179,23 +172,17 @@ def score(
     batches = micro_batches.split(
       (prompts, some.completion, some.mask), setup.micro_batches
     )
+    one = lambda carry, part, size: (carry, f(size, *part))
     _, out = micro_batches.fold(
-      setup.buckets,
-      lambda _, part, size: ((), f(size, *part)),
-      (),
-      batches,
-      batches[0].mask,
-      batches[2],
+      setup.buckets, one, (), batches, batches[0].mask, batches[2]
     )
     return micro_batches.join(out)
-
-  def log_of(params):
-    return lambda size, *x: log_policy_of(setup, params, size, *x)
 
   def log_quantile(size, *x):
     params, x = state.aux['params'], micro_batches.trim(size, *x)
     return jax.nn.log_sigmoid(scalar_head.logits(setup.policy, params, *x))
 
+  log_of = lambda params: functools.partial(log_policy_of, setup, params)
   t = drawn.mask.shape[-1]
   anchor = anchor_of(setup, state, frozen)
   scores = Scores(
@@ -223,8 +210,7 @@ def weigh(
 ) -> tuple[Batch, dict[str, Array]]:
   """A rollout and what it is worth, as a batch to train on; metrics of it.
 
-  The whole batch is weighed at once, before any split: baselines may be means
-  over all prompts.
+  All of it is weighed at once: baselines may be means over all prompts.
   """
   algorithm = setup.algorithm
   if setup.buckets > 1 and setup.micro_batches > 1:
@@ -257,25 +243,19 @@ def weigh(
 def update(
   setup: Setup, state: TrainState, frozen: Frozen, batch: Batch
 ) -> tuple[TrainState, dict[str, Array]]:
-  """One optimizer step on a batch.
+  """One optimizer step on a batch: the state, its anchor unmoved, and metrics.
 
-  Returns:
-    The next state, its anchor unmoved, and scalar metrics. Where the loss or
-    the gradient is not finite nothing moves but the step, and `skipped` is 1.
+  Where the loss or the gradient is not finite nothing moves but the step, and
+  `skipped` is 1.
   """
   setup = on_base(setup, frozen)
   loss = functools.partial(loss_of, setup)
-  params, opt_state, value, norm, log_policy = _descend(
+  params, opt_state, metrics, log_policy = _descend(
     setup, loss, state.params, state.opt_state, batch
   )
-  metrics = {
-    'loss': value,
-    'gradient_norm': norm,
-    'sampler_gap': step_metrics.sampler_gap(
-      batch.own * batch.prompts.weight[:, None], batch.log_sampled, log_policy
-    ),
-    'skipped': 1.0 - jnp.isfinite(value + norm),
-  }
+  metrics['sampler_gap'] = step_metrics.sampler_gap(
+    batch.own * batch.prompts.weight[:, None], batch.log_sampled, log_policy
+  )
   aux = state.aux
   if setup.algorithm.quantile_rows:
     aux, metrics['quantile/loss'] = _update_quantile(setup, aux, batch)
@@ -301,10 +281,10 @@ def _update_quantile(setup: Setup, aux: Any, batch: Batch) -> tuple[Any, Array]:
     logit = scalar_head.logits(setup.policy, params, *x)
     return quantiles.learned_loss(logit, part.quantile_target), logit
 
-  params, opt_state, value, _, _ = _descend(
+  params, opt_state, row, _ = _descend(
     setup, loss, aux['params'], aux['opt_state'], batch
   )
-  return {'params': params, 'opt_state': opt_state}, value
+  return {'params': params, 'opt_state': opt_state}, row['loss']
 
 
 def gradient_of(setup: Setup, loss, params: Params, batch: Batch):
@@ -313,10 +293,7 @@ def gradient_of(setup: Setup, loss, params: Params, batch: Batch):
   `loss` returns f32[b] and an array with that leading axis; it needs no more
   of the prompts and completions than `size`, see `micro_batches.fold`. Every
   micro-batch divides by the whole batch's weight: the accumulated gradient is
-  exactly the gradient of the batch.
-
-  Returns:
-    The gradient, the mean loss, and the arrays joined.
+  exactly that of the batch. Returns it, the mean loss, and the arrays joined.
   """
   total = jnp.maximum(batch.prompts.weight.sum(), 1e-9)
 
@@ -339,17 +316,12 @@ def gradient_of(setup: Setup, loss, params: Params, batch: Batch):
 
 
 def _descend(setup: Setup, loss, params: Params, opt_state, batch: Batch):
-  """One step of the optimizer on `gradient_of`, or none if it is not finite.
-
-  Returns:
-    params, opt_state, the mean loss, the gradient's norm, and the arrays
-    joined, before the step.
-  """
+  """`optimizer.descend` by `gradient_of`, and the arrays before the step."""
   gradient, value, arrays = gradient_of(setup, loss, params, batch)
-  params, opt_state, norm = optimizer_lib.descend(
+  moved = optimizer_lib.descend(
     setup.optimizer, params, opt_state, gradient, value
   )
-  return params, opt_state, value, norm, arrays
+  return *moved, arrays
 
 
 def move_anchor(

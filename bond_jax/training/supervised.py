@@ -26,16 +26,10 @@ def make_update(
 ):
   """update(state, batch) -> state, metrics; jitted, the state in its shards.
 
-  Args:
-    loss: (params, part, total) -> what a part of a batch adds to its mean loss.
-    weight: batch -> the total, by which every part divides.
-    optimizer: of the parameters.
-    parts: micro-batches, whose gradients add up to that of the batch exactly.
-    mesh: of the metrics.
-    state: whose shards are kept.
-
-  A step whose loss or gradient is not finite moves nothing but the step, and
-  `skipped` is 1.
+  `loss(params, part, total)` is what a part of a batch adds to its mean loss,
+  and `weight(batch)` the total: the gradients of the `parts` micro-batches add
+  up to that of the batch exactly. A step whose loss or gradient is not finite
+  moves nothing but the step, and `skipped` is 1.
   """
 
   def gradient_of(params, batch):
@@ -52,17 +46,13 @@ def make_update(
 
   def update(state, batch):
     value, gradient = gradient_of(state.params, batch)
-    params, opt_state, norm = optimizer_lib.descend(
+    params, opt_state, row = optimizer_lib.descend(
       optimizer, state.params, state.opt_state, gradient, value
     )
     state = state._replace(
       step=state.step + 1, params=params, opt_state=opt_state
     )
-    return state, {
-      'loss': value,
-      'gradient_norm': norm,
-      'skipped': 1.0 - jnp.isfinite(value + norm),
-    }
+    return state, row
 
   shards = jax.tree.map(lambda x: x.sharding, state)
   return jax.jit(

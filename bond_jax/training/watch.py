@@ -7,6 +7,7 @@ some of the names in ADVICE.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+import math
 import statistics
 from typing import Any
 
@@ -50,23 +51,16 @@ def look(
   speed: float,
   moves: bool,
 ) -> dict[str, str]:
-  """Warnings at the last of the rows, by name.
+  """Warnings at the last of the rows of metrics.jsonl, by name.
 
-  Args:
-    rows: of metrics.jsonl, from the first step on.
-    kl: nats to the reference above which it warns; 0 = never.
-    entropy: per token, against that of the first rows: below this share.
-    length: of completions, against the first rows': above this many times, or
-      below one over it.
-    signal: share of prompts with a signal, below which it warns.
-    speed: seconds of a step, against the first rows': above this many times.
-    moves: whether the anchor should move.
+  The limits are `train.watch`'s: nats to the reference (0 = none), times or
+  share of what it was at first, share of prompts. `moves`: the anchor should.
   """
   rows = [row for row in rows if 'loss' in row]
   early, late = rows[1 : 1 + WINDOW], rows[-WINDOW:]
   found = {}
-  paid = _last(rows, 'kl/reference')
-  if kl and paid is not None and paid > kl:
+  paid = _known(rows, 'kl/reference')[-1]
+  if kl and paid > kl:
     found['kl'] = f'the KL to the reference is {paid:.1f} nats, above {kl:g}'
   if skipped := sum(row.get('skipped') or 0 for row in late):
     found['skipped'] = (
@@ -74,50 +68,35 @@ def look(
       ' nothing'
     )
   if len(rows) > 2 * WINDOW:
-    share, drift = _mean(late, 'signal/fires'), _last(rows, 'anchor/drift')
-    if share is not None and share < signal:
+    share = statistics.fmean(_known(late, 'signal/fires'))
+    if share < signal:
       found['signal'] = f'the reward gave a signal on {share:.1%} of prompts'
-    if moves and drift is not None and drift < 1e-6:
+    if moves and _known(rows, 'anchor/drift')[-1] < 1e-6:
       found['anchor'] = 'the anchor has not moved'
-    found |= _changes(early, late, entropy, length, speed)
+    ratio = _ratio(early, late, 'entropy/token')
+    if ratio < entropy:
+      found['entropy'] = f'the entropy per token is {ratio:.0%} of what it was'
+    ratio = _ratio(early, late, 'length/completion')
+    if ratio < 1 / length or ratio > length:
+      found['length'] = f'completions are {ratio:.1f} times as long as at first'
+    before, after = (
+      statistics.median(sum(row.get(k) or 0 for k in PHASES) for row in some)
+      for some in (early, late)
+    )
+    if before and after > speed * before:
+      ratio = after / before
+      found['speed'] = f'a step takes {ratio:.1f} times as long as at first'
   return {name: f'{what}: {ADVICE[name]}.' for name, what in found.items()}
 
 
-def _changes(early, late, entropy, length, speed) -> dict[str, str]:
-  """Measures that are far from those of the first rows."""
-  found = {}
-  ratio = _ratio(early, late, 'entropy/token')
-  if ratio is not None and ratio < entropy:
-    found['entropy'] = f'the entropy per token is {ratio:.0%} of what it was'
-  ratio = _ratio(early, late, 'length/completion')
-  if ratio is not None and not 1 / length <= ratio <= length:
-    found['length'] = f'completions are {ratio:.1f} times as long as at first'
-  seconds = [
-    statistics.median(sum(row.get(k) or 0 for k in PHASES) for row in some)
-    for some in (early, late)
-  ]
-  if seconds[0] and seconds[1] > speed * seconds[0]:
-    found['speed'] = (
-      f'a step takes {seconds[1] / seconds[0]:.1f} times as long as at first'
-    )
-  return found
+def _known(rows: Sequence[Row], key: str) -> list[float]:
+  """The values that are known; without any NaN, which is beyond no limit."""
+  return [row[key] for row in rows if row.get(key) is not None] or [math.nan]
 
 
-def _values(rows: Sequence[Row], key: str) -> list[float]:
-  return [row[key] for row in rows if row.get(key) is not None]
-
-
-def _last(rows: Sequence[Row], key: str) -> float | None:
-  values = _values(rows, key)
-  return values[-1] if values else None
-
-
-def _mean(rows: Sequence[Row], key: str) -> float | None:
-  values = _values(rows, key)
-  return statistics.fmean(values) if values else None
-
-
-def _ratio(early, late, key: str) -> float | None:
-  """Mean of the late rows over that of the early ones, where both are known."""
-  before, after = _mean(early, key), _mean(late, key)
-  return after / before if before and after is not None else None
+def _ratio(early, late, key: str) -> float:
+  """Mean of the late rows over that of the early ones; NaN if unknown."""
+  before, after = (
+    statistics.fmean(_known(rows, key)) for rows in (early, late)
+  )
+  return after / (before or math.nan)

@@ -73,7 +73,9 @@ def test_what_is_no_probability(value):
   with pytest.raises(UserError, match="'bb' against 'a', .*prompt 'p'") as e:
     judge.both_orders(odd)(*BATCH)
   assert f'answered {value:g} to' in str(e.value)
-  with pytest.raises(UserError, match=r'\[11\], expected one .* of 12 pairs'):
+  with pytest.raises(
+    UserError, match=r'expected one .* of 12 pairs: .* \[11\]'
+  ):
     judge.all_at_once(lambda pairs: [0.5] * 11)(*BATCH)
 
 

@@ -110,6 +110,21 @@ def run_of(folder, **changes) -> str:
   return str(folder)
 
 
+@pytest.mark.parametrize('name', ['text', 'enumerable'])
+def test_a_run_of_before_the_rooms_is_read(tmp_path, name):
+  """Its config names the task by a module that is elsewhere now."""
+  config = toy.get_config('nowhere')
+  config.task = name
+  configs.claim_workdir(str(tmp_path), config)
+  path = tmp_path / 'config.json'
+  old = {'text': 'bond_jax.text_task', 'enumerable': 'bond_jax.enumerable'}
+  path.write_text(
+    json.dumps(json.loads(path.read_text()) | {'task': old[name]})
+  )
+  assert configs.read_config(str(tmp_path)).task == name
+  assert configs.check_workdir(str(tmp_path), config)  # it is still its own
+
+
 def test_a_run_that_is_older_than_a_setting_has_its_default(tmp_path):
   config = toy.get_config('nowhere')
   configs.claim_workdir(str(tmp_path), config)

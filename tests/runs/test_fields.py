@@ -17,7 +17,6 @@ from bond_jax.data import examples, sources
 from bond_jax.errors import UserError
 from bond_jax.models import scalar_head
 from bond_jax.models.gemma import model as gemma
-from bond_jax.rewards import calling
 from bond_jax.runs.settings import defaults, fields
 from bond_jax.training import checks, setups, watch
 from configs import demo, demo_learned_reward, overoptimisation
@@ -360,7 +359,6 @@ def test_the_settings_of_another_kind_of_reward_model(module, kind, example):
     ('model.remat', gemma.REMAT),
     ('data.bad_rows', sources.BAD_ROWS),
     ('reward_model.gemma.pool', scalar_head.POOLS),
-    ('reward.failure', calling.FAILURES),
     ('train.watch.stop', watch.ADVICE),
   ],
 )

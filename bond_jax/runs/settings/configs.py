@@ -18,6 +18,8 @@ from bond_jax.runs import files, paths
 from bond_jax.runs.settings import defaults
 
 VERSION = 'version.json'  # of the package that made a run, and where
+# What saved configs called them before there were rooms.
+_TASKS = {'bond_jax.text_task': 'text', 'bond_jax.enumerable': 'enumerable'}
 
 
 def differences(a: dict[str, Any], b: dict[str, Any], prefix='') -> list[str]:
@@ -137,7 +139,9 @@ def read_config(
 
 
 def _plain(settings: dict[str, Any]) -> dict[str, Any]:
-  """What a config.json has, with the settings that are newer than it."""
+  """What a config.json has, in the words and with the settings of today."""
+  if isinstance(name := settings.get('task'), str):
+    settings['task'] = _TASKS.get(name, name)
   return json.loads(json.dumps(defaults.filled(settings)))
 
 

@@ -11,7 +11,6 @@ completions is 0 ... V - 1, of which EOS ends one; prompt x is token V + x.
 
 from __future__ import annotations
 
-import functools
 import itertools
 
 import jax
@@ -152,13 +151,8 @@ def exact_law(config: ml_collections.ConfigDict, policy: Policy):
   begin = np.where(tokens == EOS, 0, tokens)[:, :-1]
   begin, row = np.unique(begin, axis=0, return_inverse=True)
   prompts = next(Cycle(settings.prompts, settings.vocab, settings.prompts))
-  inputs = np.concatenate(
-    [
-      np.repeat(prompts.tokens, len(begin), 0),
-      np.tile(begin, (settings.prompts, 1)),
-    ],
-    axis=1,
-  ).astype(np.int32)
+  before = np.repeat(prompts.tokens, len(begin), 0)
+  inputs = np.hstack([before, np.tile(begin, (settings.prompts, 1))])
   place = np.arange(length)
 
   def law(params: Params):
@@ -177,22 +171,19 @@ def make(run: stages.Run) -> task.Task:
   policy = make_policy(config)
   key = configs.key(settings.seed, 'reference')
   reference = sharding.initialised(policy.init, key, mesh)
+
+  def make_probe(frozen):
+    known, law = know(config, policy, frozen), log_law(config, policy)
+    return lambda params, _: exact.measure(law(params), known)
+
   return task.Task(
     policy=policy,
     frozen=Frozen(reference, {}),
     stop=Stop((EOS,)),
     batches=Cycle(settings.prompts, settings.vocab, config.train.batch),
     reward=lookup(*language(config), settings.vocab),
-    make_probe=functools.partial(make_probe, config, policy),
+    make_probe=make_probe,
   )
-
-
-def make_probe(
-  config: ml_collections.ConfigDict, policy: Policy, frozen: Frozen
-):
-  """The exact measures of a policy: params, frozen -> name -> number."""
-  known, law = know(config, policy, frozen), log_law(config, policy)
-  return lambda params, _: exact.measure(law(params), known)
 
 
 def lookup(table, tokens, mask, vocab: int):

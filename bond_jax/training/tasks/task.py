@@ -8,19 +8,14 @@ from typing import Any, NamedTuple
 
 from bond_jax.models import stops
 from bond_jax.rewards import calling
-from bond_jax.types import (
-  Frozen,
-  Policy,
-  Prompts,
-  Rollout,
-)
+from bond_jax.types import Frozen, Policy, Prompts, Rollout
 
 
 class Task(NamedTuple):
   """What the train stage trains on, and how it is watched.
 
-  Built by the module that `config.task` names, from `make(config, workdir,
-  mesh)`; its `check(config, mesh)` refuses a config before any stage starts.
+  Built by `make(run)` of the module that `config.task` names; its
+  `check(config, mesh, rows)` refuses a config before any stage starts.
   """
 
   policy: Policy

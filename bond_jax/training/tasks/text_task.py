@@ -26,11 +26,7 @@ from bond_jax.rewards import make as making
 from bond_jax.runs import stages
 from bond_jax.runs.settings import configs, defaults
 from bond_jax.training.tasks import task
-from bond_jax.types import (
-  Context,
-  Prompts,
-  Rollout,
-)
+from bond_jax.types import Context, Prompts, Rollout
 from bond_jax.weights import load
 
 
@@ -137,12 +133,9 @@ def look_at(
   facts, lines = {'rows_looked_at': looked_at}, []
   if prompt:
     kept = prompt.kind != 'opening' and prompt.longer == 'cut'
-    facts = {
-      'prompts_looked_at': looked_at,
-      'prompts_cut' if kept else 'prompts_left_out': sum(
-        count.left_out for count in counts
-      ),
-    }
+    lost = sum(count.left_out for count in counts)
+    facts = {'prompts_looked_at': looked_at}
+    facts['prompts_cut' if kept else 'prompts_left_out'] = lost
     lines = examples.describe(counts, prompt.kind, prompt.length, prompt.longer)
   if empty := sources.empty_lines(rows):
     lines.append(f'data: {empty:,} empty lines are skipped')
@@ -154,10 +147,7 @@ def look_at(
 
 
 class Probe(NamedTuple):
-  """The jitted functions of a probe.
-
-  Apart, since the reference is not needed, nor there, while the policy draws.
-  """
+  """Two programs: the reference is not there while the policy draws."""
 
   draw: Callable[..., Any]  # params, base, prompts, key -> rollout
   score: Callable[..., Any]  # frozen, prompts, rollout -> log-ratio f32[B, K]
@@ -165,16 +155,12 @@ class Probe(NamedTuple):
 
 def probe_programs(config, policy, stop, mesh) -> Probe:
   sampling_mesh = sharding.reshaped(mesh, **config.sampling_mesh)
+  limits = Limits(config.length, stop, config.slots, sampling_mesh)
+  num = config.train.probe_completions
 
   def draw(params, base, prompts, key):
-    return sample(
-      lora.over(policy, base),
-      params,
-      prompts,
-      key,
-      Limits(config.length, stop, config.slots, sampling_mesh),
-      num=config.train.probe_completions,
-    )
+    of_base = lora.over(policy, base)
+    return sample(of_base, params, prompts, key, limits, num=num)
 
   def score(frozen, prompts, drawn):
     log_reference = log_probs(
@@ -202,10 +188,8 @@ def probe_of(draw, log_ratio, ask, ask_gold, read, reference, own):
 
   def judge(ask, texts) -> tuple[calling.Scored, np.ndarray]:
     """What the reward and gold say of the texts of all hosts."""
-    found = None
-    if len(own):
-      mine = calling.some(own, *texts)
-      found = ask(*mine), ask_gold(*mine)
+    mine = calling.some(own, *texts)
+    found = (ask(*mine), ask_gold(*mine)) if len(own) else None
     told = hosts.gather((own, found))
     of = lambda i: calling.join([(rows, x and x[i]) for rows, x in told])
     return of(0), of(1).value
