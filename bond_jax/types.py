@@ -5,8 +5,6 @@ the loss, P prompt length, T completion length, V vocabulary, D features.
 Log-probabilities are natural logarithms (nats) in float32.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 

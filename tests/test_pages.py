@@ -100,7 +100,7 @@ def test_every_argument_of_every_algorithm_is_on_the_page():
     assert names(page[name]) == set(inspect.signature(make).parameters), name
     for key, kind, value, *_ in page[name]:
       parameter = inspect.signature(make).parameters[key.strip('`')]
-      assert parameter.annotation == kind, (name, key)
+      assert inspect.formatannotation(parameter.annotation) == kind, (name, key)
       assert value == f'`{args[key.strip("`")]!r}`', (name, key)
 
 

@@ -14,8 +14,6 @@ anchor's own completions, whatever the reward.
 A tie for best goes to the first drawn, which has the law of a random pick.
 """
 
-from __future__ import annotations
-
 from bond_jax.algorithms.parts import anchors, ops
 from bond_jax.types import Algorithm, Scores
 

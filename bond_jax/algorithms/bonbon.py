@@ -20,8 +20,6 @@ last drawn of the worst: two draws, always. Where all n are tied the margin is
 one law then, so that a margin would add nothing to the mean gradient but noise.
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import jax.numpy as jnp

@@ -28,8 +28,6 @@ The sign of G_drift is that of grad KL(pi || anchor), so that descending
 shrinks the drift.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 import functools
 from typing import NamedTuple

@@ -12,8 +12,6 @@ plus w (1 - w) / c^2, which has no gradient. A tie draws the two log-ratios
 together. Pairs, h and w are those of `online_dpo`.
 """
 
-from __future__ import annotations
-
 from bond_jax.algorithms import online_dpo
 from bond_jax.types import Algorithm
 

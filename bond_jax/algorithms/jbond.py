@@ -23,8 +23,6 @@ Best-of-k, the floor -2^k log 2, and R the Best-of-k signal
 (k - 1) r_J(y) - log(pi(y) / anchor(y)).
 """
 
-from __future__ import annotations
-
 from bond_jax.algorithms import bond
 from bond_jax.algorithms.parts import anchors, quantiles
 from bond_jax.types import Algorithm, Array, Scores

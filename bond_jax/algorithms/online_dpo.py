@@ -14,8 +14,6 @@ label drawn with that chance; a tie, w = 1/2, draws the two ratios together.
 `on_pairs` is the body of `ipo` as well.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import NamedTuple
 

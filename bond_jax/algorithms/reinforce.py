@@ -10,8 +10,6 @@ position of y the log-ratio in R is summed from there on: what was drawn before
 cannot depend on it. `policy_gradient` is the body of `rloo` as well.
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import jax

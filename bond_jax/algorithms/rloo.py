@@ -11,8 +11,6 @@ where c is `kl_weight`. BOND's figures compare with it at K = 2
 prompt whose rewards are all tied leaves the pull to the reference alone.
 """
 
-from __future__ import annotations
-
 from bond_jax.algorithms import reinforce
 from bond_jax.types import Algorithm
 

@@ -18,8 +18,6 @@ are unselected and compared with the others alone: the expected gradient is
 that of the loss above at the true P.
 """
 
-from __future__ import annotations
-
 import jax.numpy as jnp
 
 from bond_jax.algorithms import wind

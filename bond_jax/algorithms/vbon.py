@@ -21,8 +21,6 @@ that are strictly worse, which makes no difference without ties. With ours a
 group that is all tied has no signal, log F = 0.
 """
 
-from __future__ import annotations
-
 from bond_jax.algorithms import bond
 from bond_jax.algorithms.parts import anchors, quantiles
 from bond_jax.types import Algorithm, Array, Scores

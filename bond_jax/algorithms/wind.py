@@ -58,8 +58,6 @@ The trained rows are the first by index, never chosen by reward: a row picked
 because it won has z near 1, whatever its P.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 import functools
 import math

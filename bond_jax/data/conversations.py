@@ -14,8 +14,6 @@ A field that is null, NaN or an empty list counts as absent. Rewards find all
 other fields in `Context.rows`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 import contextlib
 import math

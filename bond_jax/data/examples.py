@@ -9,8 +9,6 @@ Every host yields the whole batch, of which `sharding.put_batch` takes what its
 devices hold, because which rows are too long is not known before they are read.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator, Sequence
 import itertools
 from typing import Any, NamedTuple

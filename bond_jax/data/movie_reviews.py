@@ -6,8 +6,6 @@ builder `movie_reviews`, in array_record files that need no TensorFlow. What is
 there already is neither fetched nor prepared again.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 import hashlib
 import io

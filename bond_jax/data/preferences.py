@@ -4,8 +4,6 @@ Axes: N texts, M pairs of them, B rows of a batch, L pieces. All arrays are
 numpy, padded on the right.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 

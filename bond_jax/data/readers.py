@@ -3,8 +3,6 @@
 Rows are as they were written; `conversations.py` knows what fields mean.
 """
 
-from __future__ import annotations
-
 import bisect
 import codecs
 from collections.abc import Callable, Iterator, Mapping, Sequence

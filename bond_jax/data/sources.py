@@ -4,8 +4,6 @@ They are read when they are used, and are dicts as `conversations.py` says. A
 bad one stops the run, or is left out; see `made` and `each`.
 """
 
-from __future__ import annotations
-
 import bisect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 import functools

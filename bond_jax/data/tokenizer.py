@@ -6,8 +6,6 @@ decode(a) + decode(b) == decode(a + b). The ids that begin and end a turn differ
 between the families, and are looked up by their pieces.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 import dataclasses
 import functools

@@ -16,8 +16,6 @@ status. A host that is killed tells nothing: jax notices after HEARTBEAT
 seconds, and ends the processes of the others with lines of its own.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 import contextlib
 import io

@@ -5,8 +5,6 @@ parallelism); `model` splits heads, feed-forward columns and vocabulary. XLA
 inserts the collectives; the numbers do not depend on the mesh.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 import math
 import re

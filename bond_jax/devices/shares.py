@@ -7,8 +7,6 @@ same rows. So each row has one owner among the hosts that hold it; owners call
 the reward with their rows, and send the results to all others.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any
 

@@ -4,8 +4,6 @@ Each call appends its rows to a file. A completion depends only on the seed, its
 prompt and its number, so a killed evaluation resumes at the call it was in.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping, Sequence
 import functools
 import json

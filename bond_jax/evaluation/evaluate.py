@@ -1,7 +1,5 @@
 """Judges the policy of a run against its reference, on held-out prompts."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import os

@@ -1,7 +1,5 @@
 """Numbers of a report that earlier stages, and the log, have left behind."""
 
-from __future__ import annotations
-
 import os
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Draws completions of a prompt, or of one line after another."""
 
-from __future__ import annotations
-
 import functools
 
 from absl import flags

@@ -8,8 +8,6 @@ evaluation on the test prompts. Writes sweep.png and summary.json; as BOND's
 Figures 5 to 7.
 """
 
-from __future__ import annotations
-
 import glob
 import os
 from typing import Any, NamedTuple

@@ -3,8 +3,6 @@
 In numpy float64. Axes: X held-out prompts, A completions of each.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 import itertools
 from typing import Any

@@ -5,8 +5,6 @@ reference completions of each, K bins of a histogram. Rewards are compared
 within a prompt only; ties count one half.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

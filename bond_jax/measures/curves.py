@@ -5,8 +5,6 @@ reference completions of each, G points of a curve, D draws of a bootstrap.
 Rewards are compared within a prompt only.
 """
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 import numpy as np

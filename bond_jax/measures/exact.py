@@ -4,8 +4,6 @@ Axes: X prompts, Y all completions of a prompt. Numpy, float64, laws in natural
 logarithms.
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import numpy as np

@@ -5,8 +5,6 @@ score of the preferred text less that of the other; sigmoid(lead) is what the
 model says is the probability of the preference.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

@@ -22,8 +22,6 @@ draw wins. The others are of Yang et al., "Faster WIND" (arXiv 2410.20727).
 `python -m benchmarks.papers.wind_1 --out=DIR` draws figure 1 of that paper.
 """
 
-from __future__ import annotations
-
 import numpy as np
 from scipy.special import log_softmax
 

@@ -10,8 +10,6 @@ hidden states and runs the head apart, in float32 and where it is asked for;
 under `jax.jit` the compiler removes the logits that nobody reads.
 """
 
-from __future__ import annotations
-
 import functools
 from typing import Any
 

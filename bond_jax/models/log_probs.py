@@ -1,7 +1,5 @@
 """log pi(y | x), per token, without ever holding a [B, T, V] array."""
 
-from __future__ import annotations
-
 import functools
 
 import jax

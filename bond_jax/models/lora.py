@@ -25,8 +25,6 @@ averages the products and is exact. That costs a float32 copy of every adapted
 weight (`lora_delta`), and a second product with each of them.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import math

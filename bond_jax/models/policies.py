@@ -1,7 +1,5 @@
 """The model that `config.model` describes, as sizes and as a Policy."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 from typing import Any

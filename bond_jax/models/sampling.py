@@ -6,8 +6,6 @@ completions, a slot whose completion has ended takes the next one from the
 queue, and its prompt with it, at once.
 """
 
-from __future__ import annotations
-
 import math
 from typing import Any, NamedTuple
 

@@ -3,8 +3,6 @@
 Its parameters are a model's and, under `scalar_head`, a weight and a bias.
 """
 
-from __future__ import annotations
-
 import jax
 import jax.numpy as jnp
 

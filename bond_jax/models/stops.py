@@ -6,8 +6,6 @@ beginning of a stop string that it ends with, 0 for none; the last state is that
 of every text that contains one. A table says how each token moves each state.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 import functools
 from typing import NamedTuple

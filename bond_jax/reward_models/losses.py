@@ -4,8 +4,6 @@ Pure functions of scores; N comparisons, or N texts. Each returns one loss per
 row, f32[N]; the caller averages.
 """
 
-from __future__ import annotations
-
 import jax
 
 from bond_jax.types import Array

@@ -3,8 +3,6 @@
 Beside it stands a bag of words, the least that a reward model must beat.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any
 

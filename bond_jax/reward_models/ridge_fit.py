@@ -3,8 +3,6 @@
 Written to model.npz, for `rewards.ridge.ridge`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 import os
 from typing import Any

@@ -1,7 +1,5 @@
 """The stage that trains a reward, of the kind that the config names."""
 
-from __future__ import annotations
-
 import functools
 import itertools
 import time

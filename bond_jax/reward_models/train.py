@@ -4,8 +4,6 @@ It leaves in reward/ what `rewards.gemma.scalar_head` reads: checkpoints,
 tokenizer.model, model.json.
 """
 
-from __future__ import annotations
-
 import functools
 import itertools
 import os

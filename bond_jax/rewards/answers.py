@@ -1,7 +1,5 @@
 """The answers of rewards: arrays of finite numbers, or a one-line error."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 

@@ -5,8 +5,6 @@ one line that names it and the prompt, or, if the config says so, in a prompt
 that is left out of the step and counted. `rewards.make` makes rewards.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent import futures
 import queue

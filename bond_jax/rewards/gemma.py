@@ -5,8 +5,6 @@ vocabulary tokenizer.model, and the weights under checkpoints. It is all that is
 needed, whichever model the policy is.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 import dataclasses
 import json

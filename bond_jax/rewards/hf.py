@@ -5,8 +5,6 @@ a reward is made. A model is a local folder or owner/name@commit; code that
 comes with one is never run. In float32 on a CPU, on a GPU as it was saved.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 import re
 from typing import Any, NamedTuple

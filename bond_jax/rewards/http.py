@@ -4,8 +4,6 @@ The schema of requests and answers is in docs/rewards.md;
 `bond_jax.rewards.serve` is a server.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 import json
 import logging

@@ -1,7 +1,5 @@
 """Judges of pairs, made of whatever compares two completions."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 

@@ -4,8 +4,6 @@ A connection of sqlite3, an event loop or a mode of torch belongs to a thread:
 what a factory makes of them is there in all calls, and in all stages alike.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from concurrent import futures
 import importlib

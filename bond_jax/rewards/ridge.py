@@ -1,7 +1,5 @@
 """A linear rating of n-grams, learnt by `bond_jax.reward_model`."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import NamedTuple
 

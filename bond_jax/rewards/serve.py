@@ -7,8 +7,6 @@ machines ask, all of them, without a password and unencrypted. The schema is in
 docs/rewards.md.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from http import server as http_server
 import json

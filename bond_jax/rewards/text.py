@@ -5,8 +5,6 @@ where the completion goes on from the prompt, the answer alone where the prompt
 was a turn of a conversation.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 import re
 

@@ -1,7 +1,5 @@
 """Reward functions that were written for TRL, as they are."""
 
-from __future__ import annotations
-
 import asyncio
 import inspect
 

@@ -1,7 +1,5 @@
 """What every command shares: flags, configs, and errors that fit one line."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 import os
 import re

@@ -1,7 +1,5 @@
 """Settings of jax and versions of packages, which may change a number."""
 
-from __future__ import annotations
-
 import importlib.metadata
 import os
 import platform

@@ -1,7 +1,5 @@
 """Files written whole or not at all: text, JSON and named arrays."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping
 import contextlib
 import json

@@ -3,8 +3,6 @@
 A path in a config stays the same when the file behind it does not.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping, Sequence
 import hashlib
 import importlib

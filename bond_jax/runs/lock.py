@@ -6,8 +6,6 @@ with -o flock, CephFS) refuse a second run on another machine too; a mounted
 bucket locks within each machine alone. Of several hosts, host 0 holds the lock.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 import contextlib
 import datetime

@@ -3,8 +3,6 @@
 Of several hosts only the first writes.
 """
 
-from __future__ import annotations
-
 import collections
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 import contextlib

@@ -1,7 +1,5 @@
 """Paths as people type them: with ~, and relative to some folder."""
 
-from __future__ import annotations
-
 import os
 import sys
 

@@ -4,8 +4,6 @@ The line is printed by a thread of its own, so that it also moves while XLA
 compiles or a long phase runs.
 """
 
-from __future__ import annotations
-
 import collections
 from collections.abc import Sequence
 import shutil

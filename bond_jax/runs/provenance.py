@@ -1,7 +1,5 @@
 """What a checkpoint was made by: compared when a run goes on from it."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 import glob
 import hashlib

@@ -1,7 +1,5 @@
 """Numbers, times, tables and warnings as people read them."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 import sys
 from typing import Any

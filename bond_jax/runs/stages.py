@@ -1,7 +1,5 @@
 """A stage of a run: done once, by all hosts, in a folder that it holds."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 import json
 import os

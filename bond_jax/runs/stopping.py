@@ -10,8 +10,6 @@ thread, and that waits for devices and compilations.
 The status is 143 after SIGTERM and 130 after Ctrl-C (128 + the signal).
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 import contextlib
 import os

@@ -6,8 +6,6 @@ seen in November 2026; what the compiler leaves of the memory is what it says
 when a program needs more.
 """
 
-from __future__ import annotations
-
 import contextlib
 import importlib.metadata
 import importlib.util

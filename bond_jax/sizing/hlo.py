@@ -5,8 +5,6 @@ as the loop runs, at most. A bound that the program does not contain, such as
 the number of tokens until all completions have ended, has to be given.
 """
 
-from __future__ import annotations
-
 import collections
 import math
 import re

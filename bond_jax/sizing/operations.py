@@ -5,8 +5,6 @@ floating-point operations those of products with weights and of attention are
 counted, a multiplication and an addition as two. Axes as in `types`.
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import jax.numpy as jnp

@@ -1,7 +1,5 @@
 """What a run needs of a slice: its programs compiled, one after another."""
 
-from __future__ import annotations
-
 import os
 import signal
 import subprocess

@@ -1,7 +1,5 @@
 """The programs of a run, compiled for devices that need not be there."""
 
-from __future__ import annotations
-
 import math
 import re
 import time

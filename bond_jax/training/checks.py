@@ -1,7 +1,5 @@
 """Refuses a config that some stage could not work with, before the first."""
 
-from __future__ import annotations
-
 import functools
 import math
 

@@ -4,8 +4,6 @@ Everything is per prompt and update, at most: no completion ends before T.
 Operations and bytes are in sizing/operations.py.
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import jax

@@ -1,7 +1,5 @@
 """Distillation: prompts, rewards, checkpoints and metrics around `step.py`."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from concurrent import futures
 import contextlib

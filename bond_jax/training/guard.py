@@ -5,8 +5,6 @@ that it began with is there to be looked at, with its batch: `find` names what
 is not finite. Slow faults are `watch.py`'s.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 import functools
 import os

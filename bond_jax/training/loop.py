@@ -5,8 +5,6 @@ Killed at any moment and started again, it goes on from its last checkpoint and
 ends with the same parameters.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 import os
 from typing import Any, NamedTuple

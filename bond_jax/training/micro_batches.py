@@ -3,8 +3,6 @@
 Axes: B prompts, M completions of each, P prompt length, T completion length.
 """
 
-from __future__ import annotations
-
 import functools
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Adam as every stage uses it, and one step of it."""
 
-from __future__ import annotations
-
 import functools
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The algorithm and the setup of a step, from a config."""
 
-from __future__ import annotations
-
 import importlib
 import pkgutil
 

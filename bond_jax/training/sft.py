@@ -1,7 +1,5 @@
 """Maximum likelihood on the data: the vocabulary, and the later reference."""
 
-from __future__ import annotations
-
 import functools
 import os
 from typing import Any

@@ -9,8 +9,6 @@ several rollouts, several epochs of updates on them, and one move of the
 anchor. Nothing here knows which algorithm runs.
 """
 
-from __future__ import annotations
-
 import functools
 from typing import Any, NamedTuple
 

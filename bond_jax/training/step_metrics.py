@@ -1,7 +1,5 @@
 """What a step says of itself beside its loss: scalars, all of them."""
 
-from __future__ import annotations
-
 import functools
 
 import jax.numpy as jnp

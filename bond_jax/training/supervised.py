@@ -1,7 +1,5 @@
 """Supervised training: a step on a batch of the data, for `loop.run`."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -4,8 +4,6 @@
 some of the names in ADVICE.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 import math
 import statistics

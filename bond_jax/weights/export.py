@@ -1,7 +1,5 @@
 """The policy of a finished run, as a folder that others read."""
 
-from __future__ import annotations
-
 import os
 import time
 from typing import Any

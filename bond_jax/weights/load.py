@@ -1,7 +1,5 @@
 """What a run starts from: its vocabulary, its model, and the weights."""
 
-from __future__ import annotations
-
 import json
 import os
 from typing import Any

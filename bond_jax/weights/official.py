@@ -8,8 +8,6 @@ axis. All become the tree of models/gemma by way of nested names,
 'layer_0/mlp/linear', one array at a time.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Collection
 import contextlib
 import functools

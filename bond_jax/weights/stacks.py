@@ -6,8 +6,6 @@ our tree every array bears its nested name, the gemma library's for it:
 A config of None means a tree of the library's, which has those names already.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping
 import functools
 import re

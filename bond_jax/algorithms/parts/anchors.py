@@ -7,8 +7,6 @@ The anchor is float32 whatever the compute dtype: at rate 0.02 a bfloat16
 anchor loses most increments to rounding and does not move.
 """
 
-from __future__ import annotations
-
 import jax
 import jax.numpy as jnp
 import optax

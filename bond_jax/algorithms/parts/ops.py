@@ -1,7 +1,5 @@
 """Ties, baselines and masked sums: every convention of the project, once."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import jax

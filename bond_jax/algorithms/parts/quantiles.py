@@ -12,8 +12,6 @@ and 8). Three estimates of log p:
 Axes: B prompts, M rows whose quantile is asked for, k anchor completions.
 """
 
-from __future__ import annotations
-
 import math
 
 import jax

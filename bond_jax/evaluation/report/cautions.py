@@ -1,7 +1,5 @@
 """Warnings of a report: what to know before believing its numbers."""
 
-from __future__ import annotations
-
 import collections
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """The figures of a report, each drawn for light and for dark paper."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 import io
 from typing import Any, NamedTuple

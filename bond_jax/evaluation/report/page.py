@@ -4,8 +4,6 @@ page.html is its template. Nothing is measured here: all numbers are those of
 the rows and of the summary.
 """
 
-from __future__ import annotations
-
 import base64
 from collections.abc import Mapping, Sequence
 import hashlib

@@ -1,7 +1,5 @@
 """The words of a report: the outcome, names, and why a number is missing."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

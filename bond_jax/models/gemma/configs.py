@@ -1,7 +1,5 @@
 """The sizes and switches of every Gemma text model, under its public name."""
 
-from __future__ import annotations
-
 import dataclasses
 
 # The axes of a layer's weights, and those that a product sums over. C counts

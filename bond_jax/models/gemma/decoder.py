@@ -15,8 +15,6 @@ Axes: B prompts, W rows of each, R = B W rows, P prompt length, L columns of a
 ring; the others as in layers.py.
 """
 
-from __future__ import annotations
-
 import functools
 from typing import Any, NamedTuple
 

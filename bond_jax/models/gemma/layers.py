@@ -8,8 +8,6 @@ Axes: R rows, S new positions, L keys, N heads, K key-value heads, G query
 heads per key-value head, H head size, F feed-forward size, D features.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 import functools
 import re

@@ -12,8 +12,6 @@ with a leading axis, and the layers left over keep their own names `layer_j`:
 The layers are in layers.py, the cache of a sampler in decoder.py.
 """
 
-from __future__ import annotations
-
 import functools
 
 import jax

@@ -4,8 +4,6 @@ Orbax writes asynchronously and commits a step by renaming its folder, so a
 process killed inside a save leaves the step before it intact.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 import math
 import os

@@ -4,8 +4,6 @@ They are written into the step's folder before that gets its final name, so
 that a whole step has them whenever the process dies.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from concurrent import futures
 import hashlib

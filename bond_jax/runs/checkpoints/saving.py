@@ -7,8 +7,6 @@ left out; but the last step of a stage, and the one at which it is stopped, wait
 as long as the store takes.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 import contextlib
 import errno

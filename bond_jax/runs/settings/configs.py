@@ -1,7 +1,5 @@
 """The config of a run, as its folder keeps it."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

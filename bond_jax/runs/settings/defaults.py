@@ -5,8 +5,6 @@ and when to change it. A setting whose default is a type has none: a config or
 the command line gives it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 import functools
 from typing import Any, NamedTuple

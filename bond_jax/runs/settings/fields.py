@@ -4,8 +4,6 @@ In tables of rules, names that end with ? need not be there; '*' is any other
 name. A name that no rule knows is refused: no code reads it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping, Sequence
 import contextlib
 import difflib

@@ -9,8 +9,6 @@ Axes: X prompts, Y completions, T tokens at most. The vocabulary of the
 completions is 0 ... V - 1, of which EOS ends one; prompt x is token V + x.
 """
 
-from __future__ import annotations
-
 import itertools
 
 import jax

@@ -1,7 +1,5 @@
 """What is trained on: prompts, a reward and a probe."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 import types
 from typing import Any, NamedTuple

@@ -3,8 +3,6 @@
 Named by `config.task`; `task.Task` says what a task is.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 import itertools
 from typing import Any, NamedTuple

@@ -5,8 +5,6 @@ array of ours that holds several, keys and values for instance: every adapter
 of one kind is an adapter of the other.
 """
 
-from __future__ import annotations
-
 import math
 import os
 import re

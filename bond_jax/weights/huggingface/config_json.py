@@ -3,8 +3,6 @@
 What would change the numbers and is not in a Config is refused, not ignored.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from typing import Any

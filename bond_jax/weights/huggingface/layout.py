@@ -5,8 +5,6 @@ A matrix there is [out, in], and axes that belong together are one: `q_proj` is
 `models/gemma.py`; C counts the matrices that we keep in one array.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from typing import NamedTuple

@@ -4,8 +4,6 @@ Each device's slice is copied from a mapped file: beside the shards the host
 holds one tensor's pages and one slice.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import os

@@ -4,8 +4,6 @@ A folder appears under its name when it is complete, and an existing one stays
 as it is. Tensors are written as they come: the host holds one at a time.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 import contextlib
 import json
