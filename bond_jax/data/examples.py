@@ -53,7 +53,7 @@ def pairs(
     ids, pairs = zip(*examples, strict=True)
     prompts, pieces = zip(*pairs, strict=True)
     completion, mask = pack(pieces, length)
-    prompts = _prompts(ids, prompts, prompt_length)
+    prompts = padded(ids, prompts, prompt_length)
     return prompts, completion[:, None], mask[:, None]
 
   return _iterate(rows, make, collate, batch, seed)
@@ -171,7 +171,7 @@ def prompts(
   """
 
   def collate(examples):
-    return _prompts(*zip(*examples, strict=True), length)
+    return padded(*zip(*examples, strict=True), length)
 
   return _iterate(rows, encode, collate, batch, seed)
 
@@ -207,7 +207,7 @@ def fixed_prompts(
         f' {count} are asked for{" of all sources" if len(parts) > 1 else ""}.'
         ' Ask for fewer, choose another length, or give more data.'
       )
-  return _prompts(found.values(), found.keys(), length)
+  return padded(found.values(), found.keys(), length)
 
 
 def _who(part: sources.Part) -> str:
@@ -285,7 +285,10 @@ def pack(
   return tokens, mask
 
 
-def _prompts(ids, pieces, length: int) -> Prompts:
+def padded(
+  ids: Iterable[int], pieces: Iterable[Sequence[int]], length: int
+) -> Prompts:
+  """Prompts of P = `length`, from their ids and pieces."""
   tokens, mask = pack(pieces, length, left=True)
   weight = np.ones(len(tokens), np.float32)
   return Prompts(tokens, mask, np.array(list(ids), np.int32), weight)
