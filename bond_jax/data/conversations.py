@@ -52,9 +52,7 @@ def prompt_turns(row: Row) -> Messages:
 def prepare(fields: Mapping[str, str], row: Any) -> Row:
   """The row under our names, with messages as ours; a BadRow if it is none.
 
-  Args:
-    fields: our name -> the name in the row.
-    row: as it was read.
+  `fields`: our name -> the name in the row.
   """
   if not isinstance(row, dict):
     raise _no_row(row)
@@ -72,8 +70,6 @@ def prepare(fields: Mapping[str, str], row: Any) -> Row:
 
 
 def _renamed(fields: Mapping[str, str], row: Row) -> Row:
-  if not fields:
-    return row
   for name, field in fields.items():
     if field not in row:
       raise BadRow(
@@ -142,10 +138,10 @@ def _conversation(row: Row) -> Row:
     prompt.pop()
   if not prompt:
     raise BadRow('the conversation has no turn of a user.')
-  answer = {}
+  found = {'messages': prompt}
   if len(prompt) == len(turns) - 1 and 'completion' not in row:
-    answer = {'completion': turns[-1]['content']}
-  return {'messages': prompt, **answer}
+    found['completion'] = turns[-1]['content']
+  return found
 
 
 def _turns(value: Any, name: str) -> list[dict[str, Any]]:

@@ -26,61 +26,42 @@ from bond_jax.types import Prompts
 
 KINDS = ('opening', 'text', 'turn')  # of prompts; see `encoder`
 FATES = {'drop': 'left out', 'cut': 'cut on the left'}  # of longer ones
+# No threads: on a few cores they only fight over the interpreter.
+UNTHREADED = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
 Make = Callable[[Row], Any]  # an example; None: left out; may raise a BadRow
 Encode = Callable[[Row], list[int] | None]  # one that makes a prompt's pieces
 
 
-def sentences(
-  rows: Source, tokenizer: Tokenizer, *, length: int, batch: int, seed: int
+def pairs(
+  rows: Source,
+  make: Make,
+  *,
+  prompt_length: int = 1,
+  length: int,
+  batch: int,
+  seed: int,
 ) -> grain.DatasetIterator:
   """Yields (Prompts, completion i32[B, 1, T], mask bool[B, 1, T]) for ever.
 
-  The prompt is BOS, the completion the whole sentence and EOS, right-padded
-  to T = `length`, or cut there and then without EOS. A batch may span epochs.
+  `make` is `sentence` or `answer` with their settings. P = `prompt_length`,
+  T = `length`, padded on the right. A batch may span epochs.
   """
-  make = sentence(tokenizer, length)
-  return _pairs(rows, make, 1, length, batch, seed)
 
-
-def answers(
-  rows: Source,
-  encode: Encode,
-  tokenizer: Tokenizer,
-  *,
-  prompt_length: int,
-  length: int,
-  batch: int,
-  seed: int,
-) -> grain.DatasetIterator:
-  """Yields the same as `sentences`, of prompts and their 'completion's.
-
-  Prompts are those of `prompts`, P = `prompt_length`. A completion ends as a
-  drawn one does, with the end of a turn where the vocabulary has one, else EOS.
-  """
-  make = answer(encode, tokenizer, length)
-  return _pairs(rows, make, prompt_length, length, batch, seed)
-
-
-def _pairs(
-  rows: Source,
-  make: Make,
-  prompt_length: int,
-  length: int,
-  batch: int,
-  seed: int,
-) -> grain.DatasetIterator:
   def collate(examples):
     ids, pairs = zip(*examples, strict=True)
     prompts, pieces = zip(*pairs, strict=True)
     completion, mask = pack(pieces, length)
-    prompts = _prompts(ids, prompts, prompt_length)
+    prompts = padded(ids, prompts, prompt_length)
     return prompts, completion[:, None], mask[:, None]
 
   return _iterate(rows, make, collate, batch, seed)
 
 
 def sentence(tokenizer: Tokenizer, length: int) -> Make:
-  """Returns the function that makes a row BOS, and its text and EOS."""
+  """Returns the function that makes a row BOS, and its text and EOS.
+
+  A longer text is cut to `length` pieces, and then without EOS.
+  """
 
   def make(row: Row) -> tuple[list[int], list[int]]:
     text = text_of(row, "sft.target 'text' needs")
@@ -91,7 +72,11 @@ def sentence(tokenizer: Tokenizer, length: int) -> Make:
 
 
 def answer(encode: Encode, tokenizer: Tokenizer, length: int) -> Make:
-  """Returns the function that makes a row a prompt and its completion."""
+  """Returns the function that makes a row a prompt and its 'completion'.
+
+  That ends as a drawn one does, with the end of a turn where the vocabulary has
+  one, else EOS; a longer one is cut to `length` pieces.
+  """
 
   def make(row: Row) -> tuple[list[int], list[int]] | None:
     if not isinstance(row.get('completion'), str):
@@ -128,8 +113,8 @@ def encoder(
 
   Args:
     kind: 'opening', BOS and the first `length` - 1 pieces of a text that goes
-      on after them; 'text', the whole text; 'turn', the row's messages, or its
-      text as the user's only one, in the template of turns.
+      on after them; 'text', the whole text; 'turn', the row's `prompt_turns` in
+      the template of turns.
     tokenizer: the vocabulary.
     length: P.
     system: see `tokenizer.chat`.
@@ -138,27 +123,20 @@ def encoder(
   """
   check_prompt(kind, length, longer)
 
-  def fit(pieces: list[int]) -> list[int] | None:
+  def encode(row: Row) -> list[int] | None:
+    if kind == 'turn':
+      pieces = chat(tokenizer, prompt_turns(row), system=system)
+    else:
+      needs = f"prompt.kind {kind!r} needs; take 'turn' for messages"
+      pieces = [tokenizer.bos_id, *tokenizer.encode(text_of(row, needs))]
+    if kind == 'opening':
+      return pieces[:length] if len(pieces) > length else None
     more = len(pieces) - length
     if more <= 0:
       return pieces
     return None if longer == 'drop' else [pieces[0], *pieces[1 + more :]]
 
-  def pieces_of(row: Row) -> list[int]:
-    needs = f"prompt.kind {kind!r} needs; take 'turn' for messages"
-    return [tokenizer.bos_id, *tokenizer.encode(text_of(row, needs))]
-
-  def opening(row: Row) -> list[int] | None:
-    pieces = pieces_of(row)
-    return pieces[:length] if len(pieces) > length else None
-
-  def text(row: Row) -> list[int] | None:
-    return fit(pieces_of(row))
-
-  def turn(row: Row) -> list[int] | None:
-    return fit(chat(tokenizer, prompt_turns(row), system=system))
-
-  return dict(zip(KINDS, (opening, text, turn), strict=True))[kind]
+  return encode
 
 
 def last_words(row: Row, kind: str = 'turn') -> str:
@@ -182,12 +160,7 @@ def check_prompt(kind: str, length: int, longer: str) -> None:
 
 
 def prompts(
-  rows: Source,
-  encode: Encode,
-  *,
-  length: int,
-  batch: int,
-  seed: int,
+  rows: Source, encode: Encode, *, length: int, batch: int, seed: int
 ) -> grain.DatasetIterator:
   """Yields Prompts of P = `length`, padded on the left, for ever.
 
@@ -196,7 +169,7 @@ def prompts(
   """
 
   def collate(examples):
-    return _prompts(*zip(*examples, strict=True), length)
+    return padded(*zip(*examples, strict=True), length)
 
   return _iterate(rows, encode, collate, batch, seed)
 
@@ -232,7 +205,7 @@ def fixed_prompts(
         f' {count} are asked for{" of all sources" if len(parts) > 1 else ""}.'
         ' Ask for fewer, choose another length, or give more data.'
       )
-  return _prompts(found.values(), found.keys(), length)
+  return padded(found.values(), found.keys(), length)
 
 
 def _who(part: sources.Part) -> str:
@@ -296,12 +269,9 @@ def describe(
 def pack(
   pieces: Iterable[Sequence[int]], length: int, left: bool = False
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Tokens i32[R, length], padded with PAD, 0, and where they are not padding.
+  """Tokens i32[R, length] of R texts, and where they are not padding (PAD, 0).
 
-  Args:
-    pieces: of R texts.
-    length: of the longest, or more.
-    left: pads on the left, else on the right.
+  `left` pads on the left. `length` is that of the longest text, or more.
   """
   pieces = list(pieces)
   lengths = np.array([len(p) for p in pieces])
@@ -313,7 +283,10 @@ def pack(
   return tokens, mask
 
 
-def _prompts(ids, pieces, length: int) -> Prompts:
+def padded(
+  ids: Iterable[int], pieces: Iterable[Sequence[int]], length: int
+) -> Prompts:
+  """Prompts of P = `length`, from their ids and pieces."""
   tokens, mask = pack(pieces, length, left=True)
   weight = np.ones(len(tokens), np.float32)
   return Prompts(tokens, mask, np.array(list(ids), np.int32), weight)
@@ -354,8 +327,6 @@ def _stream(part: sources.Part, make: Make, seed: int) -> grain.IterDataset:
 
   if part.name:  # another order for each, whatever it is mixed with
     seed = zlib.crc32(f'{seed} {part.name}'.encode())
-  # No threads: on a few cores they only fight over the interpreter.
-  options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
   return (
     grain.MapDataset.source(range(len(part.rows)))
     .seed(seed)
@@ -363,7 +334,7 @@ def _stream(part: sources.Part, make: Make, seed: int) -> grain.IterDataset:
     .filter(lambda x: x is not None)
     .shuffle()
     .repeat()
-    .to_iter_dataset(options)
+    .to_iter_dataset(UNTHREADED)
   )
 
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from bond_jax.data import sources
 from bond_jax.data.conversations import Messages, prompt_turns, transcripts
-from bond_jax.data.examples import pack, Row, Source
+from bond_jax.data.examples import pack, Row, Source, UNTHREADED
 from bond_jax.data.tokenizer import chat, Tokenizer
 from bond_jax.errors import BadRow, UserError
 
@@ -84,9 +84,8 @@ def read(
   Args:
     rows: of the data.
     split: their name, for errors.
-    tokenizer: the model's.
+    tokenizer, system: as of `tokenizer.chat`.
     turns: the texts are answers to turns.
-    system: see `tokenizer.chat`.
     length: pieces of the longest text; rows with longer ones are left out.
     pair: `pairs_of` with its settings.
   """
@@ -113,11 +112,10 @@ def read(
   texts = [text for some, _, _ in used for text in some]
   pieces = [ids for _, some, _ in used for ids in some]
   numbers = np.array([number for *_, number in used])
-  rest = len(rows) - len(used) - len(bad), bad
+  left_out, unit = len(rows) - len(used) - len(bad), np.arange(len(texts))
   if len(keys) == 2:
-    unit = np.repeat(np.arange(len(used)), 2)
-    pairs = np.arange(len(texts)).reshape(-1, 2)
-    return Judged(texts, pieces, pairs, numbers, None, unit, *rest)
+    pairs = unit.reshape(-1, 2)
+    return Judged(texts, pieces, pairs, numbers, None, unit // 2, left_out, bad)
   pairs = pair(numbers)
   if not len(pairs):
     raise UserError(
@@ -126,8 +124,7 @@ def read(
       ' pair to learn from.'
     )
   gap = numbers[pairs[:, 0]] - numbers[pairs[:, 1]]
-  unit = np.arange(len(texts))
-  return Judged(texts, pieces, pairs, gap, numbers, unit, *rest)
+  return Judged(texts, pieces, pairs, gap, numbers, unit, left_out, bad)
 
 
 def cut_anew(
@@ -186,17 +183,14 @@ def _columns(rows: Source, split: str) -> tuple[str, ...]:
 def _whole(row: Row, key: str, turns: bool) -> str:
   """The text of a column: the answer to turns, or with the text before it."""
   text = _text(row, key)
-  has_text = row.get('text') is not None
-  prompted = row.get('messages') or (has_text and key != 'text')
-  if turns and not prompted:
+  after_text = key != 'text' and row.get('text') is not None
+  if turns and not (row.get('messages') or after_text):
     raise BadRow("it has no 'messages', which prompt.kind 'turn' needs.")
-  goes_on = not turns and key != 'text' and has_text
-  return _text(row, 'text') + text if goes_on else text
+  return _text(row, 'text') + text if after_text and not turns else text
 
 
 def _text(row: Row, key: str) -> str:
   value = row.get(key)
-  value = value.decode('utf-8') if isinstance(value, bytes) else value
   if not isinstance(value, str):
     raise BadRow(f'{key!r} is {value!r:.60}, expected a text.')
   return value
@@ -271,9 +265,7 @@ def batches(
   def thinned(ids: Sequence[int], rng) -> list[int]:
     n = len(ids)
     gone = rng.permutation(max(0, n - 2))[: hidden(n)] + 1
-    stays = np.ones(n, bool)
-    stays[gone] = False
-    return [i for i, s in zip(ids, stays, strict=True) if s]
+    return np.delete(ids, gone).tolist()
 
   def example(i: int, rng) -> tuple[list[list[int]], Any]:
     return [thinned(pieces(j, rng), rng) for j in groups[i]], target[i]
@@ -285,15 +277,13 @@ def batches(
     targets = np.array(targets, np.float32)
     return tokens.reshape(shape), mask.reshape(shape), targets
 
-  # No threads: on a few cores they only fight over the interpreter.
-  options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
   dataset = (
     grain.MapDataset.source(range(len(groups)))
     .seed(seed)
     .shuffle()
     .repeat()
     .random_map(example)
-    .to_iter_dataset(options)
+    .to_iter_dataset(UNTHREADED)
     .batch(batch, drop_remainder=True, batch_fn=collate)
   )
   return iter(dataset)

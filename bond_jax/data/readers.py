@@ -46,11 +46,7 @@ def paths(name: str) -> list[str]:
 def jsonl(paths: Sequence[str], check: Callable[[Any], Any] | None) -> Table:
   """Holds rows of JSON in memory: lines, or the elements of one array.
 
-  Empty lines are no rows.
-
-  Args:
-    paths: of the files.
-    check: what every row must pass before this returns.
+  Empty lines are no rows. Every row must pass `check` before this returns.
   """
   places, rows, holds, empty = [], [], [], 0
   for path in paths:
@@ -59,11 +55,11 @@ def jsonl(paths: Sequence[str], check: Callable[[Any], Any] | None) -> Table:
       if not row.strip():
         empty += 1
         continue
-      if check:
-        try:
+      try:
+        if check:
           check(_parse(row))
-        except BadRow as e:
-          raise BadRow(f'{"".join(place)}: {e}') from e
+      except BadRow as e:
+        raise BadRow(f'{place}: {e}') from e
       places.append(place)
       rows.append(row)
     if len(rows) == before:
@@ -71,26 +67,20 @@ def jsonl(paths: Sequence[str], check: Callable[[Any], Any] | None) -> Table:
         f'{path} is empty; expected one {{"text": ...}} per line.'
       )
     holds.append((os.path.realpath(path), len(rows) - before))
-  return Table(
-    len(rows),
-    lambda i: _parse(rows[i]),
-    lambda i: ''.join(places[i]),
-    holds,
-    empty,
-  )
+  read = lambda i: _parse(rows[i])
+  return Table(len(rows), read, places.__getitem__, holds, empty)
 
 
-def _values(path: str) -> Iterator[tuple[tuple[str, str], bytes]]:
-  """The place (a prefix and a number) and the JSON of each line or element."""
+def _values(path: str) -> Iterator[tuple[str, bytes]]:
+  """The place and the JSON of each line or element."""
   try:
     with (gzip.open if path.endswith('.gz') else open)(path, 'rb') as f:
       content = f.read().removeprefix(codecs.BOM_UTF8)  # Notepad writes it
   except (OSError, EOFError, zlib.error) as e:  # the latter two: of gzip
     raise _unreadable(path, e) from e
   if not content.lstrip().startswith(b'['):
-    prefix = f'{path}:'
     for number, line in enumerate(io.BytesIO(content), 1):
-      yield (prefix, str(number)), line.removeprefix(codecs.BOM_UTF8)
+      yield f'{path}:{number}', line.removeprefix(codecs.BOM_UTF8)
     return
   try:
     values = json.loads(content.decode('utf-8'))
@@ -98,9 +88,8 @@ def _values(path: str) -> Iterator[tuple[tuple[str, str], bytes]]:
     raise UserError(f'{path}:{e.lineno}: not JSON ({e.msg}).') from e
   except (UnicodeDecodeError, RecursionError) as e:
     raise UserError(f'{path}: not JSON in UTF-8 ({e}).') from e
-  prefix = f'{path}, row '
   for i, value in enumerate(values):
-    yield (prefix, str(i)), json.dumps(value).encode()
+    yield f'{path}, row {i}', json.dumps(value).encode()
 
 
 def _parse(value: bytes) -> Any:
@@ -137,9 +126,7 @@ def parquet(paths: Sequence[str]) -> Table:
       f' types: {_first_line(e)}'
     ) from e
   starts = [0, *itertools.accumulate(map(len, tables))]
-
-  def read(i: int) -> dict[str, Any]:
-    return table.slice(i, 1).to_pylist()[0]
+  read = lambda i: table.slice(i, 1).to_pylist()[0]
 
   def place(i: int) -> str:
     k = bisect.bisect_right(starts, i) - 1

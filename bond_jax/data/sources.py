@@ -6,6 +6,7 @@ bad one stops the run, or is left out; see `made` and `each`.
 
 import bisect
 from collections.abc import Callable, Iterator, Mapping, Sequence
+import dataclasses
 import functools
 import itertools
 import math
@@ -26,39 +27,35 @@ T = TypeVar('T')
 BAD_ROWS = ('stop', 'skip')  # what becomes of them
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
 class Rows(Sequence):
   """Some rows of a table, under our names for the fields, each checked."""
 
-  def __init__(
-    self,
-    table: readers.Table,
-    fields: Mapping[str, str],
-    window: range,
-    skip: bool = False,
-  ):
-    self._table, self._fields, self._window = table, fields, window
-    self.empty, self.skip = table.empty, skip
+  table: readers.Table
+  fields: Mapping[str, str]
+  window: range
+  skip: bool = False
 
   def __len__(self) -> int:
-    return len(self._window)
+    return len(self.window)
 
   def __getitem__(self, i: int) -> Row:
     return self.use(i, lambda row: row)
 
   def use(self, i: int, make: Callable[[Row], T]) -> T:
     """What `make` returns for a row; a BadRow of both says where it is."""
-    i = self._window[i]
+    i = self.window[i]
     try:
-      return make(conversations.prepare(self._fields, self._table.read(i)))
+      return make(conversations.prepare(self.fields, self.table.read(i)))
     except UnicodeDecodeError as e:
-      raise BadRow(f'{self._table.place(i)}: not UTF-8 ({e}).') from e
+      raise BadRow(f'{self.table.place(i)}: not UTF-8 ({e}).') from e
     except BadRow as e:
-      raise BadRow(f'{self._table.place(i)}: {e}') from e
+      raise BadRow(f'{self.table.place(i)}: {e}') from e
 
   def held(self) -> Iterator[tuple[str, range]]:
     """Of each file, or split, that rows come from, which ones do."""
-    start, window = 0, self._window
-    for name, size in self._table.holds:
+    start, window = 0, self.window
+    for name, size in self.table.holds:
       first, end = max(window.start - start, 0), min(window.stop - start, size)
       yield name, range(first, end)
       start += size
@@ -87,11 +84,10 @@ class Mixture(Sequence):
         )
     names = sorted(sources)  # a config has them in this order, too
     sizes = [len(sources[name][0]) for name in names]
-    starts = [0, *itertools.accumulate(sizes)]
+    *starts, self._size = itertools.accumulate(sizes, initial=0)
     self.parts = tuple(
       Part(name, start, *sources[name]) for name, start in zip(names, starts)
     )
-    self._starts, self._size = starts[:-1], starts[-1]
 
   def __len__(self) -> int:
     return self._size
@@ -103,7 +99,8 @@ class Mixture(Sequence):
   def find(self, i: int) -> tuple[Part, int]:
     """The source of a row, and its place there."""
     i = range(self._size)[i]
-    part = self.parts[bisect.bisect_right(self._starts, i) - 1]
+    start_of = lambda part: part.start
+    part = self.parts[bisect.bisect_right(self.parts, i, key=start_of) - 1]
     return part, i - part.start
 
 
@@ -181,7 +178,7 @@ def _held(rows: Source) -> list[tuple[str, range]]:
 def empty_lines(rows: Source) -> int:
   """How many lines of the files hold nothing and are no rows."""
   held = [part.rows for part in parts(rows)]
-  return sum(some.empty for some in held if isinstance(some, Rows))
+  return sum(some.table.empty for some in held if isinstance(some, Rows))
 
 
 def source(

@@ -177,9 +177,8 @@ def parse(content: bytes, name: str, remedy: str = _RELEASE) -> Tokenizer:
   try:
     processor = sentencepiece.SentencePieceProcessor()
     processor.load_from_serialized_proto(content)
-    ids = tuple(
-      getattr(processor, f'{c}_id')() for c in ('pad', 'eos', 'bos', 'unk')
-    )
+    of = processor
+    ids = of.pad_id(), of.eos_id(), of.bos_id(), of.unk_id()
   except Exception as e:
     raise UserError(f'{name} is not a SentencePiece model; {remedy}.') from e
   if ids != (0, 1, 2, 3):

@@ -77,12 +77,9 @@ def inputs_of(folder: str) -> dict[str, str]:
 
 
 def begin(path: str, folder: str, inputs: Mapping[str, str]) -> None:
-  """Records the inputs of the rows; sets aside rows of other inputs.
+  """Records the `inputs` of the rows at `path`; sets aside rows of others.
 
-  Args:
-    path: of the rows.
-    folder: of the record.
-    inputs: as `provenance.of_evaluation`.
+  `folder` gets the record; `inputs` are those of `provenance.of_evaluation`.
   """
   lines = fingerprints.changed(inputs_of(folder), inputs)
   if os.path.exists(path) and lines:
@@ -116,7 +113,7 @@ def collect(
   Args:
     path: of JSON lines, on the first host.
     sides: to draw.
-    judge: (prompts, rollout) -> texts and scores, see `make_judge`.
+    judge: of `make_judge`.
     prompts: on all hosts.
     at_once: completions of each prompt in a call.
     writer_of: completions per prompt already there, or None -> the writer of
@@ -202,9 +199,7 @@ def append(path: str, rows: Sequence[Row]) -> None:
 def keep_whole(path: str, sizes: Sequence[int]) -> int:
   """Cuts off the rows of an unfinished call; returns the finished calls.
 
-  Args:
-    path: of the rows; it need not exist.
-    sizes: rows of each call, in order.
+  `path` need not exist; `sizes` are the rows of each call, in order.
   """
   if not os.path.exists(path):
     return 0

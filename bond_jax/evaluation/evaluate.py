@@ -99,10 +99,8 @@ def evaluate(
     completions.Side('reference', settings.reference_completions,
                      functools.partial(draw, 1, other, policy)),
   ]  # fmt: skip
-  out, logs = (
-    os.path.normpath(os.path.join(workdir, name))
-    for name in (folder, logs_folder(folder))
-  )
+  out = os.path.normpath(os.path.join(workdir, folder))
+  logs = os.path.normpath(os.path.join(workdir, logs_folder(folder)))
   path = os.path.join(out, 'completions.jsonl')
   inputs = functools.partial(
     provenance.of_evaluation, config, workdir, checkpoint, against
@@ -165,11 +163,9 @@ def make_judges(config, workdir: str, opponents, prompts, read, own):
   A reward that judges pairs compares with completions of the reference, which
   `opponents(num)` draws. A prompt that fails stops the evaluation.
   """
-  ask, ask_gold = (
-    make.make_ask(config, name, workdir, failure='stop')
-    for name in ('reward', 'gold')
-  )
-  ask_reward = ask
+  judge = lambda name: make.make_ask(config, name, workdir, failure='stop')
+  ask_reward = ask = judge('reward')
+  ask_gold = judge('gold')
   if config.reward.opponents:
     drawn, _, _ = opponents(config.reward.opponents)
     others = calling.some(own, *read(prompts, drawn))

@@ -17,7 +17,6 @@ from bond_jax.rewards import make
 from bond_jax.runs import command, environment
 from bond_jax.runs.settings import configs, defaults
 from bond_jax.training.tasks import text_task
-from bond_jax.types import Prompts
 from bond_jax.weights import load
 
 
@@ -51,13 +50,8 @@ def make_draw(config: ml_collections.ConfigDict, workdir: str, which: str):
 
   def draw(row: examples.Row, pieces: list[int], n: int, seed: int):
     # Widths are multiples of 64, so that a conversation compiles few programs.
-    pad = -len(pieces) % 64
-    prompts = Prompts(
-      tokens=np.array([[0] * pad + pieces], np.int32),
-      mask=np.array([[False] * pad + [True] * len(pieces)]),
-      id=np.zeros(1, np.int32),
-      weight=np.ones(1, np.float32),
-    )
+    width = len(pieces) + -len(pieces) % 64
+    prompts = examples.padded([0], [pieces], width)
     key = configs.key(seed, 'sample')
     drawn = jax.device_get(program(base, params, prompts, key, num=n))
     return text_task.texts(config, tokenizer, [row], prompts, drawn)

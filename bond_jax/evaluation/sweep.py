@@ -50,15 +50,12 @@ def sweep(pattern: str, out: str | None) -> None:
   ]
   found = {path: checkpoints(path) for path in folders}
   runs = {path: points for path, points in found.items() if len(points.step)}
-  skipped = {
-    path: 'it has no checkpoint with a win rate and a KL'
-    for path in folders
-    if path not in runs
-  }
+  why = 'it has no checkpoint with a win rate and a KL'
+  skipped = {path: why for path in folders if path not in runs}
   if not runs:
-    why = f'{len(skipped)} without checkpoints' if skipped else 'no runs'
+    got = f'{len(skipped)} without checkpoints' if skipped else 'no runs'
     raise UserError(
-      f'--sweep={pattern} names {why}; it needs folders in which the train'
+      f'--sweep={pattern} names {got}; it needs folders in which the train'
       ' stage has saved a checkpoint, and quotes around a pattern.'
     )
   summary = summarise(runs) | {'pattern': pattern, 'skipped': skipped}
@@ -67,7 +64,7 @@ def sweep(pattern: str, out: str | None) -> None:
   path = os.path.join(out, 'sweep.png')
   draw(runs, summary, path)
   files.write_json(os.path.join(out, 'summary.json'), summary)
-  for folder, why in skipped.items():
+  for folder in skipped:
     print(f'sweep: {folder} is left out, because {why}')
   show.table(table(summary), f'sweep: done, see {path}')
 
@@ -88,13 +85,10 @@ def checkpoints(folder: str) -> Points:
 
 def evaluations(folder: str) -> list[dict[str, Any]]:
   """The summaries of a run's evaluations against its reference."""
-  below = sorted(
-    glob.glob(os.path.join(folder, 'evaluate', '*', 'summary.json'))
-  )
+  names = glob.glob('summary.json', root_dir=folder)
+  names += sorted(glob.glob('evaluate/*/summary.json', root_dir=folder))
   found = []
-  for path in (os.path.join(folder, 'summary.json'), *below):
-    if not os.path.exists(path):
-      continue
+  for path in (os.path.join(folder, name) for name in names):
     summary = files.read_json(path)
     if summary.get('against', 'reference') == 'reference':
       _check_evaluation(path, summary)

@@ -28,7 +28,7 @@ from bond_jax.weights import load
 def make_loss(policy: Policy, chunk: int):
   """loss(params, batch, total): nats per token, where `total` are all tokens.
 
-  A batch is what `examples.sentences` yields, or a part of it.
+  A batch is what `examples.pairs` yields, or a part of it.
   """
 
   def loss(params, batch, total):
@@ -68,13 +68,20 @@ def batches_of(
   rows: examples.Source,
 ):
   """Whole texts, or answers to prompts, as `sft.target` says."""
-  settings = config.sft
-  sizes = dict(length=settings.length, batch=settings.batch, seed=config.seed)
+  settings, prompt_length = config.sft, 1
   if settings.target == 'text':
-    return examples.sentences(rows, tokenizer, **sizes)
-  encode, length = load.make_encoder(config, tokenizer), config.prompt.length
-  return examples.answers(
-    rows, encode, tokenizer, prompt_length=length, **sizes
+    make = examples.sentence(tokenizer, settings.length)
+  else:
+    encode = load.make_encoder(config, tokenizer)
+    make = examples.answer(encode, tokenizer, settings.length)
+    prompt_length = config.prompt.length
+  return examples.pairs(
+    rows,
+    make,
+    prompt_length=prompt_length,
+    length=settings.length,
+    batch=settings.batch,
+    seed=config.seed,
   )
 
 

@@ -108,8 +108,13 @@ def test_missing_data_is_one_line(tmp_path, name, why):
     examples.source(name, 'train', str(tmp_path))
 
 
+def sentences(rows, tok, *, length, batch, seed):
+  make = examples.sentence(tok, length)
+  return examples.pairs(rows, make, length=length, batch=batch, seed=seed)
+
+
 def test_sentences_hold_the_text_and_its_end(rows, tok):
-  it = examples.sentences(rows, tok, length=9, batch=8, seed=0)
+  it = sentences(rows, tok, length=9, batch=8, seed=0)
   cut = 0
   for prompts, completion, mask in itertools.islice(it, 20):
     np.testing.assert_array_equal(prompts.tokens, np.full((8, 1), 2, np.int32))
@@ -128,7 +133,7 @@ def test_sentences_hold_the_text_and_its_end(rows, tok):
 
 def test_each_epoch_holds_each_row_once_in_a_new_order(rows, tok):
   n = len(TEXTS)  # 57 rows in batches of 8: batches span epochs
-  it = examples.sentences(rows, tok, length=8, batch=8, seed=0)
+  it = sentences(rows, tok, length=8, batch=8, seed=0)
   ids = np.concatenate([next(it)[0].id for _ in range(3 * n // 8 + 1)])
   epochs = [ids[k * n : (k + 1) * n].tolist() for k in range(3)]
   for epoch in epochs:
@@ -138,7 +143,7 @@ def test_each_epoch_holds_each_row_once_in_a_new_order(rows, tok):
 
 def test_seeds_give_other_orders_not_shifted_epochs(rows, tok):
   def ids(seed, count):
-    it = examples.sentences(rows, tok, length=8, batch=len(TEXTS), seed=seed)
+    it = sentences(rows, tok, length=8, batch=len(TEXTS), seed=seed)
     return [tuple(next(it)[0].id) for _ in range(count)]
 
   assert ids(0, 2) == ids(0, 2)
@@ -261,7 +266,7 @@ def test_wrong_settings_are_named(tok, kind, length, why):
 
 
 MAKERS = {
-  'sentences': lambda rows, tok: examples.sentences(
+  'sentences': lambda rows, tok: sentences(
     rows, tok, length=16, batch=8, seed=3
   ),
   'openings': lambda rows, tok: openings(rows, tok, 5, batch=8, seed=3),
@@ -321,7 +326,7 @@ def test_a_pair_alone_is_no_prompt(kind):
   with pytest.raises(UserError, match=r'a row has (no text|neither messages)'):
     encode(row)
   with pytest.raises(UserError, match='a row has no text, which sft.target'):
-    next(examples.sentences([row], tok, length=9, batch=1, seed=0))
+    next(sentences([row], tok, length=9, batch=1, seed=0))
 
 
 def test_answers_come_after_their_prompts():
@@ -330,9 +335,9 @@ def test_answers_come_after_their_prompts():
   rows = [{'text': t, 'completion': t[::-1]} for t in TEXTS if t]
   rows += [{'text': 'The film ' * 40, 'completion': 'too long a prompt'}]
   encode = examples.encoder('turn', tok, length=48, system=False)
-  batches = examples.answers(
-    rows, encode, tok, prompt_length=48, length=12, batch=5, seed=3
-  )
+  make = examples.answer(encode, tok, 12)
+  settings = dict(prompt_length=48, length=12, batch=5, seed=3)
+  batches = examples.pairs(rows, make, **settings)
   seen = []
   for _ in range(11):
     prompts, completion, mask = next(batches)
@@ -350,19 +355,15 @@ def test_answers_come_after_their_prompts():
   with pytest.raises(
     UserError, match="'completion'; its fields are text. Name"
   ):
-    next(examples.answers(
-        [{'text': 'a'}] * 9, encode, tok, prompt_length=48, length=12, batch=5,
-        seed=3,
-    ))  # fmt: skip
+    next(examples.pairs([{'text': 'a'}] * 9, make, **settings))
 
 
 def test_an_answer_without_turns_ends_with_eos(tok):
   rows = [{'text': 'The film', 'completion': 'loved'}]
   encode = examples.encoder('text', tok, length=20, system=False)
+  make = examples.answer(encode, tok, 20)
   prompts, completion, mask = next(
-    examples.answers(
-      rows, encode, tok, prompt_length=20, length=20, batch=2, seed=0
-    )
+    examples.pairs(rows, make, prompt_length=20, length=20, batch=2, seed=0)
   )
   assert completion[0][mask[0]].tolist() == [*tok.encode('loved'), tok.eos_id]
   assert prompts.tokens[0][prompts.mask[0]].tolist() == encode(rows[0])

@@ -42,7 +42,7 @@ def test_rows_and_their_lines(tmp_path, name, content, numbers):
   path.write_bytes(content)
   rows = sources.source(str(path), 'train', '')
   assert list(rows) == ROWS and rows[-1] == ROWS[2]
-  places = [rows._table.place(i) for i in range(3)]
+  places = [rows.table.place(i) for i in range(3)]
   named = [f'{path}, row {i}' for i in range(3)]  # of an array
   assert places == [f'{path}:{n}' for n in numbers] if numbers else named
 

@@ -499,8 +499,8 @@ def test_where_every_row_is_bad_the_first_one_is_said(tmp_path):
   words = tokenizer.train(['one two three'] * 50, str(tmp_path / 'words'), 24)
   write(tmp_path / 'x.jsonl', {'messages': TALK})
   says(
-    lambda: data.sentences(
-      read(bad_rows='skip'), words, length=3, batch=1, seed=0
+    lambda: data.pairs(
+      read(bad_rows='skip'), data.sentence(words, 3), length=3, batch=1, seed=0
     ),
     'no row that can be used',
     f'{name}:1: a row has no text',

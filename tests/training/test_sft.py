@@ -36,9 +36,10 @@ def test_the_loss_is_nats_per_token_and_falls(config):
   assert [row['step'] for row in rows] == [1, 2, 3, 4, 5, 6]
   tokenizer = load.load_tokenizer(config, toy.finished())
   policy = policies.make_policy(config.model, config.tokenizer.vocab_size)
-  batches = examples.sentences(
-      sources.rows(config, 'train'), tokenizer, length=config.sft.length,
-      batch=config.sft.batch, seed=config.seed,
+  batches = examples.pairs(
+      sources.rows(config, 'train'),
+      examples.sentence(tokenizer, config.sft.length),
+      length=config.sft.length, batch=config.sft.batch, seed=config.seed,
   )  # fmt: skip
   prompts, completion, mask = next(batches)
   # The whole row through the model at once, and a plain mean over its tokens.

@@ -50,12 +50,10 @@ def smooth(x: np.ndarray) -> np.ndarray:
 
   The window shrinks towards both ends, evenly, so that a trend keeps its ends.
   """
-  half = len(x) // 24
-  y = np.empty(len(x))
-  for i in range(len(x)):
-    h = min(half, i, len(x) - 1 - i)
-    y[i] = np.median(x[i - h : i + h + 1])
-  return y
+  width = lambda i: min(len(x) // 24, i, len(x) - 1 - i)
+  halves = map(width, range(len(x)))
+  windows = (x[i - h : i + h + 1] for i, h in enumerate(halves))
+  return np.array([*map(np.median, windows)])
 
 
 def by_step(

@@ -6,11 +6,13 @@ the rows and of the summary.
 
 import base64
 from collections.abc import Mapping, Sequence
+import functools
 import hashlib
 import os
 import re
 from typing import Any
 
+from flax import traverse_util
 import jinja2
 from markupsafe import escape, Markup
 import numpy as np
@@ -25,10 +27,10 @@ from bond_jax.evaluation.report.words import (
   why_missing,
 )
 from bond_jax.measures import curves
+from bond_jax.runs import files
 from bond_jax.runs.show import clock, text
 
-__all__ = ['HEADLINES', 'opponent', 'sentence', 'side_by_side', 'write_report']
-
+_flat = functools.partial(traverse_util.flatten_dict, sep='.')
 Rows = Sequence[Mapping[str, Any]]
 Pair = Mapping[str, Mapping[str, Any]]
 
@@ -49,6 +51,7 @@ HEADLINES = (
   ('Time, minutes : seconds', 'seconds', None),
 )
 
+_sides = lambda key: (f'{key}_reference', f'{key}_policy')
 # For the page: label, and the key, or those of the other side and of the
 # policy. What is known of a key's error is under <key>_interval or _stderr.
 CARDS = {
@@ -61,15 +64,12 @@ CARDS = {
     ('Frontier efficiency', 'frontier_efficiency'),
   ),
   'Beside {other}': (
-    ('Reward', ('reward_reference', 'reward_policy')),
-    ('Length, tokens', ('length_reference', 'length_policy')),
-    ('Cut at the limit', ('truncated_reference', 'truncated_policy')),
-    ('Entropy, nats per completion', ('entropy_reference', 'entropy_policy')),
-    (
-      'Distinct completions of a prompt',
-      ('distinct_completions_reference', 'distinct_completions_policy'),
-    ),
-    ('Distinct word pairs', ('distinct_2_reference', 'distinct_2_policy')),
+    ('Reward', _sides('reward')),
+    ('Length, tokens', _sides('length')),
+    ('Cut at the limit', _sides('truncated')),
+    ('Entropy, nats per completion', _sides('entropy')),
+    ('Distinct completions of a prompt', _sides('distinct_completions')),
+    ('Distinct word pairs', _sides('distinct_2')),
   ),
   'Training': (
     ('Rewards that tie', 'tie_rate'),
@@ -135,7 +135,7 @@ def write_report(
     )
     for wanted in (True, False)
   )
-  flat, gold, other = flatten(settings), gold_name(settings), opponent(summary)
+  flat, gold, other = _flat(settings), gold_name(settings), opponent(summary)
   known = flat | dict(summary)
   page = _template().render(
     title=f'bond_jax: {os.path.basename(os.path.abspath(folder))}',
@@ -163,10 +163,9 @@ def write_report(
     settings={key: _cell(value) for key, value in flat.items()},
   )
   path = os.path.join(folder, 'report.html')
-  # Half of a surrogate pair, say in a completion, is written as `?`.
-  with open(path + '.tmp', 'w', encoding='utf-8', errors='replace') as f:
-    f.write(page)
-  os.replace(path + '.tmp', path)
+  with files.whole(path, 'wb') as f:
+    # Half of a surrogate pair, say in a completion, is written as `?`.
+    f.write(page.encode('utf-8', errors='replace'))
   return path
 
 
@@ -201,29 +200,14 @@ def _breakable(value: str) -> Markup:
 def side_by_side(records: Rows, count: int = 20) -> list[Pair]:
   """Pairs each prompt's first reference completion with the policy's first.
 
-  Args:
-    records: rows of completions.jsonl, see `aggregate.RECORD_KEYS`.
-    count: how many prompts, in the order of the rows.
-
-  Returns:
-    Dicts with 'before' and 'after', a record each.
+  Returns dicts with 'before' and 'after', a record each, see
+  `aggregate.RECORD_KEYS`, of the first `count` prompts.
   """
   pairs: dict[Any, dict[str, Mapping[str, Any]]] = {}
   sides = {'reference': 'before', 'policy': 'after'}
   for record in records:
     pairs.setdefault(record['id'], {}).setdefault(sides[record['who']], record)
   return [pair for pair in pairs.values() if len(pair) == 2][:count]
-
-
-def flatten(settings: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
-  """Turns nested settings into `a.b.c` -> value."""
-  flat = {}
-  for key, value in settings.items():
-    if isinstance(value, Mapping):
-      flat |= flatten(value, f'{prefix}{key}.')
-    else:
-      flat[f'{prefix}{key}'] = value
-  return flat
 
 
 def _card(
@@ -260,7 +244,7 @@ def _error(key: str, summary: Mapping[str, Any]) -> str:
 
 def _numbers(summary: Mapping[str, Any]) -> dict[str, str]:
   """The table of all numbers, with the reason for each that is None."""
-  flat = flatten(summary)
+  flat = _flat(summary)
   flat.pop('reward_by_length', None)  # has a table of its own
   return {
     key: shown(key, flat) if value is None else _cell(value)
