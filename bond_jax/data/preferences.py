@@ -191,6 +191,7 @@ def _whole(row: Row, key: str, turns: bool) -> str:
 
 def _text(row: Row, key: str) -> str:
   value = row.get(key)
+  value = value.decode('utf-8') if isinstance(value, bytes) else value
   if not isinstance(value, str):
     raise BadRow(f'{key!r} is {value!r:.60}, expected a text.')
   return value
