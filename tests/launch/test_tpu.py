@@ -225,9 +225,10 @@ def test_commands_follow_each_other_until_one_fails(cloud):
   assert log.read_text() == said.replace(' --fail', '') + 'bond_jax.train\n'
   # Stopped, and the command that caught the signal goes on to its end.
   cloud.tpu('run', '--', 'train', '--wait', '--', 'train')
-  until(lambda: 'wait' in log.read_text())
+  logs = [h / 'bond_jax/.run/log' for h in cloud.homes()]
+  until(lambda: all('wait' in path.read_text() for path in logs))
   stop = cloud.start('stop')
-  until((home / 'told').exists, stop)
+  until(lambda: all((h / 'told').exists() for h in cloud.homes()), stop)
   cloud.end()
   stop.communicate(timeout=PATIENCE)
   assert cloud.wait('finished 143', 'finished 143') == 5

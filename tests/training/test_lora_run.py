@@ -260,8 +260,7 @@ def train_low(config, workdir):
     return found[-1]
 
   with pytest.MonkeyPatch.context() as monkeypatch:
-    keep = functools.partial(checkpoint.manager, keep=STEPS)
-    monkeypatch.setattr(checkpoint, 'manager', keep)
+    monkeypatch.setattr(checkpoint, '_KEEP', STEPS)
     monkeypatch.setattr(origin, 'load_frozen', load_frozen)
     toy.run('train', config, workdir)
   (frozen,) = found
