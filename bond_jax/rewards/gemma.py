@@ -5,7 +5,7 @@ vocabulary tokenizer.model, and the weights under checkpoints. It is all that is
 needed, whichever model the policy is.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import dataclasses
 import json
 import os
@@ -91,7 +91,13 @@ def scorer(policy: Policy, pool: str, mesh: Mesh, batch: int):
   return score
 
 
-def read(path: str, batch: int):
+def read(
+  path: str, batch: int
+) -> tuple[
+  Callable[[Sequence[Sequence[int]]], np.ndarray],
+  tokenizer_lib.Tokenizer,
+  dict[str, Any],
+]:
   """What the stage left in `path`; a UserError if that is not there.
 
   Returns score(pieces) -> f64[N], the tokenizer, and what model.json holds.

@@ -82,10 +82,11 @@ def make_reward(
 
 def _parts(section) -> dict[str, Part]:
   """The parts of a section; without any, the section itself, named ''."""
-  parts = section.get('parts') or {'': section}
-  return {
-    k: Part(v.function, v.args, v.get('weight', 1.0)) for k, v in parts.items()
-  }
+  if section.get('parts'):
+    return {
+      k: Part(v.function, v.args, v.weight) for k, v in section.parts.items()
+    }
+  return {'': Part(section.function, section.args)}
 
 
 def make_ask(
