@@ -40,7 +40,9 @@ def params_of(name):
 
 def config_of(folder):
   """The model that a folder's config.json describes."""
-  return config_json.from_json(reader.read_config(str(folder)), str(folder))
+  return config_json.from_json(
+    reader.read_config(str(folder)), f'{folder}/config.json'
+  )
 
 
 def export(params, config, path, shard_bytes=10**9, **kwargs):

@@ -25,7 +25,8 @@ from bond_jax.types import Scores
 from configs import demo
 
 FILES_END = (
-  '.py', '.sh', '.md', '.jsonl', '.png', '.safetensors', '.model', 'json',
+  '.py', '.sh', '.md', '.jsonl', '.png', '.safetensors', '.gguf', '.model',
+  'json',
 )  # fmt: skip
 
 

@@ -21,6 +21,7 @@ import re
 import numpy as np
 import sentencepiece
 
+from bond_jax.data import gguf
 from bond_jax.errors import BadRow, UserError
 from bond_jax.runs import files, paths
 
@@ -193,6 +194,15 @@ def parse(content: bytes, name: str, remedy: str = _RELEASE) -> Tokenizer:
   return Tokenizer(processor, sha256, start, end)
 
 
+def content_of(path: str) -> bytes:
+  """The SentencePiece model at `path`, also where a GGUF file holds it."""
+  path = find(path)
+  if gguf.is_file(path):
+    return gguf.sentencepiece_model(gguf.read(path))
+  with open(path, 'rb') as f:
+    return f.read()
+
+
 def find(path: str) -> str:
   """The file of a vocabulary: `path`, or the one in it if it is a folder."""
   path = paths.expanded(path)
@@ -203,8 +213,9 @@ def load(path: str, sha256: str = '', remedy: str = _RELEASE) -> Tokenizer:
   """Reads a SentencePiece model; a UserError if it is missing or broken.
 
   Args:
-    path: the file, or a folder that holds it. A tokenizer.json there must be
-      of the same vocabulary: transformers would read that.
+    path: the file, a folder that holds it, or a GGUF file of the model. A
+      tokenizer.json in a folder must be of the same vocabulary: transformers
+      would read that.
     sha256: unless empty, that of the right file.
     remedy: what to do where the file is missing or broken.
   """
@@ -218,8 +229,7 @@ def load(path: str, sha256: str = '', remedy: str = _RELEASE) -> Tokenizer:
       f' needed: {_RELEASE}.'
     )
   try:
-    with open(path, 'rb') as f:
-      tokenizer = parse(f.read(), path, remedy)
+    tokenizer = parse(content_of(path), path, remedy)
   except OSError as e:
     raise UserError(
       f'cannot read the tokenizer {path} ({e.strerror}); {remedy}.'

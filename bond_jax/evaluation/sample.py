@@ -1,5 +1,6 @@
 """Draws completions of a prompt, or of one line after another."""
 
+import dataclasses
 import functools
 
 from absl import flags
@@ -14,28 +15,41 @@ from bond_jax.devices import sharding
 from bond_jax.errors import UserError
 from bond_jax.models import lora, policies, sampling, stops
 from bond_jax.rewards import make
-from bond_jax.runs import command, environment
+from bond_jax.runs import command, environment, paths
 from bond_jax.runs.settings import configs, defaults
 from bond_jax.training.tasks import text_task
-from bond_jax.weights import load
+from bond_jax.weights import identify, load
 
 
-def make_draw(config: ml_collections.ConfigDict, workdir: str, which: str):
-  """Loads a model; returns its tokenizer and the function that draws.
-
-  draw(row, pieces, n, seed) -> the arguments of a reward: n completions of the
-  prompt that a row of data became. They depend on pieces, n and seed alone.
-  """
+def of_run(config: ml_collections.ConfigDict, workdir: str, which: str):
+  """A run's tokenizer, and what draws from its policy; see `make_draw`."""
   mesh = sharding.make_mesh(**config.mesh)
   tokenizer = load.load_tokenizer(config, workdir)
-  stop = stops.of(tokenizer, config.stop)
   policy = policies.make_policy(config.model, config.tokenizer.vocab_size)
   if which != 'reference':
     params = load.load_policy(config, policy, workdir, which, mesh, alone=True)
   reference, base = load.load_frozen(config, policy, workdir, mesh)
   if which == 'reference':
     params = reference
+  return tokenizer, make_draw(config, tokenizer, mesh, policy, base, params)
 
+
+def of_weights(config: ml_collections.ConfigDict):
+  """As `of_run`, of `config.weights` alone."""
+  mesh = sharding.make_mesh(**config.mesh)
+  tokenizer = load.load_tokenizer(config, '')
+  policy = policies.make_policy(config.model, config.tokenizer.vocab_size)
+  params = load.load_weights(config, mesh, config.model.dtype)
+  return tokenizer, make_draw(config, tokenizer, mesh, policy, {}, params)
+
+
+def make_draw(config, tokenizer, mesh, policy, base, params):
+  """Returns the function that draws.
+
+  draw(row, pieces, n, seed) -> the arguments of a reward: n completions of the
+  prompt that a row of data became. They depend on pieces, n and seed alone.
+  """
+  stop = stops.of(tokenizer, config.stop)
   limits = sampling.Limits(
     config.length, stop, mesh=sharding.reshaped(mesh, data=1, model=-1)
   )
@@ -56,7 +70,7 @@ def make_draw(config: ml_collections.ConfigDict, workdir: str, which: str):
     drawn = jax.device_get(program(base, params, prompts, key, num=n))
     return text_task.texts(config, tokenizer, [row], prompts, drawn)
 
-  return tokenizer, draw
+  return draw
 
 
 def show(drawn, judge) -> str:
@@ -87,28 +101,19 @@ def ask() -> str:
 
 def talk(
   config: ml_collections.ConfigDict,
-  workdir: str,
+  model,
+  judge=None,
   *,
   prompt: str | None,
   n: int,
-  best: bool,
-  checkpoint: str,
   seed: int,
 ) -> None:
-  """Completes `prompt`, or holds a conversation if it is None."""
-  environment.configure_jax()
-  defaults.check(config.to_dict(), (*defaults.COMMON, *defaults.TEXT_NEEDS))
+  """Completes `prompt`, or holds a conversation if it is None.
+
+  `model`: a tokenizer and what draws, as `of_run` and `of_weights` return them.
+  """
   turns = config.prompt.kind == 'turn'
-  if prompt is None and not turns:
-    raise UserError(
-      'a conversation needs prompts of kind "turn", this config has'
-      f' {config.prompt.kind!r}; give --prompt.'
-    )
-  judge = None
-  if best:
-    make.check_reward(config.reward)
-    judge = make.make_ask(config, 'reward', workdir, failure='stop')
-  tokenizer, draw = make_draw(config, workdir, checkpoint)
+  tokenizer, draw = model
   system, messages = load.has_system_turn(config), []
   while line := ask() if prompt is None else prompt:
     pieces = [tokenizer.bos_id, *tokenizer.encode(line)]
@@ -123,18 +128,95 @@ def talk(
     seed += 1
 
 
+def from_run(
+  config: ml_collections.ConfigDict,
+  workdir: str,
+  *,
+  prompt: str | None,
+  n: int,
+  best: bool,
+  checkpoint: str,
+  seed: int,
+) -> None:
+  """Talks with the policy of a run, or with what it started from."""
+  environment.configure_jax()
+  defaults.check(config.to_dict(), (*defaults.COMMON, *defaults.TEXT_NEEDS))
+  why = f'this config has {config.prompt.kind!r}'
+  check_prompt(prompt, config.prompt.kind == 'turn', why)
+  judge = None
+  if best:
+    make.check_reward(config.reward)
+    judge = make.make_ask(config, 'reward', workdir, failure='stop')
+  model = of_run(config, workdir, checkpoint)
+  talk(config, model, judge, prompt=prompt, n=n, seed=seed)
+
+
+def config_of(
+  weights: identify.Weights, length: int, temperature: float
+) -> ml_collections.ConfigDict:
+  """What a run would say of weights that answer, or complete a text."""
+  config = defaults.make('text')
+  sizes = dataclasses.asdict(weights.sizes)
+  for name in 'used_vocab', 'lora_scale':
+    del sizes[name]
+  tokenizer = tokenizer_lib.load(weights.tokenizer)
+  sizes['vocab_size'] = max(sizes['vocab_size'], tokenizer.vocab_size)
+  config.update(weights=weights.path, length=length)
+  config.tokenizer.update(
+    path=weights.tokenizer, vocab_size=tokenizer.vocab_size
+  )
+  # A family's name, and all of the sizes.
+  name = 'gemma3_1b' if weights.sizes.qk_norm else 'gemma_2b'
+  config.model.update(
+    name=name,
+    temperature=temperature,
+    dtype='float32' if jax.default_backend() == 'cpu' else 'bfloat16',
+  )
+  with config.unlocked():
+    config.model.sizes = sizes
+  config.prompt.kind = 'turn' if weights.turns else 'text'
+  return config
+
+
+def check_prompt(prompt: str | None, turns: bool, why: str) -> None:
+  if prompt is None and not turns:
+    raise UserError(
+      f'a conversation needs prompts of kind "turn", and {why}; give --prompt.'
+    )
+
+
 def run(doc: str) -> None:
   """The command, with its flags; `doc` is its help."""
+  weights = paths.flag('weights', None, 'Weights, in the place of a run.')
+  tokenizer = paths.flag('tokenizer', '', "The weights' SentencePiece file.")
+  length = flags.DEFINE_integer(
+    'length', 128, 'New tokens at most, with --weights.', lower_bound=1
+  )
+  temperature = flags.DEFINE_float(
+    'temperature', 1.0, 'With --weights.', lower_bound=0.0
+  )
   prompt = flags.DEFINE_string('prompt', None, 'What to complete or answer.')
   n = flags.DEFINE_integer('n', 1, 'Completions to draw.', lower_bound=1)
   best = flags.DEFINE_bool('best', False, 'Only the one with the best reward.')
   checkpoint = command.checkpoint_flag()  # here also "reference"
   seed = flags.DEFINE_integer('seed', 0, 'Another seed draws others.')
+  given = command.run_flags()
 
-  def main(config: ml_collections.ConfigDict, workdir: str) -> None:
-    talk(
-        config, workdir, prompt=prompt.value, n=n.value, best=best.value,
-        checkpoint=checkpoint.value, seed=seed.value,
-    )  # fmt: skip
+  def main() -> None:
+    if weights.value is None:
+      from_run(
+          *given(), prompt=prompt.value, n=n.value, best=best.value,
+          checkpoint=checkpoint.value, seed=seed.value,
+      )  # fmt: skip
+      return
+    if best.value:
+      raise UserError('--best needs the reward of a run: give --workdir.')
+    environment.configure_jax()
+    found = identify.identify(weights.value, tokenizer.value)
+    why = f'{weights.value} only completes text'
+    check_prompt(prompt.value, found.turns, why)
+    config = config_of(found, length.value, temperature.value)
+    model = of_weights(config)
+    talk(config, model, prompt=prompt.value, n=n.value, seed=seed.value)
 
-  command.run(main, doc)
+  command.execute(main, doc)

@@ -14,9 +14,12 @@ from bond_jax.models import lora, policies
 from bond_jax.runs import command, environment, files, paths, show
 from bond_jax.runs.settings import configs
 from bond_jax.weights import load, official
+from bond_jax.weights.gguf import layout
+from bond_jax.weights.gguf import writer as gguf_writer
 from bond_jax.weights.huggingface import adapter, reader, writer
 
-FORMATS = ('hf', 'adapter', 'official')
+FORMATS = ('hf', 'adapter', 'official', 'gguf')
+DTYPES = 'bfloat16', 'float32', 'float16', 'q8_0'
 
 
 def export(
@@ -30,11 +33,13 @@ def export(
     which: the checkpoint, 'last', 'best' or a step; 'reference' is what
       training started from.
     form: one of FORMATS.
-    dtype: of the weights; an official checkpoint keeps that of the run.
+    dtype: of the weights, with hf and gguf; others keep that of the run.
   """
   if '://' in out or os.path.lexists(out):
     why = 'is no local folder' if '://' in out else 'exists'
     raise UserError(f'--out={out} {why}; name a local one that does not exist.')
+  if form == 'gguf':
+    layout.library()
   config = configs.read_config(workdir)
   if 'tokenizer' not in config or 'model' not in config:
     raise UserError(f'{workdir} trains no language model: nothing to export.')
@@ -63,17 +68,18 @@ def export(
     base = paths.expanded(config.get('weights') or '')
     base = base or configs.reference_dir(config, workdir)
     adapter.export_adapter(trained, sizes, out, base=base)
-  elif form == 'hf':
-    writer.export(
-      params,
-      sizes,
-      out,
+  elif form in ('hf', 'gguf'):
+    kwargs = dict(
       dtype=dtype,
       tokenizer_path=tokenizer_path(config, workdir),
-      source=source_of(config),
       lora=trained if rank else None,
       temperature=config.model.temperature,
     )
+    if form == 'hf':
+      source = source_of(config)
+      writer.export(params, sizes, out, source=source, **kwargs)
+    else:
+      gguf_writer.export(params, sizes, out, **kwargs)
   else:
     params = lora.merge(sizes, params, trained) if rank else params
     official.save_official(params, sizes, out)
@@ -130,7 +136,7 @@ def run(doc: str) -> None:
   which = command.checkpoint_flag()
   form = flags.DEFINE_enum('format', 'hf', FORMATS, 'What others are to read.')
   dtype = flags.DEFINE_enum(
-    'dtype', 'bfloat16', ['bfloat16', 'float32'], 'Of the weights, with hf.'
+    'dtype', 'bfloat16', DTYPES, 'Of the weights, with hf and gguf.'
   )
 
   def export_it():

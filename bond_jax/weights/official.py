@@ -24,12 +24,19 @@ import jax
 import orbax.checkpoint as ocp
 import tensorstore as ts
 
+from bond_jax.data import gguf
 from bond_jax.devices.sharding import path_name, put_on
 from bond_jax.errors import UserError
 from bond_jax.models.gemma import model as gemma
 from bond_jax.runs import paths
 from bond_jax.types import Array, Params
-from bond_jax.weights.stacks import assemble_leaf, check, nested, STACKED
+from bond_jax.weights.stacks import (
+  assemble_leaf,
+  check,
+  nested,
+  shapes,
+  STACKED,
+)
 
 # Where the public releases lie; those of Gemma 1 are on Kaggle only.
 _RELEASED = [n for n in gemma.CONFIGS if re.fullmatch(r'gemma[23]_\d+[bm]', n)]
@@ -52,14 +59,14 @@ _CHUNK = 16 * 2**20  # bytes; what a reader holds beside the shards it fills
 
 
 def load(path: str, config: gemma.Config | None, like: Params) -> Params:
-  """Loads a model from an official checkpoint or a Hugging Face folder.
+  """Loads a model from a checkpoint, a Hugging Face folder or a GGUF file.
 
   Each array goes into its shards as it is read; beside them the host holds at
   most the largest array. Every process reads its own shards alone.
 
   Args:
-    path: a local folder, a gs:// address, a public release ('gemma3_1b_it') or
-      a Hugging Face repository ('owner/name@commit').
+    path: a local folder or GGUF file, a gs:// address, a public release
+      ('gemma3_1b_it') or a Hugging Face repository ('owner/name@commit').
     config: the sizes that the weights must have; None where `like` is a tree
       of the gemma library, of which only official checkpoints exist.
     like: the tree of `gemma.init`, or the library's, as jax.ShapeDtypeStruct,
@@ -69,16 +76,20 @@ def load(path: str, config: gemma.Config | None, like: Params) -> Params:
     Arrays as in `like`. A UserError says what is wrong with a path, with
     weights of another model, and with damaged files.
   """
-  path = _find(path)
-  if path.startswith('gs://') or not _is_hugging_face(path):
+  path = find(path)
+  is_file = gguf.is_file(path)
+  if not is_file and (path.startswith('gs://') or not is_hugging_face(path)):
     return _load_official(path, config, like)
   if config is None:
+    kind = 'in GGUF' if is_file else 'of Hugging Face'
     raise UserError(
-      f'{path} is of Hugging Face; models of the gemma library are read from'
-      ' its own checkpoints.'
+      f'{path} is {kind}; models of the gemma library are read from its own'
+      ' checkpoints.'
     )
-  from bond_jax.weights.huggingface import reader
-
+  if is_file:
+    from bond_jax.weights.gguf import reader
+  else:
+    from bond_jax.weights.huggingface import reader
   return reader.load(path, config, like)
 
 
@@ -137,21 +148,7 @@ def _load_official(
   path: str, config: gemma.Config | None, like: Params
 ) -> Params:
   stores = _open(path)
-  kinds = [int(m[1]) for m in map(STACKED.fullmatch, stores) if m]
-  period = max(kinds, default=0) + 1
-  where = {}  # nested name -> the array that holds it, its index in the stack
-  for key, store in stores.items():
-    match = STACKED.fullmatch(key)
-    places = {key: None}
-    if match:
-      layers = range(int(match[1]), store.shape[0] * period, period)
-      places = {f'layer_{j}/{match[2]}': g for g, j in enumerate(layers)}
-    _check_once(path, places.keys() & where.keys())
-    where |= {name: (key, g) for name, g in places.items()}
-  found = {
-    name: stores[key].shape[0 if g is None else 1 :]
-    for name, (key, g) in where.items()
-  }
+  period, where, found = _places(path, stores)
   wanted = {_nested_name(k): x.shape for k, x in nested(config, like)}
   check(path, found, wanted)
 
@@ -172,6 +169,42 @@ def _load_official(
     return assemble_leaf(config, _nested_name(name), struct, read_nested)
 
   return jax.tree_util.tree_map_with_path(leaf, like)
+
+
+def _places(path: str, stores: dict[str, ts.TensorStore]):
+  """The period of stacked layers, and by nested name: where it is, its shape.
+
+  Where it is: the array that holds it, and its index in the stack or None.
+  """
+  kinds = [int(m[1]) for m in map(STACKED.fullmatch, stores) if m]
+  period = max(kinds, default=0) + 1
+  where: dict[str, tuple[str, int | None]] = {}
+  for key, store in stores.items():
+    match = STACKED.fullmatch(key)
+    places: dict[str, int | None] = {key: None}
+    if match:
+      layers = range(int(match[1]), store.shape[0] * period, period)
+      places = {f'layer_{j}/{match[2]}': g for g, j in enumerate(layers)}
+    _check_once(path, places.keys() & where.keys())
+    where |= {name: (key, g) for name, g in places.items()}
+  found = {
+    name: stores[key].shape[0 if g is None else 1 :]
+    for name, (key, g) in where.items()
+  }
+  return period, where, found
+
+
+def sizes_of(path: str) -> gemma.Config:
+  """The model that a checkpoint's shapes are of; a UserError if not ours."""
+  path = find(path)
+  _, _, found = _places(path, _open(path))
+  for sizes in gemma.CONFIGS.values():
+    if shapes(sizes) == found:
+      return sizes
+  raise UserError(
+    f'{path} holds no model of {", ".join(gemma.CONFIGS)}, in their sizes as'
+    ' released; such weights need a config that says what they are.'
+  )
 
 
 def _open(path: str) -> dict[str, ts.TensorStore]:
@@ -270,10 +303,10 @@ def _cast(dtype, sharding):
 # -- Paths and errors
 
 
-def _find(path: str) -> str:
+def find(path: str) -> str:
   """The folder, address or repository that `path` means."""
   path = paths.expanded(path)
-  if os.path.isdir(path):
+  if os.path.isdir(path) or (gguf.is_file(path) and os.path.exists(path)):
     return os.path.abspath(path)
   if path.startswith('gs://') or re.fullmatch(r'[\w-][\w.-]*/[^/]+', path):
     return path
@@ -285,12 +318,12 @@ def _find(path: str) -> str:
       ' name the folder.'
     )
   raise UserError(
-    f'{path} is no folder here, no gs:// address, no Hugging Face repository'
-    f' and no public release; known are {", ".join(RELEASES)}.'
+    f'{path} is no folder or GGUF file here, no gs:// address, no Hugging Face'
+    f' repository and no public release; known are {", ".join(RELEASES)}.'
   )
 
 
-def _is_hugging_face(path: str) -> bool:
+def is_hugging_face(path: str) -> bool:
   """Whether a path is of Hugging Face; refuses a folder that is both."""
   if not os.path.isdir(path):
     return True  # a repository

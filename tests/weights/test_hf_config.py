@@ -221,7 +221,7 @@ def test_keys_that_say_the_same_thing(name, images):
   if images:
     around = dict(rope_theta=3.0, sliding_window_pattern=1, hidden_size=8)
     raw = {**around, **IMAGES, 'text_config': raw}
-  c = config_json.from_json(raw, 'F')
+  c = config_json.from_json(raw, 'F/config.json')
   kinds = ''.join({'local': 'L'}.get(k, 'G') for k in configs.kinds(c))
   found = kinds, c.global_rope_base, c.global_rope_scale, c.local_rope_base
   assert found == expected
@@ -248,7 +248,7 @@ def test_keys_that_say_the_same_thing(name, images):
 )
 def test_keys_that_cannot_be_read_alike_are_refused(family, keys, why):
   with pytest.raises(UserError, match=why) as e:
-    config_json.from_json(described(family, keys), 'F')
+    config_json.from_json(described(family, keys), 'F/config.json')
   assert '\n' not in str(e.value)
 
 
@@ -353,5 +353,5 @@ def test_tokenizer_files_come_from_the_source(tmp_path):
 def test_values_of_another_kind_are_one_line(values):
   raw = config_json.to_json(configs.CONFIGS['gemma3_1b'], 'float32')
   with pytest.raises(UserError, match='F/config.json|F holds') as e:
-    config_json.from_json({**raw, **values}, 'F')
+    config_json.from_json({**raw, **values}, 'F/config.json')
   assert '\n' not in str(e.value)

@@ -1,5 +1,6 @@
 """Runs that start from the weights and the vocabulary of a released model."""
 
+import dataclasses
 import json
 import os
 
@@ -17,7 +18,8 @@ from bond_jax.evaluation import sample
 from bond_jax.models import lora, policies
 from bond_jax.models.gemma import model as gemma
 from bond_jax.training import sft
-from bond_jax.weights import load, official
+from bond_jax.weights import identify, load, official
+from bond_jax.weights.gguf import writer as gguf_writer
 from bond_jax.weights.huggingface import reader, writer
 from configs import gemma_jbond
 
@@ -122,18 +124,99 @@ def test_the_scale_is_alpha_over_rank():
 def test_a_conversation_with_released_weights(release, tmp_path, capsys):
   folder, _ = release
   config = gemma_config(folder)
-  tokenizer, draw = sample.make_draw(config, str(tmp_path), 'reference')
+  tokenizer, draw = sample.of_run(config, str(tmp_path), 'reference')
   messages = [{'role': 'user', 'content': 'the film'}]
   pieces = test_tokenizer.tokenizer.chat(tokenizer, messages, system=False)
   row = {'messages': messages}
   said, (text,), context = draw(row, pieces, 3, 7)
   assert said == ['the film'] and context.rows == [row] and context.turns
-  sample.talk(
+  sample.from_run(
       config, str(tmp_path), prompt='the film', n=3, best=False,
       checkpoint='reference', seed=7,
   )  # fmt: skip
   shown = ''.join(f'[{i + 1}] {t}\n' for i, t in enumerate(text))
   assert capsys.readouterr().out == shown
+
+
+def test_weights_alone_say_what_a_run_says(release, tmp_path, monkeypatch):
+  """The release's name tells that it answers; its shapes tell what it is."""
+  folder, params = release
+  wanted = gemma_config(folder)
+  sizes = dataclasses.replace(toy.MODEL, vocab_size=128)
+  monkeypatch.setitem(gemma.CONFIGS, 'toy', sizes)
+  found = identify.identify(f'{folder}/weights', '')
+  assert not found.turns and found.tokenizer == f'{folder}/tokenizer.model'
+  named = tmp_path / 'toy-it'
+  os.symlink(f'{folder}/weights', named)
+  with pytest.raises(
+    UserError, match='no tokenizer.model beside it; give --tok'
+  ):
+    identify.identify(str(named), '')
+  found = identify.identify(str(named), f'{folder}/tokenizer.model')
+  assert found.turns
+  config = sample.config_of(found, wanted.length, 1.0)
+  assert policies.make_sizes(config.model, VOCAB) == policies.make_sizes(
+    wanted.model, VOCAB
+  )
+  row = {'messages': [{'role': 'user', 'content': 'the film'}]}
+  pieces = test_tokenizer.tokenizer.chat(
+    test_tokenizer.with_turns(), row['messages'], system=False
+  )
+  _, ours = sample.of_weights(config)
+  _, theirs = sample.of_run(wanted, str(tmp_path), 'reference')
+  assert ours(row, pieces, 3, 7)[1] == theirs(row, pieces, 3, 7)[1]
+  other = {**params, 'final_norm': {'scale': np.ones(3, np.float32)}}
+  official.save_official(other, None, str(tmp_path / 'other'))
+  with pytest.raises(UserError, match='holds no model of'):
+    identify.identify(str(tmp_path / 'other'), '')
+
+
+def test_weights_of_others_alone(release, tmp_path, capsys):
+  """Hugging Face and GGUF say their sizes, and whether they have turns."""
+  folder, params = release
+  toy.get_config('')
+  sizes = policies.make_sizes(gemma_config().model, VOCAB)
+  path = f'{folder}/tokenizer.model'
+  kwargs = dict(dtype='float32', tokenizer_path=path)
+  writer.export(params, sizes, str(tmp_path / 'hf'), **kwargs)
+  gguf_writer.export(params, sizes, str(tmp_path / 'gguf'), **kwargs)
+  files = str(tmp_path / 'hf'), str(tmp_path / 'gguf' / 'model.gguf')
+  shown = []
+  for file in files:
+    found = identify.identify(file, '')
+    assert found.turns
+    config = sample.config_of(found, 4, 1.0)
+    assert config.prompt.kind == 'turn'
+    # The scales of norms lose a bit in GGUF: not the same draws, but texts.
+    model = sample.of_weights(config)
+    sample.talk(config, model, prompt='the film', n=3, seed=7)
+    shown.append(capsys.readouterr().out)
+  assert all('[3] ' in text for text in shown), shown
+  described = tmp_path / 'hf' / 'tokenizer_config.json'
+  base = json.loads(described.read_text())
+  del base['chat_template']
+  described.write_text(json.dumps(base))
+  assert not identify.identify(files[0], '').turns
+  os.remove(tmp_path / 'hf' / 'tokenizer.model')
+  assert identify.identify(files[0], path).tokenizer == path
+
+
+@pytest.mark.long
+def test_the_command_with_weights_alone(release):
+  folder, params = release
+  sizes = policies.make_sizes(gemma_config().model, VOCAB)
+  out = os.path.join(folder, 'gguf')
+  kwargs = dict(dtype='float32', tokenizer_path=f'{folder}/tokenizer.model')
+  gguf_writer.export(params, sizes, out, **kwargs)
+  weights = f'--weights={out}/model.gguf'
+  for more, status, says in (
+    (['--prompt=the film', '--n=2', '--length=4'], 0, '[2] '),
+    (['--prompt=the film', '--best'], 2, '--best needs the reward of a run'),
+    (['--prompt=x', '--weights=/nowhere.gguf'], 2, 'no folder or GGUF file'),
+  ):
+    process = toy.command('sample', weights, *more)
+    text = ''.join(process.communicate())
+    assert process.returncode == status and says in text, text
 
 
 def test_supervised_training_starts_from_weights(release, tmp_path):
@@ -149,7 +232,7 @@ def test_supervised_training_starts_from_weights(release, tmp_path):
 @pytest.mark.parametrize(
   'path, value, says',
   [
-    ('weights', '/nowhere', '/nowhere is no folder here'),
+    ('weights', '/nowhere', '/nowhere is no folder'),
     ('tokenizer.path', '/nowhere', 'cannot read the tokenizer /nowhere'),
     ('tokenizer.sha256', 'f' * 64, 'it is the vocabulary of another model'),
     ('tokenizer.vocab_size', 119, 'has 120 pieces, .* of another model'),

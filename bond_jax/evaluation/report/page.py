@@ -194,7 +194,9 @@ def _source(content: str) -> Markup:
 
 def _breakable(value: str) -> Markup:
   """A long name goes on in the next line after a dot, not within a word."""
-  return Markup(re.sub(r'([.:/])', r'\1<wbr>', escape(value)))
+  # As a str: re of Python 3.11 joins what it has cut as its argument does, and
+  # a Markup escapes.
+  return Markup(re.sub(r'([.:/])', r'\1<wbr>', str(escape(value))))
 
 
 def side_by_side(records: Rows, count: int = 20) -> list[Pair]:

@@ -131,12 +131,12 @@ def _of_family(config: gemma.Config, family: str, dtype: str) -> dict[str, Any]:
 
 
 def from_json(raw: dict[str, Any], path: str) -> gemma.Config:
-  """The model of a config.json; a UserError if we do not compute that."""
+  """The model of the config.json at `path`; a UserError if it is not ours."""
   try:
     return _from_json(raw, path)
   except (TypeError, ValueError, AttributeError, ArithmeticError) as e:
     raise UserError(
-      f'{path}/config.json has a value of another type than its name promises'
+      f'{path} has a value of another type than its name promises'
       f' ({e}); download it again.'
     ) from e
 
@@ -157,7 +157,7 @@ def _from_json(raw: dict[str, Any], path: str) -> gemma.Config:
   (theta, factor), (local, local_factor) = _ropes(raw, family, path)
   if local_factor != 1 and 'local' in pattern:
     raise UserError(
-      f'{path}/config.json scales the positions of sliding layers by'
+      f'{path} scales the positions of sliding layers by'
       f' {local_factor:g}; readable is a scale in full layers alone.'
     )
   scalar = raw['query_pre_attn_scalar'] or raw['head_dim']
@@ -188,7 +188,7 @@ def _check_values(raw: dict[str, Any], path: str) -> None:
     good = isinstance(value, kind) and 0 < value <= most
     if not good and (value is not None or (whole and name in raw)):
       raise UserError(
-        f'{path}/config.json: {name} is {value!r:.60}, expected a positive'
+        f'{path}: {name} is {value!r:.60}, expected a positive'
         f' {"whole " * whole}number up to {most:g}; download it again.'
       )
 
@@ -226,7 +226,7 @@ def _check_computed(raw: dict[str, Any], family: str, path: str) -> None:
   for key, bad in wrong.items():
     if bad:
       raise UserError(
-        f'{path}/config.json: {key} is {raw.get(key, activation)!r}, not what'
+        f'{path}: {key} is {raw.get(key, activation)!r}, not what'
         ' the releases of Gemma have; such a model cannot be loaded.'
       )
 
@@ -245,7 +245,7 @@ def _ropes(
   if family == 'gemma3_text':
     if old and new and not new.get('full_attention'):
       raise UserError(
-        f'{path}/config.json: transformers cannot read these rope_parameters'
+        f'{path}: transformers cannot read these rope_parameters'
         f' ({", ".join(new)}) with rope_scaling; download it again.'
       )
     full = {'rope_type': 'default', **(new.get('full_attention') or {}), **old}
@@ -274,7 +274,7 @@ def _rope(
   else:
     return float(theta), float(factor)
   raise UserError(
-    f'{path}/config.json: {why}; readable are rope_type default and linear,'
+    f'{path}: {why}; readable are rope_type default and linear,'
     ' with a rope_theta and, if linear, a factor.'
   )
 
@@ -290,7 +290,7 @@ def _pattern(raw: dict[str, Any], path: str) -> tuple[str, ...]:
     ]
   if len(types) != layers or not set(types) <= set(_KINDS):
     raise UserError(
-      f'{path}/config.json: layer_types has {len(types)} entries,'
+      f'{path}: layer_types has {len(types)} entries,'
       f' {", ".join(sorted(set(types)))}; it must have {layers}, of'
       f' {", ".join(_KINDS)}.'
     )

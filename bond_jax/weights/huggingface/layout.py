@@ -13,6 +13,7 @@ import numpy as np
 
 from bond_jax.models.gemma import configs, layers
 from bond_jax.models.gemma import model as gemma
+from bond_jax.weights import stacks
 
 # Where the text model may lie in a folder: alone, and in the two generations
 # of names that there are beside an image encoder.
@@ -94,6 +95,16 @@ def sizes(config: gemma.Config) -> dict[str, int]:
   c = config
   return dict(V=c.vocab_size, D=c.features, N=c.heads, K=c.kv_heads,
               H=c.head_size, F=c.feed_forward)  # fmt: skip
+
+
+def tensors(config: gemma.Config, rows: int) -> dict[str, tuple[int, ...]]:
+  """Name, without its prefix -> shape; `rows` are those of the embedding."""
+  size = {**sizes(config), 'V': rows}
+  return {
+    part.tensor: shape(part, size)
+    for name in stacks.shapes(config)
+    for part in parts(config, name)
+  }
 
 
 def to_hf(part: Part, x: np.ndarray) -> np.ndarray:

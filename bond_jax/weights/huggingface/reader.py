@@ -4,6 +4,7 @@ Each device's slice is copied from a mapped file: beside the shards the host
 holds one tensor's pages and one slice.
 """
 
+from collections.abc import Mapping
 import contextlib
 import functools
 import os
@@ -20,7 +21,7 @@ from bond_jax.models.gemma import model as gemma
 from bond_jax.runs import files, paths
 from bond_jax.types import Array, Params
 from bond_jax.weights.huggingface import config_json, layout
-from bond_jax.weights.stacks import assemble, differences, shapes
+from bond_jax.weights.stacks import assemble, differences
 
 INDEX = 'model.safetensors.index.json'
 SINGLE = 'model.safetensors'
@@ -62,7 +63,8 @@ def load(path: str, config: gemma.Config, like: Params) -> Params:
   """
   folder = resolve(path)
   raw = read_config(folder)
-  _check_sizes(folder, config_json.from_json(raw, folder), config)
+  found = config_json.from_json(raw, os.path.join(folder, 'config.json'))
+  check_sizes(folder, found, config)
   _check_rivals(folder, raw)
   tensors = _open(folder)
   prefix = _prefix(folder, tensors)
@@ -131,9 +133,7 @@ def resolve(path: str) -> str:
 # -- Checks, before anything is read
 
 
-def _check_sizes(
-  folder: str, found: gemma.Config, wanted: gemma.Config
-) -> None:
+def check_sizes(path: str, found: gemma.Config, wanted: gemma.Config) -> None:
   """A UserError with the differences unless they are the same model."""
   a, b = config_json.essence(found), config_json.essence(wanted)
   rows = [f'{k}: found {a[k]}, wanted {b[k]}' for k in a if a[k] != b[k]]
@@ -142,7 +142,7 @@ def _check_sizes(
       config_json.known_as(c) or 'another model' for c in (found, wanted)
     ]
     raise UserError(
-      f'{folder} does not hold the model of the config: this looks like'
+      f'{path} does not hold the model of the config: this looks like'
       f' {names[0]}, the config says {names[1]} ({"; ".join(rows[:10])}).'
     )
 
@@ -217,16 +217,11 @@ def _prefix(folder: str, tensors: dict[str, Tensor]) -> str:
 
 def _check_tensors(folder, tensors, prefix, config) -> None:
   """A UserError with the first ten tensors that are not as they must be."""
-  size = layout.sizes(config)
-  wanted = {
-    prefix + part.tensor: layout.shape(part, size)
-    for name in shapes(config)
-    for part in layout.parts(config, name)
-  }
-  table = f'{prefix}embed_tokens.weight'
-  rows = tensors[table].shape[0]
-  if rows >= config_json.vocab_rows(config):  # the further ones are never drawn
-    wanted[table] = rows, config.features
+  rows = tensors[f'{prefix}embed_tokens.weight'].shape[0]
+  if rows < config_json.vocab_rows(config):  # further ones are never drawn
+    rows = config.vocab_size
+  shapes = layout.tensors(config, rows)
+  wanted = {prefix + name: shape for name, shape in shapes.items()}
   found = {
     k: x.shape
     for k, x in tensors.items()
@@ -279,10 +274,11 @@ def _same(a: Tensor, b: Tensor) -> bool:
 
 
 def read_parts(
-  tensors: dict[str, Tensor],
+  tensors: Mapping[str, Any],
   parts: list[layout.Part],
   size: dict[str, int],
   struct: jax.ShapeDtypeStruct,
+  opened=None,
 ) -> Array:
   """One array, straight into its shards, of copies that lie at `parts`.
 
@@ -291,6 +287,8 @@ def read_parts(
     parts: one for each copy, of the same axes.
     size: letter -> size of these axes.
     struct: shape, dtype and sharding of the array.
+    opened: tensors -> context of what can be cut as numpy cuts; by default they
+      are those of safetensors files.
   """
   found = [tensors[part.tensor] for part in parts]
   copies = len(struct.shape) - len(parts[0].axes)  # 1 if they have an axis
@@ -310,7 +308,7 @@ def read_parts(
         x[...] = layout.from_hf(part, size, letters, file[where])
     return out
 
-  with _slices(found) as files:
+  with (opened or _slices)(found) as files:
     return put_on(struct, lambda index: functools.partial(block, index))
 
 

@@ -84,12 +84,9 @@ def export(
     )
   described = config_json.to_json(config, dtype)
   names, stop_ids = _tokenizer(tokenizer_path, source, described['model_type'])
-  size = {**layout.sizes(config), 'V': config_json.vocab_rows(config)}
-  shapes = {
-    f'model.{part.tensor}': layout.shape(part, size)
-    for name in stacks.shapes(config)
-    for part in layout.parts(config, name)
-  }
+  rows = config_json.vocab_rows(config)
+  tensors = layout.tensors(config, rows)
+  shapes = {f'model.{name}': shape for name, shape in tensors.items()}
   leaves = merged(config, params, lora or {})
   with new_folder(path, bytes_of(shapes, dtype)) as folder:
     _write_shards(folder, _tensors(config, leaves, dtype), shapes, dtype)
@@ -248,20 +245,19 @@ def _tokenizer(
   if tokenizer_path is None:
     return found, [1]
   tokenizer = tokenizer_lib.load(tokenizer_path)
-  with open(tokenizer_lib.find(tokenizer_path), 'rb') as f:
-    own = f.read()
+  own = tokenizer_lib.content_of(tokenizer_path)
   if found.setdefault(tokenizer_lib.FILE, own) != own:
     raise UserError(
       f'{tokenizer_path} is not the tokenizer of {source}; export with one of'
       ' the two alone.'
     )
   if 'tokenizer_config.json' not in found:
-    described = _describe_tokenizer(tokenizer, model_type)
+    described = describe_tokenizer(tokenizer, model_type)
     found['tokenizer_config.json'] = json.dumps(described, indent=2).encode()
   return found, list(tokenizer.stop_ids)
 
 
-def _describe_tokenizer(
+def describe_tokenizer(
   tokenizer: tokenizer_lib.Tokenizer, model_type: str
 ) -> dict[str, Any]:
   """A tokenizer_config.json for a SentencePiece model of Gemma's kind."""
