@@ -31,7 +31,7 @@ healthy = import pip, importlib.util as u; \
 $(foreach folder,.venv .venv-parity .venv-hf,$(if $(wildcard $(folder)/.done),\
   $(shell $(folder)/bin/python -c '$(healthy)' >&2 || rm $(folder)/.done)))
 
-.PHONY: help setup data demo test test-long test-docs test-meshes test-parity \
+.PHONY: help setup data demo gemma test test-long test-docs test-meshes test-parity \
   test-hf mutations fuzz audit figures bench sizing drill soak \
   overoptimisation notebooks notebooks-keep lm-eval lint venv libtpu browser
 
@@ -93,6 +93,14 @@ setup: data libtpu  ## create .venv, fetch the demo's data and the TPU compiler
 demo: setup  ## sft, reward model, J-BOND and evaluation, into runs/demo
 	@for stage in sft reward_model train evaluate; do \
 	  $(PYTHON) -m bond_jax.$$stage --config=$(CONFIG) --workdir=$(WORKDIR); \
+	done
+
+gemma: setup  ## J-BOND of Gemma 3 270M, into runs/gemma; ACCEPT_GEMMA_TERMS=yes
+	@$(PYTHON) -m bond_jax.gemma_270m --data_dir=data \
+	  $(if $(filter yes,$(ACCEPT_GEMMA_TERMS)),--accept_gemma_terms)
+	@for stage in reward_model train evaluate; do \
+	  $(PYTHON) -m bond_jax.$$stage --config=configs/gemma3_270m_laptop.py \
+	    --workdir=runs/gemma; \
 	done
 
 test: venv libtpu  ## the core test suite; needs no network and no data

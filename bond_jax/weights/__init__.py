@@ -1,5 +1,5 @@
 """What a run starts from, and what it leaves for others.
 
-official.py and huggingface/ read and write the layouts of others; load.py gives
-a stage its policy, tokenizer and reference; export.py writes. Start at load.py.
+official.py, huggingface/ and gguf/ have the layouts of others; load.py gives a
+stage its policy, tokenizer and reference; export.py writes. Start at load.py.
 """

@@ -7,7 +7,9 @@ import signal
 import numpy as np
 import pytest
 import toy
+import turns
 
+from bond_jax.data import tokenizer as tokenizer_lib
 from bond_jax.errors import Stopped, UserError
 from bond_jax.reward_models import ridge_fit, stage
 from bond_jax.rewards import ridge
@@ -141,6 +143,18 @@ def test_constant_ratings_are_said(config, tmp_path):
     _write(tmp_path, split, [{**r, 'rating': 1} for r in _rows(split)])
   with pytest.raises(UserError, match='are all ratings the same'):
     stage.main(config, str(tmp_path / 'run'))
+
+
+def test_the_vocabulary_of_the_weights_is_read(config, tmp_path):
+  """Where a run names one, the ridge takes it and trains none."""
+  workdir, path = str(tmp_path / 'run'), str(turns.vocabulary(tmp_path))
+  words = tokenizer_lib.load(path)
+  config.tokenizer.update(path=path, vocab_size=words.vocab_size)
+  config.model.sizes = {'vocab_size': words.vocab_size}
+  stage.main(config, workdir)
+  found = ridge.read(os.path.join(workdir, 'reward', 'model.npz'))
+  assert found.tokenizer.sha256 == words.sha256
+  assert not os.path.exists(os.path.join(workdir, 'tokenizer.model'))
 
 
 def test_it_is_a_stage_as_all_others(config, tmp_path, monkeypatch):

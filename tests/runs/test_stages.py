@@ -307,16 +307,31 @@ def test_a_language_that_is_none(path, value, says):
   [
     ('tpu', None, '~/.cache/bond_jax'),
     ('gpu', '/x', '/x'),
-    ('cpu', None, None),
+    ('cpu', '/x', '/x'),
   ],
 )
-def test_compilations_are_kept_where_they_take_long(backend, asked, kept):
+def test_where_compilations_are_kept(backend, asked, kept):
+  assert folder_of_programs(backend, asked) == os.path.expanduser(kept)
+
+
+def test_another_kind_of_cpu_has_programs_of_its_own(monkeypatch):
+  """A program with instructions that a CPU lacks would end the process."""
+  real = environment.cpu()
+  assert str(os.cpu_count()) in real.split('\n')
+  ours = folder_of_programs('cpu', None)
+  assert ours == folder_of_programs('cpu', None)
+  assert os.path.dirname(ours) == os.path.expanduser('~/.cache/bond_jax')
+  for other in real.replace('sse', 'xxx'), real + ' avx512_bf16':
+    monkeypatch.setattr(environment, 'cpu', lambda other=other: other)
+    assert (folder_of_programs('cpu', None) == ours) == (other == real)
+
+
+def folder_of_programs(backend, asked):
   before = jax.config.jax_compilation_cache_dir
   try:
     jax.config.update('jax_compilation_cache_dir', asked)
     environment.keep_compilations(backend)
-    found = jax.config.jax_compilation_cache_dir
-    assert found == (kept and os.path.expanduser(kept))
+    return jax.config.jax_compilation_cache_dir
   finally:
     jax.config.update('jax_compilation_cache_dir', before)
 
