@@ -31,9 +31,10 @@ healthy = import pip, importlib.util as u; \
 $(foreach folder,.venv .venv-parity .venv-hf,$(if $(wildcard $(folder)/.done),\
   $(shell $(folder)/bin/python -c '$(healthy)' >&2 || rm $(folder)/.done)))
 
-.PHONY: help setup data demo gemma test test-long test-docs test-meshes test-parity \
-  test-hf mutations fuzz audit figures bench sizing drill soak \
-  overoptimisation notebooks notebooks-keep lm-eval lint venv libtpu browser
+.PHONY: help setup data demo gemma test test-long test-docs test-meshes \
+  test-parity test-hf mutations fuzz audit figures bench sizing drill soak \
+  overoptimisation notebooks notebooks-quick notebooks-keep lm-eval lint venv \
+  libtpu browser
 
 help:  ## list these commands
 	@sed -n 's/^\([a-z-]*\):.*## /\1: /p' Makefile | column -t -s:
@@ -173,12 +174,26 @@ drill: venv  ## kill runs and damage checkpoints, 500 times (an hour)
 soak: venv  ## 20,000 steps, watched for leaks, into runs/soak
 	@$(PYTHON) -m benchmarks.soak --out=runs/soak
 
+# $(call execute,FOLDER): all notebooks of a folder, two at a time.
+define execute
+mkdir -p $(1)/colab/executed && cd $(1)/colab && printf '%s\n' *.ipynb | \
+PATH="$(CURDIR)/.venv/bin:$$PATH" PYTHONPATH=$(1) \
+xargs -P 2 -I{} $(CURDIR)/$(PYTHON) -m jupyter execute \
+  --kernel_name=python3 --output=executed/{} {}
+endef
+
 notebooks: .venv/.notebooks data  ## execute colab/*.ipynb into colab/executed
-	@mkdir -p colab/executed
-	@cd colab && printf '%s\n' *.ipynb | \
-	  PATH="$(CURDIR)/.venv/bin:$$PATH" PYTHONPATH="$(CURDIR)" \
-	  xargs -P 2 -I{} $(CURDIR)/$(PYTHON) -m jupyter execute \
-	    --kernel_name=python3 --output=executed/{} {}
+	@$(call execute,$(CURDIR))
+
+# Of their runs, which are thrown away, only the numbers are smaller.
+QUICK := $(CURDIR)/build/notebooks
+notebooks-quick: .venv/.notebooks data  ## the same with small numbers, for CI
+	@rm -rf $(QUICK) && mkdir -p $(QUICK) && cp -r colab $(QUICK)
+	@ln -s $(CURDIR)/{bond_jax,configs,benchmarks,data} $(QUICK)
+	@export NOTEBOOK_FLAGS="--config.train.steps=3 \
+	  --config.train.optimizer.warmup_steps=1 --config.train.probe_prompts=16 \
+	  --config.evaluate.prompts=16 --config.evaluate.policy_completions=2 \
+	  --config.evaluate.reference_completions=16"; $(call execute,$(QUICK))
 
 notebooks-keep: .venv/.notebooks  ## the outputs of the last `make notebooks`
 	@$(PYTHON) colab/keep_outputs.py

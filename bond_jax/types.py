@@ -130,6 +130,7 @@ class Policy(NamedTuple):
   prepare: Callable[[Params], Any]  # the parameters as the sampler wants them
   decoder: Callable[[Any], Decoder]  # over those
   vocab_size: int
+  frozen_head: bool = False  # no gradient of `logits` by the parameters
 
 
 class Frozen(NamedTuple):

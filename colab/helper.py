@@ -34,8 +34,11 @@ class Html(NamedTuple):
 def run(module: str, *args: str) -> None:
   """Runs `python -m module *args`; a UserError if it fails.
 
-  Shows its output, with the newest progress line alone.
+  Shows its output, with the newest progress line alone. Commands with a config
+  get the flags in NOTEBOOK_FLAGS as well, so that tests take small numbers.
   """
+  if any(arg.startswith('--config=') for arg in args):
+    args += tuple(os.environ.get('NOTEBOOK_FLAGS', '').split())
   # IPython is there only in notebooks.
   from IPython import display  # pylint: disable=import-outside-toplevel
 

@@ -42,13 +42,14 @@ def log_probs(
   # [B M, T, D], at the position before each token.
   hidden = hidden[:, p - 1 : p + t - 1]
 
-  # Rematerialised, so that the backward pass holds one tile's logits too.
-  @jax.checkpoint
   def score(hidden, token):
     logits = policy.logits(params, sharding.whole(hidden))
     logits = sharding.split_last(logits)
     chosen = jnp.take_along_axis(logits, token[..., None], -1)[..., 0]
     return chosen - jax.nn.logsumexp(logits, -1)
+
+  # So that the backward pass, too, holds the logits of one tile at most.
+  score = _with_slope(score) if policy.frozen_head else jax.checkpoint(score)
 
   rows, positions = tile(b * m, t, chunk, sharding.data_size(tokens))
   into = functools.partial(_tiles, rows=rows, positions=positions)
@@ -57,6 +58,29 @@ def log_probs(
   out = out.reshape(-1, b * m // rows, rows, positions)
   out = out.transpose(2, 1, 0, 3).reshape(b * m, -1)[:, :t]
   return jnp.where(mask, out, 0.0).reshape(b, m, t)
+
+
+def _with_slope(score):
+  """The same function, whose slope by `hidden` is taken in the forward pass.
+
+  Each number depends on its own row of `hidden`, [..., D], which so keeps one
+  vector in the place of its logits: these are computed once, not twice, and
+  once more in the product that gives the slope.
+  """
+
+  @jax.custom_vjp
+  def same(hidden, token):
+    return score(hidden, token)
+
+  def forward(hidden, token):
+    value, pull = jax.vjp(lambda x: score(x, token), hidden)
+    return value, pull(jnp.ones_like(value))[0]
+
+  def backward(slope, ct):
+    return (ct[..., None] * slope).astype(slope.dtype), None
+
+  same.defvjp(forward, backward)
+  return same
 
 
 def join_rows(

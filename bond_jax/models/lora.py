@@ -118,6 +118,7 @@ def over(policy: Policy, base: Params) -> Policy:
     hidden=lambda tree, *args: policy.hidden(join(base, tree), *args),
     logits=lambda tree, hidden: policy.logits(join(base, tree), hidden),
     prepare=lambda tree: policy.prepare(join(base, tree)),
+    frozen_head=bool(base),  # embeddings have no adapters
   )
 
 

@@ -295,3 +295,55 @@ def test_a_frozen_embedding_has_no_gradient():
   # The embedding's transpose product: [V, D] from [chunk, V] and [chunk, D].
   outputs = re.findall(r'dot_general.*-> tensor<(\S+?)xf32>', program.as_text())
   assert outputs and f'{VOCAB}x{FEATURES}' not in outputs
+
+
+@pytest.mark.parametrize('chunk', [3, 100])
+def test_over_a_frozen_head_logits_are_computed_once(batch, chunk):
+  """The same numbers and gradients, for one product of the head less."""
+  config = dataclasses.replace(
+    TINY['gemma2'], layers=2, lora_scale=2.0, vocab_size=4000, used_vocab=3990
+  )
+  base = random_params(config, 0)
+  policy = lora.make(
+    config, temperature=0.7, dtype='float32', scan=False, remat='none',
+    rank=2, alpha=4.0, targets='attn|mlp',
+  )  # fmt: skip
+  adapters = jax.tree.map(lambda x: x + 0.1, policy.init(jax.random.key(1)))
+  weight = np.random.default_rng(2).standard_normal(batch[-1].shape)
+  found = {}
+  for once in False, True:
+
+    @jax.jit
+    def value_and_grad(adapters, base, once=once):
+      own = lora.over(policy, base)
+      assert own.frozen_head
+      own = own._replace(frozen_head=once)
+
+      def total(adapters):
+        # Not linear in the log-probs, as WIND's squared risk.
+        out = log_probs(own, adapters, *batch, chunk=chunk)
+        return (weight * out**2).sum()
+
+      return jax.value_and_grad(total)(adapters)
+
+    program = value_and_grad.lower(adapters, base).compile()
+    flops = program.cost_analysis()['flops']
+    found[once] = jax.device_get(program(adapters, base)), flops
+  (twice, more), (once, fewer) = found[False], found[True]
+  largest = max(abs(x).max() for x in jax.tree.leaves(twice[1]))
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, 1e-5, 1e-6 * largest),
+    twice, once,
+  )  # fmt: skip
+  assert all((abs(x) > 0).any() for x in jax.tree.leaves(once[1]))
+  if chunk == 100:  # a product of the head, of 6 x 7 positions
+    product = 2 * 42 * config.features * config.vocab_size
+    assert 0.9 * product < more - fewer < 4 * product
+
+
+def test_a_head_that_is_trained_is_not_frozen():
+  policy = gemma.make(
+    TINY['gemma3'], temperature=1.0, dtype='float32', scan=False, remat='none'
+  )
+  assert not policy.frozen_head
+  assert not lora.over(policy, {}).frozen_head

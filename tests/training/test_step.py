@@ -298,6 +298,15 @@ def test_filler_rows_do_not_matter(setup, update, frozen, prompts, drawn):
   assert abs(full[1]['loss'] - plain[1]['loss']) > 1e-3
 
 
+def test_the_sampler_gap_of_a_step(setup, draw, update, frozen, prompts):
+  """The anchor's completions are of another law, and have no part in it."""
+  state = start(setup, frozen, mix=0.3)
+  two = jax.device_get(draw(state, frozen, prompts, jax.random.key(3)))
+  state = start(setup, frozen, mix=0.3)
+  _, metrics = update(1)(state, frozen, prompts, two, reward_of(two))
+  assert metrics['sampler_gap'] < 1e-4
+
+
 def test_metrics_say_what_was_drawn(setup, update, frozen, prompts, drawn):
   one, reward = drawn
   _, metrics = jax.device_get(
