@@ -55,8 +55,8 @@ def logs_folder(folder: str) -> str:
 
 def evaluate(
   run: stages.Run,
-  folder: str = '.',
-  checkpoint: int | str = 'last',
+  folder: str,
+  checkpoint: int,
   against: str = 'reference',
 ) -> dict[str, Any]:
   """Draws, judges and reports; returns the summary of the whole run.
@@ -118,7 +118,10 @@ def evaluate(
     own = log.read_rows(os.path.join(logs, 'metrics.jsonl'))
     summary, curve = measure(out, rows)
     summary |= history.throughput(own) | history.history(config, workdir, own)
-    summary |= {'checkpoint': checkpoint, 'against': against}
+    # Of a run that has not finished, the steps are those of its checkpoint.
+    summary |= {
+      'checkpoint': checkpoint, 'steps': checkpoint, 'against': against
+    }  # fmt: skip
     draw_report(config, workdir, out, rows, summary, curve)
     return summary
 
@@ -205,7 +208,12 @@ def draw_report(config, workdir, folder, rows, summary, curve) -> None:
 
 def headlines(summary: dict[str, Any]) -> list[tuple]:
   """The table of the measures that the report opens with."""
-  shown = summary | {'seconds': show.clock(summary['seconds'])}
+  spent = summary['phase_seconds'].items()
+  own = sum(v for k, v in spent if k.startswith('evaluate/'))
+  shown = summary | {
+    'seconds': show.clock(own),
+    'all_seconds': show.clock(summary['seconds']),
+  }
   name = lambda label: label.replace('the reference', page.opponent(summary))
   rows = [
     (name(label), shown.get(key), shown.get(extra, ''))

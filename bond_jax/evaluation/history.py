@@ -11,7 +11,7 @@ from bond_jax.runs.settings import configs
 
 Rows = list[dict[str, Any]]
 
-TRAIN = 'steps', 'anchor_drift', 'signal_fires', 'compilations_after_first_step'
+TRAIN = 'anchor_drift', 'signal_fires', 'compilations_after_first_step'
 
 
 def history(config, workdir: str, own: Rows) -> dict[str, Any]:

@@ -307,7 +307,7 @@ def test_a_run_without_a_last_checkpoint_has_a_best_one(config, workdir):
   os.remove(f'{workdir}/train/summary.json')
   with pytest.raises(UserError, match='or give --checkpoint=best'):
     judge(config, workdir, 'last')
-  assert 'steps' not in history.history(config, workdir, [])
+  assert 'anchor_drift' not in history.history(config, workdir, [])
   step = origin.find_step(workdir, 'train', 'best')
   assert evaluate.folder_of(workdir, step, 'reference') == (
     f'evaluate/step_{step}'

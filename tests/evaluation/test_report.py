@@ -120,7 +120,7 @@ def test_cards_have_their_values_and_errors(page):
   value, error = found['KL to the reference, nats']
   assert value == '1.5'
   assert error == '±\u00a00'
-  assert found['Time'] == ('1:15', '')
+  assert found['Time of all stages'] == ('1:15', '')
   assert found['Tokens per second'] == ('1,234', '')
   assert 'Win rate by gold (kindness)' in found
   assert 'VADER' not in page[1]

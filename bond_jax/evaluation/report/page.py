@@ -48,7 +48,8 @@ HEADLINES = (
   ('Prompts with a signal', 'signal_fires', None),
   ('Anchor drift', 'anchor_drift', None),
   ('Steps', 'steps', None),
-  ('Time, minutes : seconds', 'seconds', None),
+  ('Time of this evaluation', 'seconds', None),
+  ('Time of all stages', 'all_seconds', None),
 )
 
 _sides = lambda key: (f'{key}_reference', f'{key}_policy')
@@ -77,7 +78,7 @@ CARDS = {
     ('Anchor drift', 'anchor_drift'),
     ('Steps', 'steps'),
     ('Tokens per second', 'tokens_per_second'),
-    ('Time', 'seconds'),
+    ('Time of all stages', 'seconds'),
   ),
 }
 
