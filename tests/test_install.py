@@ -12,7 +12,7 @@ from packaging.utils import canonicalize_name
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
-FILES = ('requirements.txt', 'requirements-hf.txt')
+FILES = ('requirements.txt', 'requirements-dev.txt', 'requirements-hf.txt')
 # Python 3.12 and later get the newest, 3.11 the newest that support it.
 VERSIONS = ('3.11', '3.12')
 # Module -> distribution, where the names differ.
