@@ -42,9 +42,17 @@ GEMMA = (
 
 
 def stage(place: Place, command: str):
+  if '--weights=' in command:
+    place.demo(*toy.STAGES[:3])
+    out = f'exported_{len(place.done)}'
+    export = f'python -m bond_jax.export --workdir=runs/demo --out={out}'
+    place.run(f'{export} --format=gguf')
+    file = f'--weights={out}/model.gguf'
+    place.run(re.sub(r'--weights=\S+', file, f"{command} --prompt='the film'"))
+    return
   if '--config' not in command:  # of a run, which knows its own
     place.demo()
-    place.run(command)
+    place.run(command.replace('runs/gemma', 'runs/demo'))
     return
   if 'gemma' in command or '--workdir=runs/mine' in command:
     place.weights()
@@ -202,7 +210,7 @@ def xpk(place: Place, command: str):
 
 
 def make(place: Place, command: str):
-  target = command.split()[1]
+  target = re.search(r'make (\S+)', command)[1]
   said = place.run(f'make -n {target}')
   assert re.search(rf'^{target}:.*## ', (place.folder / 'Makefile').read_text(),
                    re.M), f'make help does not know {target}'  # fmt: skip
@@ -250,7 +258,7 @@ def plain(place: Place, command: str):
 
 
 RULES = (
-  (r'make \S+', make),
+  (r'(\w+=\S+ )?make \S+', make),
   (r'python -m benchmarks\.papers\.(reproduce|wind_1) ', figures),
   (r'(PYTHONPATH=\S+ )?python (benchmarks/|-m benchmarks\.)\w+', benchmark),
   (r'python -m bond_jax\.plan ', plan),
