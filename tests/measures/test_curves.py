@@ -292,3 +292,18 @@ def test_intervals_of_best_of_n_cover_as_often_as_they_say(
   # 95 % of 150, give or take three standard errors.
   assert np.all(hits >= 134), hits
   assert np.all(np.ptp(ends, 1) < n)  # and they are not endless
+
+
+def test_each_resample_has_its_own_curve():
+  """Here each is of one prompt; that with ties pays more for a win rate."""
+  rng = np.random.default_rng(0)
+  plain, tied = rng.standard_normal(64), rng.integers(0, 2, 64) * 1.0
+  both = curves.best_of_n_curve(np.stack([plain, tied]))
+  found = curves._on_resampled(np.eye(2), np.array([0.6, 0.6]), both)
+  for i, values in enumerate((plain, tied)):
+    alone = curves.best_of_n_curve(values[None])
+    n = np.interp(0.6, np.maximum.accumulate(alone.win_rate), alone.ns)
+    np.testing.assert_allclose(found[0, i], n, rtol=0.02)
+    kl = np.interp(np.log(found[0, i]), np.log(alone.ns), alone.kl)
+    np.testing.assert_allclose(found[1, i], kl, rtol=0.02)
+  assert found[1, 1] > 1.1 * found[1, 0]
