@@ -325,6 +325,8 @@ def test_tokenizer_files_come_from_the_source(tmp_path):
     dict(hidden_size='1152'),
     dict(num_hidden_layers=10**18),
     dict(num_hidden_layers=0),
+    dict(hidden_size=0),
+    dict(head_dim=-256),
     dict(num_key_value_heads=3),
     dict(vocab_size=None),
     dict(head_dim=True * 0.5),
