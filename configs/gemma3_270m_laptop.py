@@ -15,8 +15,8 @@ from bond_jax.runs.settings import defaults
 # Steps, batch, learning rate and arguments: as many completions, and for SPPO a
 # quarter of them trained on, which is what takes the time.
 ALGORITHMS = dict(
-  sppo=(40, 16, 3e-4, dict(step_size=1.0, num_anchor=8, rows='extremes')),
-  jbond=(53, 32, 3e-4, dict(
+  sppo=(40, 16, 1.2e-4, dict(step_size=1.0, num_anchor=8, rows='extremes')),
+  jbond=(53, 32, 1.2e-4, dict(
     num_anchor=2, backward_weight=0.5, anchor_rate=0.05, drift_weight=0.0,
   )),
 )  # fmt: skip
