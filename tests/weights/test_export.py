@@ -196,7 +196,7 @@ def test_a_run_that_is_not_finished(runs, tmp_path):
   'args, why',
   [
     (['--workdir=/no/run', '--out=x'], 'cannot read /no/run/config.json'),
-    (['--workdir=r', '--out=x', '--format=gguf'], 'hf|adapter|official'),
+    (['--workdir=r', '--out=x', '--format=onnx'], 'hf|adapter|official|gguf'),
   ],
 )
 def test_the_command_line_has_one_line_for_each_error(tmp_path, args, why):
