@@ -423,17 +423,22 @@ def test_without_the_package(tmp_path, vocabulary, monkeypatch):
 
 
 @pytest.mark.parametrize(
-  'change, match',
+  'family, change, match',
   [
-    (dict(layers=4, pattern=('global', 'local')), 'pattern'),
-    (dict(final_softcap=30.0), 'final_softcap'),
-    (dict(query_scale=0.5), 'query_scale'),
+    ('gemma3', dict(layers=4, pattern=('global', 'local')), 'pattern'),
+    ('gemma3', dict(final_softcap=30.0), 'final_softcap'),
+    ('gemma3', dict(query_scale=0.5), 'query_scale'),
+    ('gemma2', dict(pattern=('global',)), 'pattern'),
+    ('gemma2', dict(attention_softcap=None), 'attention_softcap'),
+    ('gemma2', dict(final_softcap=None), 'final_softcap'),
   ],
 )
-def test_what_llama_cpp_computes_otherwise(tmp_path, vocabulary, change, match):
-  config = families(vocabulary[1])['gemma3']
+def test_what_llama_cpp_computes_otherwise(
+  tmp_path, vocabulary, family, change, match
+):
+  config = families(vocabulary[1])[family]
   config = dataclasses.replace(config, **change)
-  with pytest.raises(UserError, match=match):
+  with pytest.raises(UserError, match=f'no key for {match}'):
     made(config, tmp_path / 'out', vocabulary)
   assert not (tmp_path / 'out').exists()
 

@@ -91,10 +91,12 @@ def _check(config: gemma.Config, raw, architecture: str) -> None:
   )
   period = len(config.pattern)
   whole = ('local',) * (period - 1) + ('global',)
+  two = architecture == 'gemma2'  # which has a window and caps always
   wrong = {
     'query_scale': raw.get('query_pre_attn_scalar', scalar) != scalar,
-    'pattern': config.pattern != whole,
-    'final_softcap': architecture == 'gemma3' and config.final_softcap,
+    'pattern': config.pattern != whole or (two and period == 1),
+    'attention_softcap': two and not config.attention_softcap,
+    'final_softcap': bool(config.final_softcap) != two,
   }
   for name, bad in wrong.items():
     if bad:
