@@ -21,7 +21,7 @@ from bond_jax.training.tasks import text_task
 from bond_jax.weights import identify, load
 
 
-def of_run(config: ml_collections.ConfigDict, workdir: str, which: str):
+def open_run(config: ml_collections.ConfigDict, workdir: str, which: str):
   """A run's tokenizer, and what draws from its policy; see `make_draw`."""
   mesh = sharding.make_mesh(**config.mesh)
   tokenizer = load.load_tokenizer(config, workdir)
@@ -34,8 +34,8 @@ def of_run(config: ml_collections.ConfigDict, workdir: str, which: str):
   return tokenizer, make_draw(config, tokenizer, mesh, policy, base, params)
 
 
-def of_weights(config: ml_collections.ConfigDict):
-  """As `of_run`, of `config.weights` alone."""
+def open_weights(config: ml_collections.ConfigDict):
+  """As `open_run`, of `config.weights` alone."""
   mesh = sharding.make_mesh(**config.mesh)
   tokenizer = load.load_tokenizer(config, '')
   policy = policies.make_policy(config.model, config.tokenizer.vocab_size)
@@ -110,7 +110,7 @@ def talk(
 ) -> None:
   """Completes `prompt`, or holds a conversation if it is None.
 
-  `model`: a tokenizer and what draws, as `of_run` and `of_weights` return them.
+  `model`: a tokenizer and what draws; see `open_run` and `open_weights`.
   """
   turns = config.prompt.kind == 'turn'
   tokenizer, draw = model
@@ -147,7 +147,7 @@ def from_run(
   if best:
     make.check_reward(config.reward)
     judge = make.make_ask(config, 'reward', workdir, failure='stop')
-  model = of_run(config, workdir, checkpoint)
+  model = open_run(config, workdir, checkpoint)
   talk(config, model, judge, prompt=prompt, n=n, seed=seed)
 
 
@@ -203,20 +203,27 @@ def run(doc: str) -> None:
   given = command.run_flags()
 
   def main() -> None:
-    if weights.value is None:
+    alone = weights.value is not None
+    of_run = 'config', 'workdir', 'checkpoint', 'best'
+    of_weights = 'tokenizer', 'length', 'temperature'
+    for name in of_run if alone else of_weights:
+      if flags.FLAGS[name].present:
+        raise UserError(
+          f'--{name} is for {"runs" if alone else "--weights"}; of a run give'
+          ' --workdir and --config.length and the like, of weights --weights.'
+        )
+    if not alone:
       from_run(
           *given(), prompt=prompt.value, n=n.value, best=best.value,
           checkpoint=checkpoint.value, seed=seed.value,
       )  # fmt: skip
       return
-    if best.value:
-      raise UserError('--best needs the reward of a run: give --workdir.')
     environment.configure_jax()
     found = identify.identify(weights.value, tokenizer.value)
     why = f'{weights.value} only completes text'
     check_prompt(prompt.value, found.turns, why)
     config = config_of(found, length.value, temperature.value)
-    model = of_weights(config)
+    model = open_weights(config)
     talk(config, model, prompt=prompt.value, n=n.value, seed=seed.value)
 
   command.execute(main, doc)

@@ -111,7 +111,7 @@ def test_a_conversation_goes_on(config, ask, monkeypatch):
     seen.append((pieces, seed, row))
     return [row['messages'][-1]['content']], [[f'answer {len(seen)}']], None
 
-  monkeypatch.setattr(sample, 'of_run', lambda *args: (tokenizer, draw))
+  monkeypatch.setattr(sample, 'open_run', lambda *args: (tokenizer, draw))
   out = ask(config, '', 'hello', 'and?', '', 'never said', seed=5)
   assert 'answer 1\n' in out and 'answer 2\n' in out
   assert [seed for _, seed, _ in seen] == [5, 6]

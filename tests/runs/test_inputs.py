@@ -307,7 +307,7 @@ def test_a_policy_stands_on_what_it_was_trained_on(command, place, monkeypatch):
     f.write('\n')
   act = {
     'evaluate': lambda: toy.run('evaluate', config, workdir),
-    'sample': lambda: sample.of_run(config, workdir, 'last'),
+    'sample': lambda: sample.open_run(config, workdir, 'last'),
   }[command]
   with pytest.raises(UserError, match='reference sft .*--accept_changes'):
     act()

@@ -124,7 +124,7 @@ def test_the_scale_is_alpha_over_rank():
 def test_a_conversation_with_released_weights(release, tmp_path, capsys):
   folder, _ = release
   config = gemma_config(folder)
-  tokenizer, draw = sample.of_run(config, str(tmp_path), 'reference')
+  tokenizer, draw = sample.open_run(config, str(tmp_path), 'reference')
   messages = [{'role': 'user', 'content': 'the film'}]
   pieces = test_tokenizer.tokenizer.chat(tokenizer, messages, system=False)
   row = {'messages': messages}
@@ -162,8 +162,8 @@ def test_weights_alone_say_what_a_run_says(release, tmp_path, monkeypatch):
   pieces = test_tokenizer.tokenizer.chat(
     test_tokenizer.with_turns(), row['messages'], system=False
   )
-  _, ours = sample.of_weights(config)
-  _, theirs = sample.of_run(wanted, str(tmp_path), 'reference')
+  _, ours = sample.open_weights(config)
+  _, theirs = sample.open_run(wanted, str(tmp_path), 'reference')
   assert ours(row, pieces, 3, 7)[1] == theirs(row, pieces, 3, 7)[1]
   other = {**params, 'final_norm': {'scale': np.ones(3, np.float32)}}
   official.save_official(other, None, str(tmp_path / 'other'))
@@ -188,7 +188,7 @@ def test_weights_of_others_alone(release, tmp_path, capsys):
     config = sample.config_of(found, 4, 1.0)
     assert config.prompt.kind == 'turn'
     # The scales of norms lose a bit in GGUF: not the same draws, but texts.
-    model = sample.of_weights(config)
+    model = sample.open_weights(config)
     sample.talk(config, model, prompt='the film', n=3, seed=7)
     shown.append(capsys.readouterr().out)
   assert all('[3] ' in text for text in shown), shown
@@ -211,8 +211,9 @@ def test_the_command_with_weights_alone(release):
   weights = f'--weights={out}/model.gguf'
   for more, status, says in (
     (['--prompt=the film', '--n=2', '--length=4'], 0, '[2] '),
-    (['--prompt=the film', '--best'], 2, '--best needs the reward of a run'),
+    (['--prompt=the film', '--best'], 2, '--best is for runs'),
     (['--prompt=x', '--weights=/nowhere.gguf'], 2, 'no folder or GGUF file'),
+    (['--prompt=x', '--workdir=runs/x'], 2, '--workdir is for runs'),
   ):
     process = toy.command('sample', weights, *more)
     text = ''.join(process.communicate())
