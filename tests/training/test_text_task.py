@@ -31,7 +31,7 @@ STAGES = {
   'sft': sft.train,
   'reward_model': train.train,
   'train': text_task.make,
-  'evaluate': evaluate.evaluate,
+  'evaluate': lambda run: evaluate.evaluate(run, 'evaluate', checkpoint=1),
 }
 
 
