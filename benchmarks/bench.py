@@ -9,6 +9,9 @@ sampling  tokens per second of bond_jax, gm.text.Sampler, Tunix's Sampler and
 step      a J-BOND step beside Tunix's GRPO step, and beside its own parts.
 head      memory and time of log-probs and their gradient at V = 262,144,
           beside the plain [B, T, V] computation. Needs 18 GB of memory.
+real      Gemma 3 270M's released weights (`make gemma` fetches them), float32
+          and bfloat16: sampling beside transformers, a J-BOND step of adapters
+          beside a step of TRL's RLOO. Not part of the default.
 large     Gemma 3 1B's shape in bfloat16, 256 x 256 tokens, for accelerators;
           not part of the default.
 
@@ -138,6 +141,24 @@ def large(rounds: int, folder: str, args) -> dict:
               **found)  # fmt: skip
 
 
+def real(rounds: int, folder: str, path: str) -> dict:
+  """dtype -> workload -> what `rounds_of` found, and of float32 the step."""
+  found, versions = {}, {}
+  for dtype in ('float32', 'bfloat16'):
+    names = ['ours', 'transformers', *(['trl'] if dtype == 'float32' else [])]
+    workers, skipped = peers.start(names, folder, (path, dtype))
+    versions |= {k: v.hello['versions'] for k, v in workers.items()}
+    found[dtype] = {
+      x.name: rounds_of(workers, ('sample',), x, rounds)['sample']
+      for x in workloads.REAL
+    }
+    if dtype == 'float32':
+      found['step'] = rounds_of(workers, ('step',), workloads.REAL_STEP, rounds)
+    for worker in workers.values():
+      worker.close()
+  return dict(found, versions=versions, skipped=skipped)
+
+
 def parse(argv: list[str] | None) -> argparse.Namespace:
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -145,16 +166,19 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
   parser.add_argument('--only', default=','.join(SECTIONS))
   parser.add_argument('--rounds', type=int, default=5)
   parser.add_argument('--out', type=os.path.expanduser, default='runs/bench')
+  parser.add_argument(
+    '--weights', default='data/gemma-3-270m', help='of real, a folder'
+  )
   parser.add_argument('--model', default='gemma3_1b', help='of large')
   parser.add_argument('--batch', type=int, default=256, help='of large')
   parser.add_argument('--length', type=int, default=256, help='of large')
   args = parser.parse_args(argv)
   args.only = args.only.split(',')
-  unknown = set(args.only) - {*SECTIONS, 'large'}
+  unknown = set(args.only) - {*SECTIONS, 'real', 'large'}
   if unknown or args.rounds < 1:
     parser.error(
-      f'--only takes {", ".join(SECTIONS)} and large, --rounds 1 or more; got'
-      f' {", ".join(unknown) or args.rounds}'
+      f'--only takes {", ".join(SECTIONS)}, real and large, --rounds 1 or more;'
+      f' got {", ".join(unknown) or args.rounds}'
     )
   return args
 
@@ -171,7 +195,7 @@ def main(argv: list[str] | None = None) -> None:
   )
   if {'sampling', 'step'} & set(args.only):
     make_weights(folder)
-    workers, found['skipped'] = peers.start(list(peers.NAMES), folder)
+    workers, found['skipped'] = peers.start(list(peers.SAMPLERS), folder)
     found['workers'] = {k: v.hello for k, v in workers.items()}
     if 'sampling' in args.only:
       found['sampling'] = sampling(workers, args.rounds)
@@ -181,6 +205,9 @@ def main(argv: list[str] | None = None) -> None:
       worker.close()
   if 'head' in args.only:
     found['head'] = head()
+  if 'real' in args.only:
+    path = os.path.abspath(args.weights)
+    found['real'] = real(args.rounds, folder, path)
   if 'large' in args.only:
     found['large'] = large(args.rounds, folder, args)
   found['load_after'] = os.getloadavg()[0]

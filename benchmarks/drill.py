@@ -54,6 +54,7 @@ FAMILIES = {
   'wind, iterated': {'train.rollouts': 2, 'train.epochs': 2},
   'sppo': {},
   'rloo': {},
+  'tilt': {},
   'reinforce': {},
   'online_dpo': {},
   'ipo': {},

@@ -55,11 +55,12 @@ def reward(prompts, drawn) -> calling.Scored:
   return calling.Scored(value.astype(np.float32), prompts.weight, {})
 
 
-def open_step(setup: step_lib.Setup, params, workload: workloads.Workload):
+def open_step(
+  setup: step_lib.Setup, frozen: Frozen, workload: workloads.Workload
+):
   """(part or 'step') -> a function that runs it once and waits for it."""
   mesh = sharding.make_mesh(data=1, model=1)
   prompts = prompts_of(workloads.tokens(workload, setup.policy.vocab_size))
-  frozen = Frozen(params, {})
   held = [distil.init_state(setup, frozen, mesh)]
   programs = distil.make_programs(setup, mesh, held[0])
   submit = calling.worker()
@@ -105,13 +106,14 @@ def open_step(setup: step_lib.Setup, params, workload: workloads.Workload):
   return runs | {'step': whole}
 
 
-def calls(policy, params) -> dict:
+def calls(policy, frozen: Frozen, chunk: int) -> dict:
   """As `serve.Call`s: the step and each of its parts."""
 
   @functools.cache
   def opened(workload):
     length = workload.new_tokens
-    return open_step(make_setup(policy, length, 1, 8192), params, workload)
+    setup = make_setup(policy, length, 1, chunk)
+    return open_step(setup, frozen, workload)
 
   def call(name, workload, seed):
     opened(workload)[name](seed)

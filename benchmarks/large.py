@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from benchmarks import jbond_step, workloads
 from benchmarks.workers import serve
 from bond_jax.models.gemma import model as gemma
+from bond_jax.types import Frozen
 from bond_jax.weights import stacks
 
 PROMPTS_AT_ONCE = 16  # of a micro-batch, two rows each
@@ -83,7 +84,7 @@ def open_(model: str):
     micro = max(1, workload.prompts // PROMPTS_AT_ONCE)
     setup = jbond_step.make_setup(trained, workload.new_tokens, micro, CHUNK)
     params = init(jax.random.key(0))
-    return jbond_step.open_step(setup, params, workload)
+    return jbond_step.open_step(setup, Frozen(params, {}), workload)
 
   def train(workload, seed):
     opened(workload)['update'](seed)

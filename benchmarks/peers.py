@@ -17,7 +17,9 @@ NAMES = {
   'gemma': 'gm.text.Sampler',
   'tunix': 'Tunix',
   'transformers': 'transformers',
+  'trl': 'TRL',
 }
+SAMPLERS = 'ours', 'gemma', 'tunix', 'transformers'
 
 
 class Unavailable(Exception):

@@ -12,6 +12,7 @@ def report(found: dict) -> str:
     ('sampling', sampling),
     ('step', step),
     ('head', head),
+    ('real', real),
     ('large', large),
   ):
     if name in found:
@@ -52,12 +53,12 @@ def rates(row: dict) -> dict[str, float | None]:
   """Tokens per second of each, the median over rounds; None = not there."""
   rate = lambda name: row.get(name, {}).get('rate')
   return {k: statistics.median(rate(k)) if rate(k) else None
-          for k in peers.NAMES}  # fmt: skip
+          for k in peers.SAMPLERS}  # fmt: skip
 
 
 def sampling(found: dict) -> str:
-  others = list(peers.NAMES)[1:]
-  head = ('tokens per second', *peers.NAMES.values())
+  others = peers.SAMPLERS[1:]
+  head = ('tokens per second', *map(peers.NAMES.get, peers.SAMPLERS))
   head += tuple(f'ours / {peers.NAMES[x]}' for x in others)
   rows = [(*head, 'ours / the best')]
   best = {}
@@ -134,6 +135,27 @@ def head(found: list[dict]) -> str:
       )
     )
   return arithmetic.markdown(rows)
+
+
+def real(found: dict) -> str:
+  """Tokens per second of either dtype, and the seconds of a step."""
+  rows = [('tokens per second', 'dtype', 'ours', 'transformers', 'ratio')]
+  for dtype in ('float32', 'bfloat16'):
+    for name, row in found[dtype].items():
+      by, rate = ratios(row).get('transformers'), rates(row)
+      rows.append((name, dtype, rate['ours'], rate['transformers'], by))
+  said = [arithmetic.markdown(rows)]
+  steps = found['step']['step']
+  if all('seconds' in steps.get(name, {}) for name in ('ours', 'trl')):
+    ours, theirs = steps['ours'], steps['trl']
+    by = arithmetic.ratio(ours['seconds'], theirs['seconds'])
+    said.append(
+      f'A J-BOND step {milliseconds(ours) / 1e3:.2f} s, of TRL RLOO'
+      f' {milliseconds(theirs) / 1e3:.2f} s: {by:.2f} of it.'
+    )
+  said += [f'{peers.NAMES[k]}: {" ".join(f"{a} {b}" for a, b in v.items())}'
+           for k, v in found['versions'].items()]  # fmt: skip
+  return '\n\n'.join(said)
 
 
 def large(found: dict) -> str:

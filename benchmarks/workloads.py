@@ -35,8 +35,14 @@ SHARED = (
   Workload('8 prompts x 8', 8, 8, 256, 64),
 )
 MIX = Workload('length mix', 512, 1, 32, 256, stop=True, slots=32)
+# Of released weights.
+REAL = (
+  *(Workload(f'batch {b}', b, 1, 32, 32) for b in (1, 8, 32)),
+  Workload('8 prompts x 8', 8, 8, 128, 32),
+)
 # J-BOND's three completions of each prompt, GRPO's group of three.
 STEP = Workload('step', 8, 3, 32, 64)
+REAL_STEP = Workload('step', 8, 3, 16, 16)
 
 
 def tokens(workload: Workload, vocab: int = VOCAB) -> np.ndarray:

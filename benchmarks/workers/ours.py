@@ -6,12 +6,12 @@ import itertools
 import jax
 import numpy as np
 
-from benchmarks import jbond_step, large, tiny, workloads
+from benchmarks import jbond_step, large, real, tiny, workloads
 from benchmarks.workers import serve
 from bond_jax.models import sampling
 from bond_jax.models.gemma import model as gemma
 from bond_jax.models.stops import Stop
-from bond_jax.types import Prompts
+from bond_jax.types import Frozen, Prompts
 
 
 def prompts_of(rows: np.ndarray, first: int) -> Prompts:
@@ -56,8 +56,10 @@ def sampler(policy, params) -> serve.Call:
   return call
 
 
-def open_(folder: str, model: str = ''):
-  del folder  # the weights are made anew, the same
+def open_(folder: str, model: str = '', dtype: str = ''):
+  del folder  # the weights are made anew, the same, or those of a path
+  if dtype:
+    return real.open_(model, dtype)
   if model:
     return large.open_(model)
   policy = gemma.make(
@@ -66,7 +68,7 @@ def open_(folder: str, model: str = ''):
   params = tiny.params()
   device = jax.devices()[0]
   calls = dict(sample=sampler(policy, params))
-  calls |= jbond_step.calls(policy, params)
+  calls |= jbond_step.calls(policy, Frozen(params, {}), 8192)
   hello = dict(
     versions=serve.versions('jax', 'jaxlib', 'flax'),
     device=device.device_kind,

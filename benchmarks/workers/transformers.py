@@ -64,10 +64,14 @@ def sampler(model) -> serve.Call:
   return call
 
 
-def open_(folder: str, model: str = ''):
-  """The tiny model, or one of a public size with random weights."""
+def open_(folder: str, model: str = '', dtype: str = ''):
+  """The tiny model, one of a public size with random weights, or a path's."""
   device = 'cuda' if torch.cuda.is_available() else 'cpu'
-  if model:
+  if dtype:
+    made = AutoModelForCausalLM.from_pretrained(
+      model, dtype=getattr(torch, dtype)
+    )
+  elif model:
     config = AutoConfig.from_pretrained(os.path.join(folder, model))
     with torch.device(device):
       made = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
