@@ -7,9 +7,10 @@ With c = `kl_weight` and y from the policy, each step ascends
 along the estimate grad log pi(y) (R - B), where R = r(y) - c log(pi(y) /
 ref(y)) and B is the mean of the other prompts' R, as in `bond`. At each
 position of y the log-ratio in R is summed from there on: what was drawn before
-cannot depend on it. `policy_gradient` is the body of `rloo` as well.
+cannot depend on it. `policy_gradient` is the body of `rloo` and `tilt` as well.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -38,12 +39,23 @@ def make(*, kl_weight: float) -> Algorithm:
   return policy_gradient(num_policy=1, kl_weight=kl_weight)
 
 
-def policy_gradient(*, num_policy: int, kl_weight: float) -> Algorithm:
+def policy_gradient(
+  *,
+  num_policy: int,
+  kl_weight: float,
+  num_anchor: int = 0,
+  reward: Callable[[Scores], Array] = lambda scores: scores.reward,
+) -> Algorithm:
   """REINFORCE on K = num_policy completions of each prompt, 1 or more.
 
   The baseline is the mean signal of the prompt's other completions; where it
-  has none, of the other prompts' completions. A ValueError unless
-  kl_weight >= 0.
+  has none, of the other prompts' completions.
+
+  Args:
+    num_policy: K.
+    kl_weight: >= 0, or a ValueError.
+    num_anchor: completions of the reference, that are compared with.
+    reward: Scores -> f32[B, K], of the policy's completions.
   """
   if not kl_weight >= 0:
     raise ValueError(f'kl_weight must be >= 0, got {kl_weight}')
@@ -59,22 +71,23 @@ def policy_gradient(*, num_policy: int, kl_weight: float) -> Algorithm:
 
   def select(reward, win):
     del win
-    return jnp.broadcast_to(jnp.array([own]), reward.shape)
+    return jnp.broadcast_to(jnp.array([own]), (len(reward), num_policy))
 
   def weigh(scores: Scores):
     # The sampler's log-probs enter the baseline alone: it may be anything
     # that does not depend on the row's own draw.
     log_ratio = scores.log_sampled - scores.log_reference
-    whole = peers(signal(scores.reward, log_ratio))
-    weight = jnp.broadcast_to(scores.weight[:, None], scores.reward.shape)
+    mine = reward(scores)
+    whole = peers(signal(mine, log_ratio))
+    weight = jnp.broadcast_to(scores.weight[:, None], mine.shape)
     baseline = peers(jax.vmap(ops.leave_one_out_mean)(whole, peers(weight)))
-    differ = peers(_differ(peers(scores.reward), peers(weight)))[:, 0]
+    differ = peers(_differ(peers(mine), peers(weight)))[:, 0]
     kl = log_ratio.sum(-1).mean(-1)
     metrics = {
       'signal/fires': ops.weighted_mean(differ * 1.0, scores.weight),
       'kl/policy_reference': ops.weighted_mean(kl, scores.weight),
     }
-    return Rows(scores.reward, scores.log_reference, baseline), metrics
+    return Rows(mine, scores.log_reference, baseline), metrics
 
   def loss(log_policy, rows: Rows):
     log_ratio = jax.lax.stop_gradient(log_policy) - rows.log_reference
@@ -83,7 +96,7 @@ def policy_gradient(*, num_policy: int, kl_weight: float) -> Algorithm:
 
   return Algorithm(
     num_policy=num_policy,
-    num_anchor=0,
+    num_anchor=num_anchor,
     select=select,
     anchor_rows=(),
     reference_rows=own,
