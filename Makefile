@@ -96,7 +96,7 @@ demo: setup  ## sft, reward model, J-BOND and evaluation, into runs/demo
 	  $(PYTHON) -m bond_jax.$$stage --config=$(CONFIG) --workdir=$(WORKDIR); \
 	done
 
-gemma: setup  ## J-BOND of Gemma 3 270M, into runs/gemma; ACCEPT_GEMMA_TERMS=yes
+gemma: setup  ## Gemma 3 270M, before and after, into runs/gemma; ACCEPT_GEMMA_TERMS=yes
 	@$(PYTHON) -m bond_jax.gemma_270m --data_dir=data \
 	  $(if $(filter yes,$(ACCEPT_GEMMA_TERMS)),--accept_gemma_terms)
 	@for stage in reward_model train evaluate; do \

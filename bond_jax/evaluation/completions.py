@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import functools
 import json
 import os
+import time
 from typing import Any, NamedTuple
 
 import jax
@@ -104,9 +105,9 @@ class Side(NamedTuple):
 
 def collect(
   path: str, sides: Sequence[Side], judge, prompts: Prompts, *, at_once: int,
-  writer_of: Callable[[int | None], log.Writer],
+  minutes: float, writer_of: Callable[[int | None], log.Writer],
 ) -> list[Row]:  # fmt: skip
-  """Appends the rows of all calls that `path` lacks.
+  """Appends the rows of all calls that `path` lacks, or of those in time.
 
   Returns all rows on the first host, and none on the others.
 
@@ -116,6 +117,8 @@ def collect(
     judge: of `make_judge`.
     prompts: on all hosts.
     at_once: completions of each prompt in a call.
+    minutes: after which no call is begun, but for the two completions of each
+      side that a report needs; 0 = all are made.
     writer_of: completions per prompt already there, or None -> the writer of
       the stage's metrics.
   """
@@ -124,13 +127,18 @@ def collect(
     for side in sides
     for first in range(0, side.count, at_once)
   ]
+  if minutes:  # all sides get their share of it
+    todo.sort(key=lambda call: call[1] / call[0].count)
   sizes = [num * len(prompts.id) for _, _, num in todo]
   done = hosts.once(lambda: keep_whole(path, sizes))
   drawn = sum(num for _, _, num in todo[:done])
   if done:
     hosts.say(f'evaluate: goes on after {drawn} completions of each prompt')
+  end = time.monotonic() + 60 * minutes
   with writer_of(drawn or None) as writer:
     for side, first, num in todo[done:]:
+      if minutes and first > 1 and hosts.once(lambda: time.monotonic() > end):
+        break
       with writer.phase('sample'):
         rollout, *under = side.draw(first, num)
       with writer.phase('judge'):

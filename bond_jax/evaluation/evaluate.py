@@ -1,11 +1,13 @@
 """Judges the policy of a run against its reference, on held-out prompts."""
 
+from collections.abc import Sequence
 import contextlib
 import functools
 import os
 import textwrap
 from typing import Any
 
+from absl import flags
 import jax
 import ml_collections
 
@@ -20,6 +22,7 @@ from bond_jax.rewards import calling, make
 from bond_jax.runs import (
   command,
   environment,
+  files,
   fingerprints,
   log,
   paths,
@@ -33,11 +36,15 @@ from bond_jax.training.tasks import text_task
 from bond_jax.weights import load
 
 
-def folder_of(workdir: str, step: int, against: str) -> str:
+def folder_of(
+  workdir: str, step: int, against: str, factor: float = 1.0
+) -> str:
   """Where an evaluation is written, below the workdir.
 
   That of the last checkpoint against the reference is the run's own.
   """
+  if factor != 1:
+    return os.path.join('evaluate', f'step_{step}_times_{factor:g}')
   if against == 'reference':
     done = os.path.exists(os.path.join(workdir, 'train', 'summary.json'))
     if done and step == load.find_step(workdir, 'train', 'last'):
@@ -58,6 +65,7 @@ def evaluate(
   folder: str,
   checkpoint: int,
   against: str = 'reference',
+  factor: float = 1.0,
 ) -> dict[str, Any]:
   """Draws, judges and reports; returns the summary of the whole run.
 
@@ -66,6 +74,8 @@ def evaluate(
     folder: below its own, in which the results go.
     checkpoint: of the policy.
     against: 'reference', or the folder of another run.
+    factor: other than 1, the policy is extrapolated, see `load.extrapolated`;
+      the reference's completions are those of the evaluation without.
   """
   config, workdir, mesh, _ = run
   settings, tokenizer = config.evaluate, load.load_tokenizer(config, workdir)
@@ -78,7 +88,7 @@ def evaluate(
     length=config.prompt.length,
     count=settings.prompts,
   )
-  policy, reference = load_sides(config, workdir, str(checkpoint), mesh)
+  policy, reference = load_sides(config, workdir, str(checkpoint), mesh, factor)
   other = reference
   if against != 'reference':
     other = load_other(against, tokenizer, mesh)
@@ -99,23 +109,27 @@ def evaluate(
     completions.Side('reference', settings.reference_completions,
                      functools.partial(draw, 1, other, policy)),
   ]  # fmt: skip
+  if factor != 1:
+    sides = sides[:1]
   out = os.path.normpath(os.path.join(workdir, folder))
   logs = os.path.normpath(os.path.join(workdir, logs_folder(folder)))
   path = os.path.join(out, 'completions.jsonl')
   inputs = functools.partial(
-    provenance.of_evaluation, config, workdir, checkpoint, against
+    provenance.of_evaluation, config, workdir, checkpoint, against, factor
   )
   hosts.once(lambda: completions.begin(path, logs, inputs()))
   total = sum(side.count for side in sides)
   rows = completions.collect(
     path, sides,
     completions.make_judge(judges, read, rows_of_host), prompts,
-    at_once=settings.at_once,
+    at_once=settings.at_once, minutes=settings.minutes,
     writer_of=lambda done: log.Writer(logs, 'evaluate', total, done),
   )  # fmt: skip
 
   def report() -> dict[str, Any]:
     own = log.read_rows(os.path.join(logs, 'metrics.jsonl'))
+    if factor != 1:
+      rows.extend(of_reference(workdir, checkpoint))
     summary, curve = measure(out, rows)
     summary |= history.throughput(own) | history.history(config, workdir, own)
     # Of a run that has not finished, the steps are those of its checkpoint.
@@ -128,15 +142,23 @@ def evaluate(
   return hosts.once(report)
 
 
+def of_reference(workdir: str, checkpoint: int) -> list[completions.Row]:
+  """What the reference wrote in the evaluation of a checkpoint against it."""
+  folder = folder_of(workdir, checkpoint, 'reference')
+  rows = log.read_rows(os.path.join(workdir, folder, 'completions.jsonl'))
+  return [row for row in rows if row.get('who') == 'reference']
+
+
 def load_sides(
-  config, workdir: str, checkpoint: str, mesh
+  config, workdir: str, checkpoint: str, mesh, factor: float = 1.0
 ) -> tuple[completions.Model, completions.Model]:
-  """The policy of a run, and its reference."""
+  """The policy of a run, extrapolated by a factor, and its reference."""
   policy = policies.make_policy(config.model, config.tokenizer.vocab_size)
   params = load.load_policy(
     config, policy, workdir, checkpoint, mesh, alone=False
   )
   reference, base = load.load_frozen(config, policy, workdir, mesh)
+  params = load.extrapolated(config, params, reference, factor)
   return (
     completions.Model(policy, params, base),
     completions.Model(policy, reference, base),
@@ -227,8 +249,9 @@ def main(
   workdir: str,
   checkpoint: str = 'last',
   against: str = 'reference',
+  factors: Sequence[float] = (),
 ) -> None:
-  """One evaluation of one run."""
+  """One evaluation of one run, and of its policy extrapolated by `factors`."""
   hosts.start()  # before anything that hosts must agree on
   environment.configure_jax()
   stages.check_stage('evaluate', config, workdir)
@@ -236,22 +259,36 @@ def main(
   if against != 'reference':
     against = os.path.normpath(against)
   step = load.find_step(workdir, 'train', checkpoint)
-  folder = folder_of(workdir, step, against)
-  hosts.once(lambda: check_finished(config, workdir, folder, step, against))
-  stages.stage(
-      'evaluate', functools.partial(evaluate, folder=folder), config, workdir,
-      folder=folder, open_run=lambda *_: run, table=headlines, checkpoint=step,
-      against=against,
-  )  # fmt: skip
+  if factors and against != 'reference':
+    raise UserError(
+      '--extrapolate is judged against the reference; leave --against out.'
+    )
+  others = [factor for factor in factors if factor != 1]
+  for factor in others:
+    load.check_factor(checkpoint, factor)
+  for factor in (1.0, *others):
+    folder = folder_of(workdir, step, against, factor)
+    check = functools.partial(
+      check_finished, config, workdir, folder, step, against, factor
+    )
+    hosts.once(check)
+    stages.stage(
+        'evaluate', functools.partial(evaluate, folder=folder), config, workdir,
+        folder=folder, open_run=lambda *_: run, table=headlines,
+        checkpoint=step, against=against,
+        **({'factor': factor} if factor != 1 else {}),
+    )  # fmt: skip
+  if others:
+    hosts.once(lambda: show_extrapolated(config, workdir, step, others))
 
 
-def check_finished(config, workdir, folder, step, against) -> None:
+def check_finished(config, workdir, folder, step, against, factor) -> None:
   """Refuses a finished evaluation that had other inputs."""
   summary = os.path.normpath(os.path.join(workdir, folder, 'summary.json'))
   if not os.path.exists(summary):
     return
   before = completions.inputs_of(os.path.join(workdir, logs_folder(folder)))
-  now = provenance.of_evaluation(config, workdir, step, against)
+  now = provenance.of_evaluation(config, workdir, step, against, factor)
   lines = fingerprints.changed(
     {k: x for k, x in before.items() if k in now}, now if before else {}
   )
@@ -263,11 +300,66 @@ def check_finished(config, workdir, folder, step, against) -> None:
     )
 
 
+def show_extrapolated(
+  config, workdir: str, step: int, factors: Sequence[float]
+) -> None:
+  """A table of a policy and its extrapolations; both join the policy's report.
+
+  Says so where a law has little entropy left, or is far from the reference.
+  """
+  folder = folder_of(workdir, step, 'reference')
+  out = os.path.normpath(os.path.join(workdir, folder))
+  path = os.path.join(out, 'summary.json')
+  summary = files.read_json(path)
+  found = {1.0: summary}
+  for factor in factors:
+    other = folder_of(workdir, step, 'reference', factor)
+    found[factor] = files.read_json(
+      os.path.join(workdir, other, 'summary.json')
+    )
+  keys = ('win_rate', 'kl', 'frontier_efficiency', 'gold_win_rate',
+          'entropy_policy')  # fmt: skip
+  rows = [
+    (f'{factor:g}', *(row[key] for key in keys))
+    for factor, row in sorted(found.items())
+  ]
+  kept = summary.get('extrapolated', {}) | {
+    f'{factor:g}': {key: found[factor][key] for key in keys}
+    for factor in factors
+  }
+  summary['extrapolated'] = kept
+  files.write_json(path, summary)
+  drawn = log.read_rows(os.path.join(out, 'completions.jsonl'))
+  draw_report(config, workdir, out, drawn, summary, measure(out, drawn)[1])
+  for factor in factors:
+    row = found[factor]
+    if row['kl'] > 10 or row['entropy_policy'] < row['entropy_reference'] / 2:
+      show.warn(
+        f'extrapolated by {factor:g} the policy is {row["kl"]:.3g} nats from'
+        f' its reference, with {row["entropy_policy"]:.3g} of'
+        f' {row["entropy_reference"]:.3g} nats of entropy: read its samples.'
+      )
+  show.table([('times', *keys), *rows], f'extrapolated: see {out}')
+
+
+def numbers(texts: Sequence[str]) -> list[float]:
+  """The factors of --extrapolate; a UserError for what is no number."""
+  try:
+    return [float(text) for text in texts]
+  except ValueError as e:
+    raise UserError(
+      f'--extrapolate={",".join(texts)}: give numbers, as 0.8,1.2.'
+    ) from e
+
+
 def run(doc: str) -> None:
   """The command, with its flags; `doc` is its help."""
   given, checkpoint = command.run_flags(), command.checkpoint_flag()
   against = paths.flag(
     'against', 'reference', 'To compare with: "reference", or a run.'
+  )
+  factors = flags.DEFINE_list(
+    'extrapolate', [], 'Factors, as 0.8,1.2, of the way from the reference.'
   )
   runs = paths.flag('sweep', None, 'Runs, as "runs/*", to draw in one figure.')
   out = paths.flag('out', None, 'Folder of --sweep; runs/sweep by default.')
@@ -276,6 +368,11 @@ def run(doc: str) -> None:
     if runs.value:
       sweep.sweep(runs.value, out.value)
     else:
-      main(*given(), checkpoint=checkpoint.value, against=against.value)
+      main(
+        *given(),
+        checkpoint=checkpoint.value,
+        against=against.value,
+        factors=numbers(factors.value),
+      )
 
   command.execute(go, doc)

@@ -21,8 +21,17 @@ from bond_jax.training.tasks import text_task
 from bond_jax.weights import identify, load
 
 
-def open_run(config: ml_collections.ConfigDict, workdir: str, which: str):
-  """A run's tokenizer, and what draws from its policy; see `make_draw`."""
+def open_run(
+  config: ml_collections.ConfigDict,
+  workdir: str,
+  which: str,
+  factor: float = 1.0,
+):
+  """A run's tokenizer, and what draws from its policy; see `make_draw`.
+
+  `factor`: the policy is extrapolated by it; see `load.extrapolated`.
+  """
+  load.check_factor(which, factor)
   mesh = sharding.make_mesh(**config.mesh)
   tokenizer = load.load_tokenizer(config, workdir)
   policy = policies.make_policy(config.model, config.tokenizer.vocab_size)
@@ -31,6 +40,8 @@ def open_run(config: ml_collections.ConfigDict, workdir: str, which: str):
   reference, base = load.load_frozen(config, policy, workdir, mesh)
   if which == 'reference':
     params = reference
+  else:
+    params = load.extrapolated(config, params, reference, factor)
   return tokenizer, make_draw(config, tokenizer, mesh, policy, base, params)
 
 
@@ -137,6 +148,7 @@ def from_run(
   best: bool,
   checkpoint: str,
   seed: int,
+  factor: float = 1.0,
 ) -> None:
   """Talks with the policy of a run, or with what it started from."""
   environment.configure_jax()
@@ -147,7 +159,7 @@ def from_run(
   if best:
     make.check_reward(config.reward)
     judge = make.make_ask(config, 'reward', workdir, failure='stop')
-  model = open_run(config, workdir, checkpoint)
+  model = open_run(config, workdir, checkpoint, factor)
   talk(config, model, judge, prompt=prompt, n=n, seed=seed)
 
 
@@ -199,12 +211,13 @@ def run(doc: str) -> None:
   n = flags.DEFINE_integer('n', 1, 'Completions to draw.', lower_bound=1)
   best = flags.DEFINE_bool('best', False, 'Only the one with the best reward.')
   checkpoint = command.checkpoint_flag()  # here also "reference"
+  factor = command.extrapolate_flag()
   seed = flags.DEFINE_integer('seed', 0, 'Another seed draws others.')
   given = command.run_flags()
 
   def main() -> None:
     alone = weights.value is not None
-    of_run = 'config', 'workdir', 'checkpoint', 'best'
+    of_run = 'config', 'workdir', 'checkpoint', 'best', 'extrapolate'
     of_weights = 'tokenizer', 'length', 'temperature'
     for name in of_run if alone else of_weights:
       if flags.FLAGS[name].present:
@@ -215,7 +228,7 @@ def run(doc: str) -> None:
     if not alone:
       from_run(
           *given(), prompt=prompt.value, n=n.value, best=best.value,
-          checkpoint=checkpoint.value, seed=seed.value,
+          checkpoint=checkpoint.value, factor=factor.value, seed=seed.value,
       )  # fmt: skip
       return
     environment.configure_jax()

@@ -25,6 +25,14 @@ def checkpoint_flag() -> flags.Flag:
   return flags.FLAGS['checkpoint']
 
 
+def extrapolate_flag() -> flags.FlagHolder:
+  """--extrapolate, for the commands that use one policy."""
+  return flags.DEFINE_float(
+    'extrapolate', 1.0, 'Times the way from the reference to the policy.',
+    lower_bound=0.0,
+  )  # fmt: skip
+
+
 def debugging() -> bool:
   """Whether this is a command that was given --debug."""
   return 'debug' in flags.FLAGS and bool(flags.FLAGS['debug'].value)

@@ -120,15 +120,21 @@ def _of_run(folder: str, patterns) -> str | None:
 
 
 def of_evaluation(
-  config: ml_collections.ConfigDict, workdir: str, step: int, against: str
+  config: ml_collections.ConfigDict,
+  workdir: str,
+  step: int,
+  against: str,
+  factor: float = 1.0,
 ) -> dict[str, str]:
   """Fingerprints all that the rows of an evaluation depend on."""
   found = inputs(config, workdir, 'evaluate')
   for name, value in config.evaluate.items():
-    if name != 'samples_shown':
+    if name != 'samples_shown' and (value or name != 'minutes'):
       found[f'evaluate.{name}'] = str(value)
   sums = f'checkpoints/{step}/sha256.json'
   found['policy'] = str(_of_run(os.path.join(workdir, 'train'), (sums,)))
+  if factor != 1:
+    found['factor'] = str(factor)
   if against != 'reference':
     where = os.path.join(against, 'train')
     found['against'] = str(_of_run(where, ('checkpoints/*/sha256.json',)))

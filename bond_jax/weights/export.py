@@ -23,7 +23,7 @@ DTYPES = 'bfloat16', 'float32', 'float16', 'q8_0'
 
 
 def export(
-  workdir: str, out: str, which: str, form: str, dtype: str
+  workdir: str, out: str, which: str, form: str, dtype: str, factor: float = 1.0
 ) -> dict[str, Any]:
   """Writes the policy of a run's train stage; returns the summary.
 
@@ -34,10 +34,12 @@ def export(
       training started from.
     form: one of FORMATS.
     dtype: of the weights, with hf and gguf; others keep that of the run.
+    factor: the policy is extrapolated by it; see `load.extrapolated`.
   """
   if '://' in out or os.path.lexists(out):
     why = 'is no local folder' if '://' in out else 'exists'
     raise UserError(f'--out={out} {why}; name a local one that does not exist.')
+  load.check_factor(which, factor)
   if form == 'gguf':
     layout.library()
   config = configs.read_config(workdir)
@@ -56,14 +58,18 @@ def export(
     sizes = policies.make_sizes(config.model, config.tokenizer.vocab_size)
   policy = policies.make_policy(config.model, config.tokenizer.vocab_size)
   frozen = None
-  if which == 'reference' or (rank and form != 'adapter'):
+  based = rank and form != 'adapter'
+  if which == 'reference' or based or (factor != 1 and not rank):
     frozen = load.load_frozen(config, policy, workdir, mesh)
   if which == 'reference':
     trained, step = frozen.reference, 0
   else:
     trained = load.load_policy(config, policy, workdir, which, mesh, alone=True)
+    trained = load.extrapolated(
+      config, trained, frozen and frozen.reference, factor
+    )
     step = load.find_step(workdir, 'train', which)
-  params = frozen.base if rank and form != 'adapter' else trained
+  params = frozen.base if based else trained
   if form == 'adapter':
     base = paths.expanded(config.get('weights') or '')
     base = base or configs.reference_dir(config, workdir)
@@ -87,6 +93,7 @@ def export(
     'workdir': os.path.abspath(workdir),
     'model': config.model.name,
     'checkpoint': which,
+    'extrapolated': factor,
     'step': step,
     'format': form,
     'parameters': sum(x.size for x in jax.tree.leaves(params)),
@@ -117,11 +124,13 @@ def size_of(folder: str) -> int:
   )
 
 
-def main(workdir: str, out: str, which: str, form: str, dtype: str) -> None:
+def main(
+  workdir: str, out: str, which: str, form: str, dtype: str, factor: float = 1.0
+) -> None:
   environment.configure_jax()
   start = time.perf_counter()
   print(f'export: {workdir}, checkpoint {which}, as {form}', flush=True)
-  summary = export(workdir, out, which, form, dtype)
+  summary = export(workdir, out, which, form, dtype, factor)
   summary['seconds'] = round(time.perf_counter() - start, 3)
   summary['versions'] = environment.versions()
   path = os.path.join(out, 'summary.json')
@@ -133,7 +142,7 @@ def run(doc: str) -> None:
   """The command, with its flags; `doc` is its help."""
   workdir = paths.flag('workdir', None, 'A finished run.', required=True)
   out = paths.flag('out', None, 'The folder to make.', required=True)
-  which = command.checkpoint_flag()
+  which, factor = command.checkpoint_flag(), command.extrapolate_flag()
   form = flags.DEFINE_enum('format', 'hf', FORMATS, 'What others are to read.')
   dtype = flags.DEFINE_enum(
     'dtype', 'bfloat16', DTYPES, 'Of the weights, with hf and gguf.'
@@ -142,6 +151,9 @@ def run(doc: str) -> None:
   def export_it():
     started = configs.check_version(workdir.value)
     paths.go_to(paths.home(workdir.value, started))
-    main(workdir.value, out.value, which.value, form.value, dtype.value)
+    main(
+      workdir.value, out.value, which.value, form.value, dtype.value,
+      factor.value,
+    )  # fmt: skip
 
   command.execute(export_it, doc)

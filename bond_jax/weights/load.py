@@ -1,5 +1,6 @@
 """What a run starts from: its vocabulary, its model, and the weights."""
 
+import functools
 import json
 import os
 from typing import Any
@@ -145,6 +146,52 @@ def load_policy(
     made = checkpoint.read_facts(checkpoints, step)
   provenance.check_start(config, workdir, made, alone)
   return load_params(policy, workdir, 'train', str(step), mesh)
+
+
+def check_factor(which: str, factor: float) -> None:
+  """Refuses what is no factor of `extrapolated`, and the reference with one."""
+  if not 0 <= factor < float('inf'):
+    raise UserError(
+      f'--extrapolate={factor} must be a finite number, 0 or more: 1 is the'
+      ' policy, 0 its reference.'
+    )
+  if factor != 1 and which == 'reference':
+    raise UserError(
+      f'--extrapolate={factor} is for a policy; leave out'
+      ' --checkpoint=reference.'
+    )
+
+
+def extrapolated(
+  config, params: Params, reference: Params | None, factor: float
+) -> Params:
+  """The policy `factor` times as far from its reference, in weights.
+
+  reference + factor (params - reference). Of adapters that began at nothing,
+  W + factor s A B: factor times B, exactly. 1 is the policy, 0 the reference.
+
+  Args:
+    config: of the run.
+    params: the policy; donated.
+    reference: what training started from; not looked at with LoRA.
+    factor: see `check_factor`. A UserError for one other than 1 where the
+      policy started from an adapter.
+  """
+  if factor == 1:
+    return params
+  if config.model.lora.rank:
+    if config.model.lora.weights:
+      raise UserError(
+        'a policy that started from the adapter model.lora.weights cannot be'
+        ' extrapolated; export what it started from with'
+        ' --checkpoint=reference, and train from these weights.'
+      )
+    of = lambda path, x: x * factor if path[-1].key.endswith('_b') else x
+    scale = functools.partial(jax.tree_util.tree_map_with_path, of)
+    return jax.jit(scale, donate_argnums=0)(params)
+  move = lambda x, y: y + factor * (x - y)
+  move = functools.partial(jax.tree.map, move)
+  return jax.jit(move, donate_argnums=0)(params, reference)
 
 
 def load_params(

@@ -65,6 +65,47 @@ def test_completions_hold_every_measure(config):
   assert len(texts) > 0.9 * len(rows)  # no call repeats another's keys
 
 
+def test_an_evaluation_of_some_minutes(config, workdir):
+  """Over at once: two of each side, in turn, of those that all would be."""
+  config.evaluate.update(dict(minutes=1e-9, at_once=1))
+  judge(config, workdir)
+  key = lambda row: (row['who'], row['id'], row['completion'])
+  drawn = [key(row) for row in read_completions(workdir)]
+  assert [who for who, _, _ in drawn[:: config.evaluate.prompts]] == [
+    'policy', 'reference', 'reference', 'policy'
+  ]  # fmt: skip
+  assert set(drawn) <= {key(row) for row in read_completions(toy.finished())}
+  assert toy.summary(workdir)['win_rate'] > 0
+
+
+def test_the_policy_is_extrapolated(config, workdir, capsys):
+  """At 0 it is the reference; the reference's rewards are not drawn again."""
+  judge(config, workdir, factors=[1, 0, 1.5])
+  folder = os.path.join(workdir, 'evaluate', 'step_6_times_')
+  drawn = read_completions(f'{folder}0')
+  settings = config.evaluate
+  assert len(drawn) == settings.prompts * settings.policy_completions
+  for row in drawn:
+    assert row['who'] == 'policy'
+    assert row['log_policy'] == pytest.approx(row['log_reference'], abs=1e-4)
+  found, own = toy.summary(f'{folder}1.5'), toy.summary(workdir)
+  assert found['kl'] > 1.2 * own['kl'] and found['factor'] == 1.5
+  assert found['reward_reference'] == own['reward_reference']
+  assert sorted(own['extrapolated']) == ['0', '1.5']
+  assert own['extrapolated']['1.5']['win_rate'] == found['win_rate']
+  rows = capsys.readouterr().out.rpartition('extrapolated: see')[2].split('\n')
+  assert [row.split()[0] for row in rows if row[:1].isdigit()] == [
+    '0', '1', '1.5'
+  ]  # fmt: skip
+  with pytest.raises(UserError, match='leave --against out'):
+    judge(config, workdir, against='x', factors=[2])
+
+
+def test_a_law_without_entropy_is_told(config, workdir, capsys):
+  judge(config, workdir, factors=[40])
+  assert 'extrapolated by 40 the policy is' in capsys.readouterr().err
+
+
 def test_prompts_are_openings_of_the_test_split(config):
   with open(config.data.name.replace('{split}', 'test')) as f:
     texts = [json.loads(line)['text'] for line in f]
@@ -150,7 +191,7 @@ def test_records_of_a_side(config, tmp_path, who, own, other, killed):
   collect = lambda: completions.collect(
     str(path), [completions.Side(who, 3, draw)],
     completions.make_judge({'reward': judge}, read, np.arange(2)), prompts,
-    at_once=2,
+    at_once=2, minutes=0,
     writer_of=lambda done: log.Writer(str(tmp_path), 'x', 3, done),
   )  # fmt: skip
   if killed == 'judge':

@@ -79,7 +79,7 @@ BAD = [
   (
     [*NO_FINITE, -0.5],
     'reward_model.margin reward_model.min_gap model.lora.alpha'
-    ' enumerable.kl_weight'
+    ' enumerable.kl_weight evaluate.minutes'
     + ''.join(f' {x}.weight_decay' for x in OPTIMIZERS),
   ),
   (
@@ -405,6 +405,9 @@ def test_the_choices_are_those_of_the_code(path, choices):
     ('sppo', 'rows', [*NO_TEXT, 'some']),
     ('rloo', 'num_policy', [*NO_WHOLE, 1]),
     ('rloo', 'kl_weight', [*NO_FINITE, -1]),
+    ('tilt', 'num_policy', [*NO_WHOLE, 1]),
+    ('tilt', 'num_anchor', [*NO_WHOLE, 0]),
+    ('tilt', 'kl_weight', [*NO_FINITE, 0, -1]),
     ('reinforce', 'kl_weight', [*NO_FINITE, -1]),
     ('online_dpo', 'kl_weight', [*NO_FINITE, 0, -1]),
     ('ipo', 'kl_weight', [*NO_FINITE, 0, -1]),

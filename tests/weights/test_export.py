@@ -114,6 +114,37 @@ def test_the_official_layout(runs, tmp_path):
   same(loaded, random_params(toy.MODEL, 7))
 
 
+@pytest.mark.parametrize('factor', core(1, [1.5, 0.0]))
+def test_an_extrapolated_policy(runs, tmp_path, factor):
+  """All weights so many times as far from where training started."""
+  start = random_params(toy.MODEL, 5)
+  config = dataclasses.replace(toy.MODEL, lora_scale=ALPHA / RANK)
+  merged = lora.merge(config, start, adapters(7))
+  ends = {'full': random_params(toy.MODEL, 7), 'low': merged}
+  for name, end in ends.items():
+    out = str(tmp_path / name)
+    export.main(runs[name], out, 'last', 'official', 'float32', factor)
+    jax.tree.map(
+      lambda x, y, got: np.testing.assert_allclose(
+        got, x + factor * (y - x), rtol=1e-5, atol=1e-6
+      ),
+      start,
+      end,
+      weights.load(out, toy.MODEL, like()),
+    )
+    assert toy.summary(out)['extrapolated'] == factor
+
+
+@pytest.mark.parametrize('factor', [-0.5, float('nan'), float('inf')])
+def test_factors_that_mean_nothing(runs, tmp_path, factor):
+  out = str(tmp_path / 'out')
+  with pytest.raises(UserError, match='--extrapolate='):
+    export.main(runs['full'], out, 'last', 'hf', 'float32', factor)
+  with pytest.raises(UserError, match='--checkpoint=reference'):
+    export.main(runs['full'], out, 'reference', 'hf', 'float32', 1.5)
+  assert not os.path.exists(out)
+
+
 def test_adapters_merged_and_alone(runs, tmp_path):
   whole, low = str(tmp_path / 'whole'), str(tmp_path / 'low')
   official = str(tmp_path / 'official')

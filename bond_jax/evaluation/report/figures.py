@@ -103,7 +103,11 @@ def frontier(ax: Axes, data: Data, look) -> bool:
   _, kl = series(rows, 'kl/reference')
   _, rate = series(rows, 'win_rate/reference')
   final, pay = data.summary.get('win_rate'), data.summary.get('kl')
-  edge = 1.08 * max(*kl, pay or 0.0, data.curve.kl[-1])
+  times = data.summary.get('extrapolated') or {}
+  won, far = (
+    np.array([row[key] for row in times.values()]) for key in ('win_rate', 'kl')
+  )
+  edge = 1.08 * max(*kl, *far, pay or 0.0, data.curve.kl[-1])
   tilt_rate, tilt_kl = curves.tilt_frontier(np.geomspace(1e-2, 1e4, 400))
   free_rate, free_kl = curves.closed_form(np.geomspace(1, 1e4, 400))
   ax.plot(tilt_kl, tilt_rate, ':', color=purple, label='optimum, no ties')
@@ -125,6 +129,10 @@ def frontier(ax: Axes, data: Data, look) -> bool:
       pay, final, xerr=1.96 * data.summary['kl_stderr'], yerr=bars[:, None],
       fmt='D', color=blue, ms=5, elinewidth=1, label='this run, at the end',
     )  # fmt: skip
+  if len(times):
+    order = np.argsort(far)
+    ax.plot(far[order], won[order], 's--', color=blue, ms=3, lw=0.8,
+            mfc=look['paper'], label='this run, extrapolated')  # fmt: skip
   ax.set(xlim=(-0.02 * edge, edge), ylim=(min(0.48, *rate, 1), 1.005),
          xlabel=f'KL to {_short(other)}, nats', ylabel='win rate')  # fmt: skip
   ax.legend(loc='best')

@@ -201,6 +201,8 @@ TREE = dict(
     policy_completions=S(16, COUNT),  # of each
     reference_completions=S(64, at_least(2)),  # the Best-of-N curve needs them
     at_once=S(4, COUNT),  # completions of each prompt in one call
+    # No call is begun later: with fewer completions if so; 0 = all of them.
+    minutes=S(0.0, at_least(0, NUMBER)),
     samples_shown=S(20, at_least(0)),
   ),
   enumerable=dict(

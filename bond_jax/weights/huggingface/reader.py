@@ -294,18 +294,23 @@ def read_parts(
   copies = len(struct.shape) - len(parts[0].axes)  # 1 if they have an axis
 
   def block(index: tuple[slice, ...]) -> np.ndarray:
-    out = np.zeros([s.stop - s.start for s in index], struct.dtype)
-    each = out if copies else out[None]
+    shape = [s.stop - s.start for s in index]
     chosen = index[0] if copies else slice(0, 1)
     letters = dict(zip(parts[0].axes, index[copies:], strict=True))
+    if 'V' in letters:
+      where = layout.slices(parts[0], size, letters)
+      rows = where[0].indices(found[0].shape[0])[:2]
+      if rows[1] - rows[0] == shape[0]:  # not copied once more
+        return np.asarray(files[0][slice(*rows), where[1]], struct.dtype)
+      out = np.zeros(shape, struct.dtype)  # of rows that the file lacks
+      if rows[0] < rows[1]:
+        out[: rows[1] - rows[0]] = files[0][slice(*rows), where[1]]
+      return out
+    out = np.empty(shape, struct.dtype)
+    each = out if copies else out[None]
     for x, part, file in zip(each, parts[chosen], files[chosen], strict=True):
       where = layout.slices(part, size, letters)
-      if 'V' in letters:  # rows that the file lacks stay zero
-        rows = where[0].indices(found[0].shape[0])[:2]
-        if rows[0] < rows[1]:
-          x[: rows[1] - rows[0]] = file[slice(*rows), where[1]]
-      else:
-        x[...] = layout.from_hf(part, size, letters, file[where])
+      x[...] = layout.from_hf(part, size, letters, file[where])
     return out
 
   with (opened or _slices)(found) as files:
