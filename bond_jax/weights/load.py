@@ -180,9 +180,9 @@ def extrapolated(
   if factor == 1:
     return params
   if config.model.lora.rank:
-    if config.model.lora.weights:
+    if start := config.model.lora.weights:
       raise UserError(
-        'a policy that started from the adapter model.lora.weights cannot be'
+        f'a policy that started from the adapter {start} cannot be'
         ' extrapolated; export what it started from with'
         ' --checkpoint=reference, and train from these weights.'
       )

@@ -91,6 +91,7 @@ def test_the_policy_is_extrapolated(config, workdir, capsys):
   found, own = toy.summary(f'{folder}1.5'), toy.summary(workdir)
   assert found['kl'] > 1.2 * own['kl'] and found['factor'] == 1.5
   assert found['reward_reference'] == own['reward_reference']
+  assert completions.inputs_of(f'{folder}1.5')['factor'] == '1.5'
   assert sorted(own['extrapolated']) == ['0', '1.5']
   assert own['extrapolated']['1.5']['win_rate'] == found['win_rate']
   rows = capsys.readouterr().out.rpartition('extrapolated: see')[2].split('\n')

@@ -21,7 +21,7 @@ from bond_jax.errors import UserError
 from bond_jax.models import lora
 from bond_jax.runs.checkpoints import checkpoint
 from bond_jax.types import TrainState
-from bond_jax.weights import export, stacks
+from bond_jax.weights import export, load, stacks
 from bond_jax.weights import official as weights
 from bond_jax.weights.huggingface import reader, writer
 
@@ -143,6 +143,16 @@ def test_factors_that_mean_nothing(runs, tmp_path, factor):
   with pytest.raises(UserError, match='--checkpoint=reference'):
     export.main(runs['full'], out, 'reference', 'hf', 'float32', 1.5)
   assert not os.path.exists(out)
+
+
+def test_no_way_leads_on_from_an_adapter():
+  """Two adapters apart: no multiple of one of them."""
+  config = toy.get_config(toy.folder())
+  config.model.lora.update(dict(rank=RANK, weights='an/adapter'))
+  with pytest.raises(UserError, match='an/adapter'):
+    load.extrapolated(config, adapters(7), adapters(6), 1.5)
+  tree = adapters(7)
+  assert load.extrapolated(config, tree, adapters(6), 1.0) is tree
 
 
 def test_adapters_merged_and_alone(runs, tmp_path):
