@@ -31,7 +31,7 @@ healthy = import pip, importlib.util as u; \
 $(foreach folder,.venv .venv-parity .venv-hf,$(if $(wildcard $(folder)/.done),\
   $(shell $(folder)/bin/python -c '$(healthy)' >&2 || rm $(folder)/.done)))
 
-.PHONY: help setup data demo gemma test test-long test-docs test-meshes \
+.PHONY: help environments setup data demo gemma test test-long test-docs test-meshes \
   test-parity test-hf test-gemma mutations fuzz audit figures bench sizing \
   drill soak overoptimisation notebooks notebooks-quick notebooks-keep lm-eval \
   lint venv libtpu browser
@@ -89,6 +89,9 @@ browser: .browser/.done
 data: venv
 	@$(PYTHON) -m bond_jax.movie_reviews --data_dir=data
 
+# All environments that .ci/run needs; with -j, side by side.
+environments: .venv/.notebooks .venv-parity/.done .venv-hf/.done libtpu browser
+
 setup: data libtpu  ## create .venv, fetch the demo's data and the TPU compiler
 
 demo: setup  ## sft, reward model, J-BOND and evaluation, into runs/demo
@@ -121,11 +124,11 @@ HF_TESTS := $(addprefix tests/parity/test_,transformers.py rewards_hf.py \
 GEMMA_TEST := tests/parity/test_gemma_270m.py
 
 test-parity: .venv-parity/.done  ## against the gemma library; own environment
-	@.venv-parity/bin/python -m pytest tests/parity \
+	@.venv-parity/bin/python -m pytest -n 2 --dist loadfile tests/parity \
 	  $(HF_TESTS:%=--ignore=%) --ignore=$(GEMMA_TEST)
 
 test-hf: .venv-hf/.done  ## with transformers, peft, datasets and lm_eval; likewise
-	@.venv-hf/bin/python -m pytest $(HF_TESTS)
+	@.venv-hf/bin/python -m pytest -n 2 --dist loadfile $(HF_TESTS)
 
 test-gemma: .venv-hf/.done  ## released weights, 240 MB; ACCEPT_GEMMA_TERMS=yes
 	@.venv-hf/bin/python -m pytest -rs $(GEMMA_TEST)

@@ -10,8 +10,8 @@ step      a J-BOND step beside Tunix's GRPO step, and beside its own parts.
 head      memory and time of log-probs and their gradient at V = 262,144,
           beside the plain [B, T, V] computation. Needs 18 GB of memory.
 real      Gemma 3 270M's released weights (`make gemma` fetches them), float32
-          and bfloat16: sampling beside transformers, a J-BOND step of adapters
-          beside a step of TRL's RLOO. Not part of the default.
+          and bfloat16, beside transformers. Not part of the default.
+real_step a J-BOND step of their adapters beside a step of TRL's RLOO; nor this.
 large     Gemma 3 1B's shape in bfloat16, 256 x 256 tokens, for accelerators;
           not part of the default.
 
@@ -33,6 +33,7 @@ import time
 from benchmarks import arithmetic, figures, peers, tables, workloads
 
 SECTIONS = ('sampling', 'step', 'head')
+MORE = ('real', 'real_step', 'large')  # not by default
 # Idle threads of the last worker go to sleep before the next is asked.
 PAUSE = 0.3
 
@@ -101,10 +102,10 @@ def sampling(workers: dict, rounds: int) -> dict:
   return found
 
 
-def step(workers: dict, rounds: int) -> dict:
+def step(workers: dict, rounds: int, workload=workloads.STEP) -> dict:
   """The step of each trainer, and the parts of ours, alone."""
   calls = ('step', 'rollout', 'weigh', 'update', 'move_anchor')
-  return rounds_of(workers, calls, workloads.STEP, rounds)
+  return rounds_of(workers, calls, workload, rounds)
 
 
 def head() -> list[dict]:
@@ -142,21 +143,27 @@ def large(rounds: int, folder: str, args) -> dict:
 
 
 def real(rounds: int, folder: str, path: str) -> dict:
-  """dtype -> workload -> what `rounds_of` found, and of float32 the step."""
-  found, versions = {}, {}
+  """dtype -> workload -> what `rounds_of` found."""
+  found = {}
   for dtype in ('float32', 'bfloat16'):
-    names = ['ours', 'transformers', *(['trl'] if dtype == 'float32' else [])]
-    workers, skipped = peers.start(names, folder, (path, dtype))
-    versions |= {k: v.hello['versions'] for k, v in workers.items()}
+    names = ['ours', 'transformers']
+    workers, _ = peers.start(names, folder, (path, dtype))
     found[dtype] = {
       x.name: rounds_of(workers, ('sample',), x, rounds)['sample']
       for x in workloads.REAL
     }
-    if dtype == 'float32':
-      found['step'] = rounds_of(workers, ('step',), workloads.REAL_STEP, rounds)
     for worker in workers.values():
       worker.close()
-  return dict(found, versions=versions, skipped=skipped)
+  return found
+
+
+def real_step(rounds: int, folder: str, path: str) -> dict:
+  """As `step`, of adapters of released weights in float32."""
+  workers, _ = peers.start(['ours', 'trl'], folder, (path, 'float32'))
+  found = step(workers, rounds, workloads.REAL_STEP)
+  for worker in workers.values():
+    worker.close()
+  return found
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -174,11 +181,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
   parser.add_argument('--length', type=int, default=256, help='of large')
   args = parser.parse_args(argv)
   args.only = args.only.split(',')
-  unknown = set(args.only) - {*SECTIONS, 'real', 'large'}
+  unknown = set(args.only) - {*SECTIONS, *MORE}
   if unknown or args.rounds < 1:
     parser.error(
-      f'--only takes {", ".join(SECTIONS)}, real and large, --rounds 1 or more;'
-      f' got {", ".join(unknown) or args.rounds}'
+      f'--only takes {", ".join((*SECTIONS, *MORE))}, --rounds 1 or more; got'
+      f' {", ".join(unknown) or args.rounds}'
     )
   return args
 
@@ -205,9 +212,10 @@ def main(argv: list[str] | None = None) -> None:
       worker.close()
   if 'head' in args.only:
     found['head'] = head()
-  if 'real' in args.only:
-    path = os.path.abspath(args.weights)
-    found['real'] = real(args.rounds, folder, path)
+  path = os.path.abspath(args.weights)
+  for name, measure in ('real', real), ('real_step', real_step):
+    if name in args.only:
+      found[name] = measure(args.rounds, folder, path)
   if 'large' in args.only:
     found['large'] = large(args.rounds, folder, args)
   found['load_after'] = os.getloadavg()[0]

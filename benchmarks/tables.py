@@ -13,6 +13,7 @@ def report(found: dict) -> str:
     ('step', step),
     ('head', head),
     ('real', real),
+    ('real_step', step),
     ('large', large),
   ):
     if name in found:
@@ -107,10 +108,10 @@ def step(found: dict) -> str:
                               strict=True)]  # fmt: skip
   total = 1e3 * statistics.median(sums)
   rows.append(('sum of its parts', total, arithmetic.ratio(ours, sums)))
-  theirs = whole.get('tunix', {})
-  if 'seconds' in theirs:
-    by = arithmetic.ratio(ours, theirs['seconds'])
-    rows.append(('Tunix GRPO step', milliseconds(theirs), by))
+  for name, label in ('tunix', 'Tunix GRPO step'), ('trl', 'TRL RLOO step'):
+    if 'seconds' in (theirs := whole.get(name, {})):
+      by = arithmetic.ratio(ours, theirs['seconds'])
+      rows.append((label, milliseconds(theirs), by))
   return arithmetic.markdown(rows)
 
 
@@ -138,24 +139,13 @@ def head(found: list[dict]) -> str:
 
 
 def real(found: dict) -> str:
-  """Tokens per second of either dtype, and the seconds of a step."""
+  """Tokens per second of either dtype."""
   rows = [('tokens per second', 'dtype', 'ours', 'transformers', 'ratio')]
   for dtype in ('float32', 'bfloat16'):
     for name, row in found[dtype].items():
       by, rate = ratios(row).get('transformers'), rates(row)
       rows.append((name, dtype, rate['ours'], rate['transformers'], by))
-  said = [arithmetic.markdown(rows)]
-  steps = found['step']['step']
-  if all('seconds' in steps.get(name, {}) for name in ('ours', 'trl')):
-    ours, theirs = steps['ours'], steps['trl']
-    by = arithmetic.ratio(ours['seconds'], theirs['seconds'])
-    said.append(
-      f'A J-BOND step {milliseconds(ours) / 1e3:.2f} s, of TRL RLOO'
-      f' {milliseconds(theirs) / 1e3:.2f} s: {by:.2f} of it.'
-    )
-  said += [f'{peers.NAMES[k]}: {" ".join(f"{a} {b}" for a, b in v.items())}'
-           for k, v in found['versions'].items()]  # fmt: skip
-  return '\n\n'.join(said)
+  return arithmetic.markdown(rows)
 
 
 def large(found: dict) -> str:

@@ -66,6 +66,9 @@ def test_the_tables():
   text = tables.step(steps)
   assert '| sum of its parts | 500 | 1.5 |' in text
   assert '| Tunix GRPO step | 1,000 | 0.75 |' in text
+  row = dict(ours=rate(9.0, 8.0), transformers=rate(3.0, 4.0))
+  text = tables.real({x: {'batch 1': row} for x in ('float32', 'bfloat16')})
+  assert '| batch 1 | bfloat16 | 8.5 | 3.5 | 2.5 |' in text
 
 
 def test_what_a_device_could_do_by_hand():
