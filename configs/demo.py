@@ -32,7 +32,9 @@ ALGORITHMS = dict(
   )),
   sppo=(180, 128, 1e-4, dict(step_size=1.0, num_anchor=4, rows='extremes')),
   rloo=(360, 128, 3e-4, dict(num_policy=2, kl_weight=0.7)),
-  tilt=(240, 64, 3.5e-4, dict(num_policy=4, num_anchor=2, kl_weight=0.165)),
+  tilt=(720, 16, 3.5e-4, dict(
+    num_policy=7, num_anchor=1, kl_weight=0.165, quantile='pooled',
+  )),
   reinforce=(720, 128, 3e-4, dict(kl_weight=0.7)),
   online_dpo=(360, 128, 1e-4, dict(kl_weight=1.0)),
   ipo=(360, 128, 3e-4, dict(kl_weight=0.2)),

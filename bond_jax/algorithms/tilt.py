@@ -10,23 +10,36 @@ at its KL: it is the front itself, where no reward ties `tilt_frontier` in
 measures/curves.py. RLOO on the raw reward tilts by that reward instead, and
 WIND's equilibrium by the win rate over itself: both pay more for a win.
 
-The estimate is `reinforce.policy_gradient`, whose reward is the share of k
-completions of the reference that y beats: its mean is u(y) whatever k is. All K
-share these k, so that a prompt's other completions are a baseline that knows
-how good the k are, and still not what y is.
+The estimate is `reinforce.policy_gradient`, whose reward is, by `quantile`,
+
+    'own'     the share of the prompt's k completions of the reference that y
+              beats: its mean is u(y) whatever k is. All K share these k, so
+              that a prompt's other completions are a baseline that knows how
+              good the k are, and still not what y is.
+    'pooled'  `quantiles.pooled`, by the residuals of all prompts: a model of
+              the rewards, and far less noise. For rewards that are numbers; a
+              judge of pairs takes 'own'.
 """
 
+import jax.numpy as jnp
+
 from bond_jax.algorithms import reinforce
+from bond_jax.algorithms.parts import quantiles
 from bond_jax.types import Algorithm, Array, Scores
 
+QUANTILES = ('own', 'pooled')
 
-def make(*, num_policy: int, num_anchor: int, kl_weight: float) -> Algorithm:
+
+def make(
+  *, num_policy: int, num_anchor: int, kl_weight: float, quantile: str
+) -> Algorithm:
   """Builds the quantile tilt of the reference.
 
   Args:
     num_policy: K, completions of the policy per prompt, 2 or more.
     num_anchor: k, completions of the reference, 1 or more.
     kl_weight: > 0, the win rate that a nat of KL weighs.
+    quantile: 'own' or 'pooled'.
 
   A ValueError for any other.
   """
@@ -43,12 +56,18 @@ def make(*, num_policy: int, num_anchor: int, kl_weight: float) -> Algorithm:
   if not kl_weight > 0:
     raise ValueError(f'kl_weight must be > 0, got {kl_weight}')
 
-  def quantile(scores: Scores) -> Array:
-    return scores.win[:, :num_policy, num_policy:].mean(-1)
+  if quantile not in QUANTILES:
+    raise ValueError(f'quantile must be one of {QUANTILES}, got {quantile!r}')
+
+  def reward(scores: Scores) -> Array:
+    if quantile == 'own':
+      return scores.win[:, :num_policy, num_policy:].mean(-1)
+    own, anchor = jnp.split(scores.reward, [num_policy], -1)
+    return quantiles.pooled(own, anchor, scores.weight)
 
   return reinforce.policy_gradient(
     num_policy=num_policy,
     kl_weight=kl_weight,
     num_anchor=num_anchor,
-    reward=quantile,
+    reward=reward,
   )

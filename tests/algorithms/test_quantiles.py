@@ -176,3 +176,84 @@ def test_the_learned_loss_is_finite_at_any_logit():
   logit, target = np.float32([[-1e4, 1e4]]), np.float32([[0, 1]])
   same(quantiles.learned_loss(logit, target), 0)
   same(quantiles.learned_loss(logit, 1 - target), 2e4)
+
+
+# -- pooled -------------------------------------------------------------------
+
+
+def pooled_by_loops(own, anchor, weight):
+  """The docstring's words, prompt by prompt and row by row."""
+  b, m, k = len(own), own.shape[1], anchor.shape[1]
+  real = [x for x in range(b) if weight[x] > 0]
+  total = sum(weight[x] for x in real)
+  mean = lambda f: sum(weight[x] * f(x) for x in real) / total
+  of_own, of_anchor = (
+    mean(lambda x: own[x].mean()),
+    mean(lambda x: anchor[x].mean()),
+  )
+  above = {x: [*(own[x] - of_own), *(anchor[x] - of_anchor)] for x in real}
+  n = m + k
+  within = mean(lambda x: own[x].var(ddof=1))
+  between = max(mean(lambda x: np.mean(above[x]) ** 2) - within / n, 0)
+  shrink = between / (between + within / (n - 1))
+
+  def place(x, row):
+    others = [v for i, v in enumerate(above[x]) if i != row]
+    return of_anchor + shrink * np.mean(others)
+
+  out = np.full((b, m), 0.5)
+  for x in real:
+    others = [y for y in real if y != x]
+    for i in range(m):
+      mine, won = own[x, i] - place(x, i), 0.0
+      for y in others:
+        for j in range(k):
+          theirs = anchor[y, j] - place(y, m + j)
+          won += weight[y] * (float(mine > theirs) + float(mine == theirs) / 2)
+      if others:
+        out[x, i] = won / (k * sum(weight[y] for y in others))
+  return out[real]
+
+
+@pytest.mark.parametrize('m, k', [(2, 1), (3, 2)])
+def test_pooled_by_loops(x64, m, k):
+  rng = np.random.default_rng(m)
+  own = rng.standard_normal((5, m)) + 2 * rng.standard_normal((5, 1))
+  anchor = own[:, :1] + rng.standard_normal((5, k))
+  weight = np.array([1.0, 1, 0, 2, 1])
+  expected = pooled_by_loops(own, anchor, weight)
+  for garbage in (0.0, np.nan, np.inf):
+    own[2] = anchor[2] = garbage
+    mine = np.asarray(quantiles.pooled(own, anchor, weight))
+    np.testing.assert_allclose(mine[[0, 1, 3, 4]], expected, atol=1e-12)
+  assert np.ptp(expected) > 0.3
+
+
+def test_pooled_ties_count_one_half(x64):
+  """All rewards one; and two prompts whose residuals are known."""
+  same(quantiles.pooled(np.ones((3, 2)), np.ones((3, 1)), np.ones(3)), 0.5)
+  own, anchor = np.array([[1.0, 3], [1, 3]]), np.array([[1.0], [3]])
+  # No variance between the prompts: places are the mean, 2.
+  mine = quantiles.pooled(own, anchor, np.ones(2))
+  same(mine, [[0, 0.5], [0.5, 1]])
+
+
+def test_pooled_of_one_prompt_says_nothing(x64):
+  own, anchor = np.array([[1.0, 3], [9, 9]]), np.array([[1.0], [3]])
+  same(quantiles.pooled(own, anchor, np.array([1.0, 0]))[0], 0.5)
+
+
+def test_pooled_is_the_quantile_where_rewards_are_place_and_residual(x64):
+  """Residuals of a skewed law, a policy that has moved, one y' a prompt."""
+  rng = np.random.default_rng(0)
+  prompts, rows = 500, 60
+  place = 3 * rng.standard_normal((prompts, 1))
+  own = place + 0.7 + rng.exponential(size=(prompts, rows))
+  anchor = place + rng.exponential(size=(prompts, 1))
+  mine = np.asarray(quantiles.pooled(own, anchor, np.ones(prompts)))
+  exact = 1 - np.exp(-(own - place))
+  assert np.abs(mine - exact).mean() < 0.035
+  alone = (own > anchor) * 1.0  # by the one y' of its own prompt
+  assert np.abs(alone - exact).mean() > 0.2
+  again = quantiles.pooled(5 * own + 9, 5 * anchor + 9, np.ones(prompts))
+  np.testing.assert_allclose(again, mine, atol=1e-3)

@@ -408,6 +408,7 @@ def test_the_choices_are_those_of_the_code(path, choices):
     ('tilt', 'num_policy', [*NO_WHOLE, 1]),
     ('tilt', 'num_anchor', [*NO_WHOLE, 0]),
     ('tilt', 'kl_weight', [*NO_FINITE, 0, -1]),
+    ('tilt', 'quantile', [*NO_TEXT, 'all']),
     ('reinforce', 'kl_weight', [*NO_FINITE, -1]),
     ('online_dpo', 'kl_weight', [*NO_FINITE, 0, -1]),
     ('ipo', 'kl_weight', [*NO_FINITE, 0, -1]),

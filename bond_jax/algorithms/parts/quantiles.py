@@ -9,6 +9,8 @@ and 8). Three estimates of log p:
 - `floor`: 0, or a penalty when all k beat y (17 for k = 2, J-BOND's reward);
 - a network that has learnt p (appendix B.1); here is its loss alone.
 
+`pooled` estimates P(y beats y') itself, by the completions of all prompts.
+
 Axes: B prompts, M rows whose quantile is asked for, k anchor completions.
 """
 
@@ -111,6 +113,49 @@ def second_term(own: Array, anchor: Array, n: int) -> Array:
   ratio = jnp.where(wins > 0, less / jnp.maximum(wins, 1), 1.0)
   powers = ratio[..., None] ** jnp.arange(n).reshape(1, 1, n)
   return jnp.log(powers.sum(-1))
+
+
+def pooled(own: Array, anchor: Array, weight: Array) -> Array:
+  """P(y beats y'), ties one half, where a prompt has one or two y' of its own.
+
+  Against these alone a quantile is mostly noise. Here a reward is taken for a
+  place of its prompt plus a residual whose law all prompts share:
+
+      P = mean of 1{r(y) - place > residual} over the anchor's residuals
+          of the other prompts
+
+  The place, for each row, is what the prompt's other rows are above the means
+  of their side, policy or anchor, on average, shrunk by the share of the
+  variance that is between prompts, plus the anchor's mean. Exact for rewards
+  that are such sums and many prompts; what does not fit is smoothed.
+
+  Args:
+    own: f32[B, M], rewards of the policy's completions, M >= 2.
+    anchor: f32[B, k], rewards of the anchor's completions, k >= 1.
+    weight: f32[B]; rows of weight 0 are fillers and may hold anything.
+
+  Returns:
+    f32[B, M] in [0, 1]; 1/2 where no other prompt has weight.
+  """
+  w = jnp.where(weight > 0, weight, 0.0)[:, None]
+  own, anchor = (jnp.where(w > 0, x, 0.0) for x in (own, anchor))
+  mean = lambda x: (w * x).mean(-1).sum() / jnp.maximum(w.sum(), 1e-9)
+  m, n = own.shape[-1], own.shape[-1] + anchor.shape[-1]
+  above = jnp.concatenate([own - mean(own), anchor - mean(anchor)], -1)
+  within = mean((own - own.mean(-1, keepdims=True)) ** 2) * m / (m - 1)
+  between = mean(above.mean(-1, keepdims=True) ** 2) - within / n
+  between = jnp.maximum(between, 0.0)
+  shrink = between / jnp.maximum(between + within / (n - 1), 1e-30)
+  others = (above.sum(-1, keepdims=True) - above) / (n - 1)
+  residual = above - shrink * others
+  # The means of both sides: as the policy rises, so do its residuals.
+  mine = residual[:, :m] + mean(own) - mean(anchor)
+  mine, theirs = mine[:, :, None, None], residual[:, m:][None, None]
+  beats = 0.5 * (mine > theirs) + 0.5 * (mine >= theirs)
+  share = (1 - jnp.eye(len(w))) * w.T  # of the other prompts
+  total = share.sum(-1, keepdims=True)
+  won = jnp.einsum('bmc,bc->bm', beats.mean(-1), share)
+  return jnp.where(total > 0, won / jnp.where(total > 0, total, 1.0), 0.5)
 
 
 def learned_loss(logit: Array, target: Array) -> Array:
