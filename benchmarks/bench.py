@@ -142,12 +142,21 @@ def large(rounds: int, folder: str, args) -> dict:
               **found)  # fmt: skip
 
 
-def real(rounds: int, folder: str, path: str) -> dict:
+def on_released(names: list[str], folder: str, path: str, dtype, results):
+  """Workers over the weights of a path; `results` say who they are."""
+  workers, skipped = peers.start(names, folder, (path, dtype))
+  hellos = {k: v.hello for k, v in workers.items()}
+  results['workers'] = results.get('workers', {}) | hellos
+  results['skipped'] = results.get('skipped', {}) | skipped
+  return workers
+
+
+def real(rounds: int, folder: str, path: str, results: dict) -> dict:
   """dtype -> workload -> what `rounds_of` found."""
   found = {}
   for dtype in ('float32', 'bfloat16'):
     names = ['ours', 'transformers']
-    workers, _ = peers.start(names, folder, (path, dtype))
+    workers = on_released(names, folder, path, dtype, results)
     found[dtype] = {
       x.name: rounds_of(workers, ('sample',), x, rounds)['sample']
       for x in workloads.REAL
@@ -157,9 +166,10 @@ def real(rounds: int, folder: str, path: str) -> dict:
   return found
 
 
-def real_step(rounds: int, folder: str, path: str) -> dict:
+def real_step(rounds: int, folder: str, path: str, results: dict) -> dict:
   """As `step`, of adapters of released weights in float32."""
-  workers, _ = peers.start(['ours', 'trl'], folder, (path, 'float32'))
+  names = ['ours', 'trl']
+  workers = on_released(names, folder, path, 'float32', results)
   found = step(workers, rounds, workloads.REAL_STEP)
   for worker in workers.values():
     worker.close()
@@ -215,7 +225,7 @@ def main(argv: list[str] | None = None) -> None:
   path = os.path.abspath(args.weights)
   for name, measure in ('real', real), ('real_step', real_step):
     if name in args.only:
-      found[name] = measure(args.rounds, folder, path)
+      found[name] = measure(args.rounds, folder, path, found)
   if 'large' in args.only:
     found['large'] = large(args.rounds, folder, args)
   found['load_after'] = os.getloadavg()[0]
