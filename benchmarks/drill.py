@@ -55,6 +55,7 @@ FAMILIES = {
   'sppo': {},
   'rloo': {},
   'tilt': {},
+  'qrpo': {},
   'reinforce': {},
   'online_dpo': {},
   'ipo': {},

@@ -111,8 +111,19 @@ def second_term(own: Array, anchor: Array, n: int) -> Array:
   less = (anchor[:, None, :] < own[:, :, None]).sum(-1)
   wins = at_most(own, anchor).sum(-1)
   ratio = jnp.where(wins > 0, less / jnp.maximum(wins, 1), 1.0)
-  powers = ratio[..., None] ** jnp.arange(n).reshape(1, 1, n)
-  return jnp.log(powers.sum(-1))
+  return log_powers(ratio, n)
+
+
+def log_powers(ratio: Array, n: float) -> Array:
+  """log(1 + x + ... + x^(n - 1)), log n at x = 1, for n >= 1, whole or not.
+
+  >>> jnp.exp(log_powers(jnp.array([0.0, 0.5, 1]), 3)).tolist()
+  [1.0, 1.75, 3.0]
+  """
+  below = jnp.where(ratio < 1, ratio, 0.0)
+  return jnp.where(
+    ratio < 1, jnp.log((1 - below**n) / (1 - below)), jnp.log(1.0 * n)
+  )
 
 
 def pooled(own: Array, anchor: Array, weight: Array) -> Array:
