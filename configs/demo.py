@@ -36,7 +36,7 @@ ALGORITHMS = dict(
     num_policy=7, num_anchor=1, kl_weight=0.165, quantile='pooled',
   )),
   qrpo=(180, 128, 3e-4, dict(
-    num_policy=0, num_anchor=4, transform='log', kl_weight=1 / 3,
+    num_policy=0, num_anchor=4, rows=4, transform='log', kl_weight=1 / 3,
   )),
   reinforce=(720, 128, 3e-4, dict(kl_weight=0.7)),
   online_dpo=(360, 128, 1e-4, dict(kl_weight=1.0)),

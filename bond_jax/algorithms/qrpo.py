@@ -46,15 +46,18 @@ class Rows(NamedTuple):
 
 
 def make(
-  *, num_policy: int, num_anchor: int, transform: str, kl_weight: float
-) -> Algorithm:
+  *, num_policy: int, num_anchor: int, rows: int, transform: str,
+  kl_weight: float,
+) -> Algorithm:  # fmt: skip
   """Builds QRPO.
 
   Args:
-    num_policy: completions of the policy per prompt, the trained rows; with 0
-      these are the reference's.
+    num_policy: completions of the policy per prompt, which are trained on;
+      with 0 the reference's are.
     num_anchor: k, completions of the reference per prompt, 1 or more; 2 or
-      more if they are the rows, each of which is compared with the others.
+      more without the policy's: then each is compared with the others.
+    rows: M, that are trained on, of the first K: at most `num_policy` or, where
+      that is 0, `num_anchor`.
     transform: 'identity' or 'log'.
     kl_weight: c > 0; 1 / (n - 1) with 'log' is Best-of-n.
 
@@ -68,6 +71,12 @@ def make(
       f'num_anchor must be {least} or more, got {num_anchor}: a quantile needs'
       ' completions of the reference to compare with'
     )
+  drawn = num_policy or num_anchor
+  if rows not in range(1, drawn + 1):
+    raise ValueError(
+      f'rows must be an integer from 1 to {drawn}, the completions of'
+      f' {"the policy" if num_policy else "the reference"}, got {rows}'
+    )
   if transform not in TRANSFORMS:
     raise ValueError(
       f'transform must be one of {TRANSFORMS}, got {transform!r}'
@@ -75,7 +84,6 @@ def make(
   if not kl_weight > 0:
     raise ValueError(f'kl_weight must be > 0, got {kl_weight}')
 
-  rows = num_policy or num_anchor
   own = tuple(range(rows))
 
   def select(reward, win):
@@ -84,7 +92,7 @@ def make(
 
   def weigh(scores: Scores):
     win = scores.win[:, :rows, num_policy:]
-    others = 1.0 if num_policy else 1.0 - jnp.eye(num_anchor)[None]
+    others = 1.0 if num_policy else 1.0 - jnp.eye(rows, num_anchor)[None]
     compared = num_anchor - (not num_policy)
     share = lambda x: (x * others).sum(-1) / compared
     # The quantiles from `less` to `at_most` are y's: of a judge's probability
@@ -99,9 +107,9 @@ def make(
     fires = ops.weighted_mean((at_most - less < 1).any(-1) * 1.0, scores.weight)
     return Rows(scores.log_reference, target), {'signal/fires': fires}
 
-  def loss(log_policy, rows: Rows):
-    log_ratio = (log_policy - rows.log_reference).sum(-1)
-    return ((kl_weight * (rows.log_density - log_ratio)) ** 2).mean(-1)
+  def loss(log_policy, known: Rows):
+    log_ratio = (log_policy - known.log_reference).sum(-1)
+    return ((kl_weight * (known.log_density - log_ratio)) ** 2).mean(-1)
 
   return Algorithm(
     num_policy=num_policy,

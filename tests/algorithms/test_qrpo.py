@@ -54,19 +54,19 @@ def mean_target(less, at_most, k, transform, kl_weight):
 
 @pytest.mark.parametrize('name', REWARDS)
 @pytest.mark.parametrize(
-  'num_policy, num_anchor, transform, kl_weight',
+  'num_policy, num_anchor, rows, transform, kl_weight',
   core(
     3,
     [
-      (0, 3, 'log', 1 / 3),
-      (1, 2, 'identity', 0.2),
-      (2, 2, 'log', 1.0),
-      (0, 2, 'identity', 0.5),
+      (0, 3, 2, 'log', 1 / 3),
+      (1, 2, 1, 'identity', 0.2),
+      (2, 2, 2, 'log', 1.0),
+      (0, 2, 2, 'identity', 0.5),
     ],
   ),
 )
 def test_expected_gradient_is_the_regression_s(
-  x64, name, num_policy, num_anchor, transform, kl_weight
+  x64, name, num_policy, num_anchor, rows, transform, kl_weight
 ):
   """On-policy and off it; the sampling law is held fixed."""
   theta, reference, _ = tables(3)
@@ -84,8 +84,8 @@ def test_expected_gradient_is_the_regression_s(
 
   exact = jax.grad(objective)(theta)
   algorithm = qrpo.make(
-    num_policy=num_policy, num_anchor=num_anchor, transform=transform,
-    kl_weight=kl_weight,
+    num_policy=num_policy, num_anchor=num_anchor, rows=rows,
+    transform=transform, kl_weight=kl_weight,
   )  # fmt: skip
   mine = expected_gradient(algorithm, theta, reference, [reward])
   assert jnp.abs(exact).max() > 0.02
@@ -137,7 +137,9 @@ def one_batch(win, reward, weight, **args):
 def test_a_judge_that_is_not_sure_is_half_a_tie(x64):
   """Of 'identity' its probability is the middle of what y spans."""
   win = jnp.array([[[0.5, 0.75], [0.25, 0.5]]])
-  args = dict(num_policy=1, num_anchor=1, kl_weight=0.5, transform='identity')
+  args = dict(
+    num_policy=1, num_anchor=1, rows=1, kl_weight=0.5, transform='identity'
+  )
   rows, _ = one_batch(win, jnp.zeros((1, 2)), jnp.ones(1), **args)
   expected = log_density(0.5, 1.0, 'identity', 0.5, 0)
   np.testing.assert_allclose(rows.log_density, [[expected]], atol=1e-12)
@@ -145,7 +147,9 @@ def test_a_judge_that_is_not_sure_is_half_a_tie(x64):
 
 def test_prompts_that_tie_in_full_fire_not():
   reward = jnp.array([[1.0, 1, 1], [0, 1, 2], [0, 5, 9]])
-  args = dict(num_policy=0, num_anchor=3, kl_weight=0.5, transform='log')
+  args = dict(
+    num_policy=0, num_anchor=3, rows=3, kl_weight=0.5, transform='log'
+  )
   rows, metrics = one_batch(
     ops.win_matrix(reward), reward, jnp.array([1.0, 1, 0]), **args
   )
@@ -153,7 +157,9 @@ def test_prompts_that_tie_in_full_fire_not():
   # Its target is the reference itself.
   np.testing.assert_array_equal(rows.log_density[0], 0)
   # One of the policy that beats all says as much as one that loses.
-  args = dict(num_policy=1, num_anchor=2, kl_weight=0.5, transform='log')
+  args = dict(
+    num_policy=1, num_anchor=2, rows=1, kl_weight=0.5, transform='log'
+  )
   reward = jnp.array([[3.0, 1, 1]])
   _, metrics = one_batch(ops.win_matrix(reward), reward, jnp.ones(1), **args)
   assert metrics['signal/fires'] == 1
@@ -163,7 +169,7 @@ def test_a_filler_row_changes_nothing(x64):
   theta, reference, _ = tables(9, prompts=3, vocab=2)
   reward = np.array([[0.0, 1, 2], [1, 0, 1]])
   algorithm = qrpo.make(
-    num_policy=0, num_anchor=2, transform='identity', kl_weight=0.4
+    num_policy=0, num_anchor=2, rows=2, transform='identity', kl_weight=0.4
   )
   run = compiled(algorithm, 2)
   without = run(
@@ -172,9 +178,7 @@ def test_a_filler_row_changes_nothing(x64):
   scored = reference.copy()
   scored[2] = np.nan
   filled = jnp.concatenate([jnp.array(reward), jnp.full((1, 3), jnp.nan)])
-  mine = run(
-    theta, reference, filled, jnp.array([1.0, 1, 0]), reference=scored
-  )
+  mine = run(theta, reference, filled, jnp.array([1.0, 1, 0]), reference=scored)
   np.testing.assert_allclose(mine[:2], without, rtol=0, atol=1e-12)
   np.testing.assert_array_equal(mine[2], 0)
 
@@ -185,11 +189,15 @@ def test_a_filler_row_changes_nothing(x64):
     dict(num_policy=-1),
     dict(num_anchor=0),
     dict(num_anchor=1, num_policy=0),
+    dict(rows=0),
+    dict(rows=2),
     dict(transform='square'),
     dict(kl_weight=0.0),
   ],
 )
 def test_bad_arguments_are_named(wrong):
-  args = dict(num_policy=1, num_anchor=2, transform='log', kl_weight=0.5)
+  args = dict(
+    num_policy=1, num_anchor=2, rows=1, transform='log', kl_weight=0.5
+  )
   with pytest.raises(ValueError, match=f'^{next(iter(wrong))} '):
     qrpo.make(**{**args, **wrong})
