@@ -9,6 +9,8 @@ import optax
 
 from bond_jax.types import Array, Params
 
+_EMBEDDER = jax.tree_util.DictKey('embedder')
+
 
 def adam(
   *,
@@ -21,11 +23,14 @@ def adam(
   epsilon: float,
   weight_decay: float,
   clip: float,
+  layer_rate: float = 1.0,
 ) -> optax.GradientTransformation:
   """AdamW behind a clip of the global norm.
 
   The rate rises linearly to `learning_rate` in `warmup_steps`, then follows a
-  cosine down to `decay_to` times that at `steps` (1 = no decay).
+  cosine down to `decay_to` times that at `steps` (1 = no decay). All weights
+  but the embedding's, which is the output layer as well, have `layer_rate`
+  times the rate.
   """
   schedule = optax.warmup_cosine_decay_schedule(
     0.0,
@@ -34,10 +39,20 @@ def adam(
     max(steps, warmup_steps + 1),
     decay_to * learning_rate,
   )
-  return optax.chain(
+  parts = [
     optax.clip_by_global_norm(clip),
     optax.adamw(schedule, b1=b1, b2=b2, eps=epsilon, weight_decay=weight_decay),
-  )
+  ]
+  if layer_rate != 1:
+
+    def slow(changes, params):
+      del params
+      return jax.tree_util.tree_map_with_path(
+        lambda path, x: x if _EMBEDDER in path else layer_rate * x, changes
+      )
+
+    parts.append(optax.stateless(slow))
+  return optax.chain(*parts)
 
 
 def descend(

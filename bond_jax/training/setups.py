@@ -39,6 +39,12 @@ def make_setup(
 ) -> step_lib.Setup:
   """The setup that a config describes, of a policy on a mesh."""
   settings = config.train
+  if config.model.lora.rank and settings.optimizer.layer_rate != 1:
+    raise UserError(
+      'train.optimizer.layer_rate is that of full weights, got'
+      f' {settings.optimizer.layer_rate} with model.lora.rank ='
+      f' {config.model.lora.rank}: leave it at 1, and set learning_rate.'
+    )
   return step_lib.Setup(
     policy=policy,
     algorithm=policies.with_anchor(make_algorithm(config), config.model),

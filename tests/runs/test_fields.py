@@ -91,7 +91,11 @@ BAD = [
     + ''.join(f' {x}.{y}' for x in OPTIMIZERS
               for y in ('learning_rate', 'epsilon')),
   ),
-  ([*NO_FINITE, -1, 2], ' '.join(f'{x}.decay_to' for x in OPTIMIZERS)),
+  (
+    [*NO_FINITE, -1, 2],
+    'train.optimizer.layer_rate '
+    + ' '.join(f'{x}.decay_to' for x in OPTIMIZERS),
+  ),
   (
     [*NO_FINITE, -0.1, 1, 2],
     'reward_model.dropout reward_model.merge_dropout '

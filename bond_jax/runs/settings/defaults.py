@@ -181,7 +181,11 @@ TREE = dict(
     epochs=S(1, COUNT),  # updates on each of them, before the anchor moves
     micro_batches=S(1, COUNT),
     buckets=S(1, COUNT),  # lengths to which micro-batches are padded
-    optimizer=_OPTIMIZER,
+    optimizer=dict(
+      **_OPTIMIZER,
+      # Of all weights but the embedding, times the learning rate.
+      layer_rate=S(1.0, SHARE),
+    ),
     save_every=S(100, COUNT),
     skip_limit=S(0, at_least(0)),  # steps in a row that may not be finite
     # When training warns of what goes wrong slowly.
