@@ -8,14 +8,15 @@ r"""Faster WIND's comparison: WIND, SPPO and J-BOND against a judge of pairs.
 
 The paper (arXiv 2410.20727, section 5) starts from Llama 3 8B Instruct, takes
 the prompts of UltraFeedback and the judge PairRM, and runs three iterations of
-some 20,000 prompts each, as SPPO's public code does, whose learning rate,
-step size and five completions are taken here for SPPO. The authors' checkpoints
+some 20,000 prompts each, as SPPO's public code does, whose learning rate, step
+size and five completions are taken here for SPPO. The authors' checkpoints
 (huggingface.co/jcmei, llama-3-8b-instruct-{windo,sppo,jbond}-iter{1,2,3}) say:
 learning rate 5e-7, batch 64, one epoch an iteration, a linear schedule with a
-warm-up of 0.1, and three iterations of J-BOND too. WIND's KL weight, step size,
-completions per prompt and risk, and the optimizer were not found. These are
-ours, as is all of J-BOND's against a judge, which sees how often a completion
-beats the others.
+warm-up of 0.1, and three iterations of J-BOND too. Each iteration is a run of
+its own there: it begins with a new optimizer and schedule, as here. WIND's KL
+weight, step size, completions per prompt and risk, and the optimizer were not
+found. These are ours, as is all of J-BOND's against a judge, which sees how
+often a completion beats the others.
 
 WIND's kl_weight b and step_size e: after t iterations the reference has the
 weight 1 - (1 + b e)^-t in the policy's logarithm, and the equilibrium, without
@@ -70,5 +71,10 @@ def get_config(argument: str = 'algorithm=wind'):
     rollouts=rollouts,
     steps=ITERATIONS * ROLLOUTS,
     save_every=ROLLOUTS,
+    restart=rollouts > 1,
   )
+  if rollouts > 1:
+    config.train.optimizer.update(
+      warmup_steps=rollouts // 10, decay='linear', decay_to=0.0
+    )
   return config

@@ -23,22 +23,28 @@ def adam(
   epsilon: float,
   weight_decay: float,
   clip: float,
+  decay: str = 'cosine',
   layer_rate: float = 1.0,
 ) -> optax.GradientTransformation:
   """AdamW behind a clip of the global norm.
 
   The rate rises linearly to `learning_rate` in `warmup_steps`, then follows a
-  cosine down to `decay_to` times that at `steps` (1 = no decay). All weights
+  cosine, or with `decay='linear'` a line, down to `decay_to` times that at
+  `steps` (1 = no decay). All weights
   but the embedding's, which is the output layer as well, have `layer_rate`
   times the rate.
   """
-  schedule = optax.warmup_cosine_decay_schedule(
-    0.0,
-    learning_rate,
-    warmup_steps,
-    max(steps, warmup_steps + 1),
-    decay_to * learning_rate,
-  )
+  end, steps = decay_to * learning_rate, max(steps, warmup_steps + 1)
+  if decay == 'linear':
+    rise, fall = (
+      optax.linear_schedule(0.0, learning_rate, warmup_steps),
+      optax.linear_schedule(learning_rate, end, steps - warmup_steps),
+    )
+    schedule = optax.join_schedules([rise, fall], [warmup_steps])
+  else:
+    schedule = optax.warmup_cosine_decay_schedule(
+      0.0, learning_rate, warmup_steps, steps, end
+    )
   parts = [
     optax.clip_by_global_norm(clip),
     optax.adamw(schedule, b1=b1, b2=b2, eps=epsilon, weight_decay=weight_decay),

@@ -45,10 +45,13 @@ def make_setup(
       f' {settings.optimizer.layer_rate} with model.lora.rank ='
       f' {config.model.lora.rank}: leave it at 1, and set learning_rate.'
     )
+  # One schedule for the run, or one for each iteration.
+  period = settings.rollouts * settings.epochs
+  steps = period if settings.restart else settings.steps
   return step_lib.Setup(
     policy=policy,
     algorithm=policies.with_anchor(make_algorithm(config), config.model),
-    optimizer=optimizer_lib.adam(steps=settings.steps, **settings.optimizer),
+    optimizer=optimizer_lib.adam(steps=steps, **settings.optimizer),
     length=config.length,
     stop=stop,
     rollouts=settings.rollouts,
@@ -57,6 +60,7 @@ def make_setup(
     chunk=config.chunk,
     slots=config.slots,
     buckets=settings.buckets,
+    restart=settings.restart,
     mesh=mesh,
     sampling_mesh=sharding.reshaped(mesh, **config.sampling_mesh),
   )

@@ -56,6 +56,8 @@ class Setup(NamedTuple):
   sampling_mesh: Mesh | None = None
   # Lengths to which a micro-batch is padded: P and T, or j / buckets of both.
   buckets: int = 1
+  # Each iteration begins with a new optimizer, and its schedule.
+  restart: bool = False
 
 
 class Batch(NamedTuple):
@@ -248,8 +250,16 @@ def update(
   """
   setup = on_base(setup, frozen)
   loss = functools.partial(loss_of, setup)
+  opt_state = state.opt_state
+  if setup.restart:
+    begins = state.step % (setup.rollouts * setup.epochs) == 0
+    opt_state = jax.tree.map(
+      functools.partial(jnp.where, begins),
+      setup.optimizer.init(state.params),
+      opt_state,
+    )
   params, opt_state, metrics, log_policy = _descend(
-    setup, loss, state.params, state.opt_state, batch
+    setup, loss, state.params, opt_state, batch
   )
   metrics['sampler_gap'] = step_metrics.sampler_gap(
     batch.own * batch.prompts.weight[:, None], batch.log_sampled, log_policy

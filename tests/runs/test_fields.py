@@ -116,7 +116,7 @@ BAD = [
   ),
   (
     [0, 'False', None],
-    'model.scan model.lora.exact_anchor model.sizes.qk_norm'
+    'train.restart model.scan model.lora.exact_anchor model.sizes.qk_norm'
     ' model.sizes.post_norms model.sizes.gating_transposed',
   ),
   (
@@ -139,6 +139,7 @@ BAD = [
   ([*NO_TEXT, 'some', ''], 'model.remat'),
   ([*NO_TEXT, 'turns', ''], 'prompt.kind'),
   ([*NO_TEXT, 'keep', ''], 'prompt.longer'),
+  ([*NO_TEXT, 'step', ''], 'train.optimizer.decay'),
   ([*NO_TEXT, 'drop', ''], 'data.bad_rows'),
   ([*NO_TEXT, 'answer', ''], 'sft.target'),
   ([*NO_TEXT, 'go_on', ''], 'reward.failure'),

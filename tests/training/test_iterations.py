@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import language
 import numpy as np
+import optax
 import pytest
 import toy
 
@@ -174,6 +175,42 @@ def test_a_run_goes_on_from_its_last_whole_iteration(
   assert toy.steps(workdir, 'train') == [4]
   toy.run('train', get_config(), workdir)
   toy.same_end(workdir, finished[0], 'train', STEPS)
+
+
+def test_an_iteration_may_begin_with_a_new_optimizer(monkeypatch, tmp_path):
+  config = get_config()
+  config.train.restart = True
+  calls = record(monkeypatch)
+  toy.run('train', config, str(tmp_path / 'run'))
+  states = [call.out[0].opt_state for call in calls if call.name == 'update']
+  counts = [optax.tree.get_all_with_path(x, 'count') for x in states]
+  assert [{int(n) for _, n in found} for found in counts] == 2 * [
+    {1}, {2}, {3}, {4},
+  ]  # fmt: skip
+  # After one step the mean squared is the mean square, as b2 = 1 - (1 - b1)^2.
+  for state, new in zip(states, 2 * [True, False, False, False], strict=True):
+    mean, square = (
+      np.concatenate([x.ravel() for x in jax.tree.leaves(found)])
+      for found in (optax.tree.get(state, name) for name in ('mu', 'nu'))
+    )
+    assert np.allclose(mean**2, square, rtol=1e-4, atol=1e-30) == new
+
+
+@pytest.mark.parametrize('restart, rates', [(True, [4, 0]), (False, [6, 4])])
+def test_an_iteration_has_a_schedule_of_its_own(restart, rates):
+  config = get_config()
+  config.train.restart = restart
+  config.train.optimizer.update(
+    learning_rate=8.0, decay='linear', decay_to=0.0, warmup_steps=0, clip=1e9
+  )
+  mesh = sharding.make_mesh(1, 1)
+  optimizer = setups.make_setup(config, None, None, mesh).optimizer
+  params = jnp.zeros(1)
+  state, seen = optimizer.init(params), []
+  for _ in range(STEPS + 1):
+    change, state = optimizer.update(jnp.ones(1), state, params)
+    seen.append(-float(change[0]))
+  np.testing.assert_allclose([seen[2], seen[4]], rates, atol=1e-3)
 
 
 def test_the_anchor_counts_iterations():

@@ -31,6 +31,25 @@ def test_the_embedding_has_a_rate_of_its_own():
   np.testing.assert_allclose(moved['layer_0']['mlp']['linear'], 0.025, 1e-5)
 
 
+@pytest.mark.parametrize(
+  'decay, rates',
+  [
+    ('linear', [0, 0.5, 1, 0.875, 0.75, 0.625, 0.5, 0.5]),
+    ('cosine', [0, 0.5, 1, 0.927, 0.75, 0.573, 0.5, 0.5]),
+  ],
+)
+def test_the_rate_rises_and_falls(decay, rates):
+  how = {**ARGS, 'steps': 6, 'warmup_steps': 2, 'decay_to': 0.5}
+  adam = optimizer.adam(**{**how, 'learning_rate': 1.0}, decay=decay)
+  params = jnp.zeros(1)
+  state, seen = adam.init(params), []
+  for _ in rates:
+    # Of a gradient that stays the same Adam's step is the rate.
+    change, state = adam.update(jnp.ones(1), state, params)
+    seen.append(-float(change[0]))
+  np.testing.assert_allclose(seen, rates, atol=1e-3)
+
+
 def test_adapters_have_one_rate():
   config = demo.get_config()
   config.model.lora.rank = 4

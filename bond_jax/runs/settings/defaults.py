@@ -183,9 +183,12 @@ TREE = dict(
     buckets=S(1, COUNT),  # lengths to which micro-batches are padded
     optimizer=dict(
       **_OPTIMIZER,
+      decay=S('cosine', one_of('cosine', 'linear')),
       # Of all weights but the embedding, times the learning rate.
       layer_rate=S(1.0, SHARE),
     ),
+    # The moments and the schedule begin anew with each iteration.
+    restart=S(False, FLAG),
     save_every=S(100, COUNT),
     skip_limit=S(0, at_least(0)),  # steps in a row that may not be finite
     # When training warns of what goes wrong slowly.
