@@ -56,8 +56,8 @@ def get_config(argument: str = 'algorithm=jbond') -> ml_collections.ConfigDict:
   config = defaults.make('enumerable')
   for mesh in config.mesh, config.sampling_mesh:
     mesh.data = 1
-  # Of the WIND equilibrium that equilibrium_kl is taken to.
-  if name in ('wind', 'ipo'):
+  # Of the laws that equilibrium_kl and tilt_kl are taken to.
+  if name in ('wind', 'ipo', 'tilt'):
     config.enumerable.kl_weight = args['kl_weight']
   config.length, config.chunk = 3, 4096
   config.model.update(

@@ -21,19 +21,22 @@ class Known(NamedTuple):
   win: np.ndarray  # [X, Y], P(y beats the reference), ties one half
   curve: curves.Curve  # of exact Best-of-N
   equilibrium: np.ndarray | None  # [X, Y], log of WIND's
+  tilt: np.ndarray | None  # [X, Y], log of ref exp(win / kl_weight) / Z
 
 
 def know(
   log_reference: np.ndarray, reward: np.ndarray, n: float, kl_weight: float
 ) -> Known:
-  """The task of these; n is the target's, kl_weight the equilibrium's.
+  """The task of these; n is the target's, kl_weight equilibrium's and tilt's.
 
-  With kl_weight = 0 there is no equilibrium to compare with.
+  With kl_weight = 0 there are none to compare with.
   """
   at_most, level = tables.quantiles(log_reference, reward)
   win = np.exp(at_most) - 0.5 * np.exp(level)
-  equilibrium = None
+  equilibrium = tilt = None
   if kl_weight:
+    free = log_reference + win / kl_weight
+    tilt = free - np.logaddexp.reduce(free, -1, keepdims=True)
     equilibrium = tables.wind_equilibrium(
       log_reference, tables.win_matrix(reward), kl_weight
     )
@@ -45,6 +48,7 @@ def know(
     win,
     best_of_n_curve(log_reference, reward, win),
     equilibrium,
+    tilt,
   )
 
 
@@ -68,6 +72,7 @@ def measure(log_policy: np.ndarray, known: Known) -> dict[str, float]:
   }
   if known.equilibrium is not None:
     row['equilibrium_kl'] = tables.kl(known.equilibrium, log_policy).mean()
+    row['tilt_kl'] = tables.kl(known.tilt, log_policy).mean()
   curve = known.curve
   n = curves.effective_n(row['win_rate/reference'], curve)
   if n is not None and row['kl/reference'] > 0:

@@ -230,8 +230,8 @@ def test_measures_are_their_definitions(ties):
     np.testing.assert_allclose(found[name], value, rtol=1e-9, err_msg=name)
 
 
-def test_the_equilibrium_is_wind_s():
-  """ref exp(P(. > pi) / b) / Z, and the KL is from it."""
+def test_the_equilibrium_is_wind_s_and_the_tilt_the_front_s():
+  """ref exp(P(. > pi) / b) / Z, and with ref for pi; KLs are from them."""
   log_reference, reward = random_laws(3, 6)
   log_policy, _ = random_laws(3, 6, seed=1)
   known = exact.know(log_reference, reward, 3, 0.5)
@@ -242,7 +242,15 @@ def test_the_equilibrium_is_wind_s():
   kl = (p * (known.equilibrium - log_policy)).sum(-1).mean()
   found = exact.measure(log_policy, known)['equilibrium_kl']
   np.testing.assert_allclose(found, kl, rtol=1e-9)
-  assert 'equilibrium_kl' not in measured(log_policy, log_reference, reward, 3)
+  free = log_reference + 2 * (
+    tables.win_matrix(reward) @ np.exp(log_reference)[..., None]
+  )[..., 0]
+  law = free - np.logaddexp.reduce(free, -1, keepdims=True)
+  kl = (np.exp(law) * (law - log_policy)).sum(-1).mean()
+  found = exact.measure(log_policy, known)['tilt_kl']
+  np.testing.assert_allclose(found, kl, rtol=1e-9)
+  without = measured(log_policy, log_reference, reward, 3)
+  assert not without.keys() & {'equilibrium_kl', 'tilt_kl'}
 
 
 def test_best_of_n_is_on_its_own_curve():

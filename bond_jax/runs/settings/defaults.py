@@ -217,7 +217,7 @@ TREE = dict(
     prompts=S(8, COUNT),
     vocab=S(8, at_least(2)),  # of completions, EOS included
     best_of=S(4, at_least(1, NUMBER)),  # the N that the KLs are taken to
-    # Of the WIND equilibrium that equilibrium_kl is taken to; 0 = of none.
+    # Of the laws that equilibrium_kl and tilt_kl are taken to; 0 = of none.
     kl_weight=S(0.0, at_least(0, NUMBER)),
   ),
 )
