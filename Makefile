@@ -195,8 +195,11 @@ notebooks: .venv/.notebooks data  ## execute colab/*.ipynb into colab/executed
 # Of their runs, which are thrown away, only the numbers are smaller.
 QUICK := $(CURDIR)/build/notebooks
 notebooks-quick: .venv/.notebooks data  ## the same with small numbers, for CI
-	@rm -rf $(QUICK) && mkdir -p $(QUICK) && cp -r colab $(QUICK)
-	@ln -s $(CURDIR)/{bond_jax,configs,benchmarks,data} $(QUICK)
+	@rm -rf $(QUICK) && mkdir -p $(QUICK) && cp -r colab configs $(QUICK)
+	@ln -s $(CURDIR)/{bond_jax,benchmarks,data} $(QUICK)
+	@# Their starts, too: not every config has an sft stage to take a flag.
+	@sed -i -E 's/(sft\.(steps=|update\(steps=))[0-9]+/\116/' \
+	  $(QUICK)/colab/*.ipynb $(QUICK)/configs/demo.py
 	@export NOTEBOOK_FLAGS="--config.train.steps=3 \
 	  --config.train.optimizer.warmup_steps=1 --config.train.probe_prompts=16 \
 	  --config.evaluate.prompts=16 --config.evaluate.policy_completions=2 \
