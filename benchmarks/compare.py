@@ -4,12 +4,13 @@
 
 For each seed one start (sft and reward stages), then a train and an evaluate
 stage per algorithm, each on 92,160 completions; `configs/demo.py:algorithm=...`
-holds the settings. As many runs at a time as there are cores, each on a core of
-its own, which takes half the time of each in turn on all of them: about 80
-minutes on two cores. Every stage is resumed where it was stopped. Prints and
-writes two tables, each cell the mean over seeds and the range: of the end, on
-held-out prompts, and of the KL on the way, where the validation prompts first
-show a win rate.
+holds the settings. Each policy is judged as it is and extrapolated, which gives
+its front. As many runs at a time as there are cores, each on a core of its own,
+which takes half the time of each in turn on all of them: some eight minutes a
+run. Every stage is resumed where it was stopped. Prints and writes tables, each
+cell the mean over seeds and the range: of the end, on held-out prompts, of the
+efficiency at given win rates, between two factors, and of the KL on the way,
+where the validation prompts first show a win rate; and draws front.png.
 """
 
 import argparse
@@ -22,20 +23,38 @@ import queue
 import subprocess
 import sys
 
-ALGORITHMS = {
-  'J-BOND': ('jbond', {}),
-  'BOND': ('bond', {}),
-  'Best-of-4 SFT': ('best_of_n', {}),
-  'WIND squared': ('wind', {}),
-  'WIND KL': ('wind', {'risk': 'kl'}),
-  'WIND NCE': ('wind', {'risk': 'nce'}),
-  'SPPO': ('sppo', {}),
-  'RLOO': ('rloo', {}),
-  'online DPO': ('online_dpo', {}),
-}
+import matplotlib
+
+matplotlib.use('Agg')
+import matplotlib.pyplot as plt
+
+# What the demo's tilt has beside its quantile.
+SMALL_STEPS = ('train.optimizer.decay_to=0', 'train.optimizer.layer_rate=0.3')
+# Label -> algorithm of the demo's config, and settings.
+RUNS = {
+  'J-BOND': ('jbond', ()),
+  'J-BOND, small steps': ('jbond', SMALL_STEPS),
+  'BOND': ('bond', ()),
+  'Best-of-4 SFT': ('best_of_n', ()),
+  'QRPO': ('qrpo', ()),
+  'WIND squared': ('wind', ()),
+  'WIND, small steps': ('wind', SMALL_STEPS),
+  'WIND KL': ('wind', ('algorithm.args.risk=kl',)),
+  'WIND NCE': ('wind', ('algorithm.args.risk=nce',)),
+  'SPPO': ('sppo', ()),
+  'RLOO': ('rloo', ()),
+  'RLOO, small steps': ('rloo', SMALL_STEPS),
+  'online DPO': ('online_dpo', ()),
+  'tilt': ('tilt', ()),
+  'tilt, large steps': (
+    'tilt', ('train.optimizer.decay_to=0.1', 'train.optimizer.layer_rate=1'),
+  ),
+}  # fmt: skip
+FACTORS = (0.6, 0.8, 1.2, 1.4)  # and 1
 SHOWN = ('win_rate', 'kl', 'frontier_efficiency', 'effective_n',
-         'gold_win_rate', 'signal_fires')  # fmt: skip
+         'gold_win_rate', 'signal_fires', 'seconds')  # fmt: skip
 ON_THE_WAY = (0.65, 0.7, 0.75, 0.8)
+FRONT = (*ON_THE_WAY, 0.85)
 CORES = queue.SimpleQueue()
 for _core in sorted(os.sched_getaffinity(0)):
   CORES.put(_core)
@@ -69,19 +88,69 @@ def start(out: str, seed: int) -> str:
 
 def run(out: str, seed: int, label: str) -> dict:
   """One algorithm, one seed: the summary of its evaluation."""
-  algorithm, args = ALGORITHMS[label]
-  workdir = os.path.join(out, f'{label.replace(" ", "_")}_{seed}')
-  flags = [f'--config.algorithm.args.{k}={v}' for k, v in args.items()]
+  algorithm, settings = RUNS[label]
+  folder = label.replace(',', '').replace(' ', '_')
+  workdir = os.path.join(out, f'{folder}_{seed}')
+  flags = [f'--config.{x}' for x in settings]
   flags.append(f'--config.reference={os.path.join(out, f"start_{seed}")}')
   flags.append(f'--config.seed={seed}')
-  for name in ('train', 'evaluate'):
-    stage(name, workdir, f'demo.py:algorithm={algorithm}', *flags)
+  config = f'demo.py:algorithm={algorithm}'
+  stage('train', workdir, config, *flags)
+  factors = ','.join(f'{x:g}' for x in FACTORS)
+  stage('evaluate', workdir, config, *flags, f'--extrapolate={factors}')
   with open(os.path.join(workdir, 'summary.json')) as f:
     found = json.load(f)
+  with open(os.path.join(workdir, 'train', 'summary.json')) as f:
+    found['seconds'] = json.load(f)['seconds']
   print(seed, label, *(f'{k} {found[k]}' for k in SHOWN), flush=True)
   with open(os.path.join(workdir, 'train', 'metrics.jsonl')) as f:
     found |= kl_on_the_way([json.loads(line) for line in f])
+  return found | efficiency_at(front(found))
+
+
+def front(found: dict) -> list[tuple[float, float]]:
+  """Win rate and frontier efficiency of a policy at each factor, in order."""
+  rows = [found, *found['extrapolated'].values()]
+  pairs = [(row['win_rate'], row['frontier_efficiency']) for row in rows]
+  return sorted(pair for pair in pairs if pair[1] is not None)
+
+
+def efficiency_at(points) -> dict[str, float | None]:
+  """The efficiency at each win rate of FRONT, between two points."""
+  found = dict.fromkeys(f'efficiency at {rate}' for rate in FRONT)
+  for rate in FRONT:
+    for (w0, e0), (w1, e1) in itertools.pairwise(points):
+      if w0 <= rate <= w1:
+        share = (rate - w0) / max(w1 - w0, 1e-9)
+        found[f'efficiency at {rate}'] = e0 + (e1 - e0) * share
+        break
   return found
+
+
+def draw(rows: dict[str, list[dict]], path: str) -> None:
+  """front.png: efficiency against win rate, a line for each run."""
+  fig, axis = plt.subplots(figsize=(8, 5))
+  colours = plt.get_cmap('tab20').colors
+  for i, (label, found) in enumerate(rows.items()):
+    for j, row in enumerate(found):
+      x, y = zip(*front(row), strict=True)
+      axis.plot(
+        x, y, color=colours[i % 20], linewidth=1, label=label if not j else None
+      )
+      axis.plot(
+        row['win_rate'], row['frontier_efficiency'], 'o', color=colours[i % 20]
+      )
+  axis.axhline(1, color='grey', linewidth=0.8, linestyle=':')
+  axis.set(
+    xlabel='win rate against the reference',
+    ylabel='frontier efficiency (Best-of-N is 1)',
+    ylim=(0, 1.05),
+  )
+  axis.spines[['top', 'right']].set_visible(False)
+  axis.legend(frameon=False, fontsize=8, ncols=2)
+  fig.tight_layout()
+  fig.savefig(path, dpi=120)
+  plt.close(fig)
 
 
 def kl_on_the_way(rows: list[dict]) -> dict[str, float | None]:
@@ -122,7 +191,7 @@ def main():
   parser = argparse.ArgumentParser(description=__doc__)
   parser.add_argument('--out', type=os.path.expanduser, required=True)
   parser.add_argument('--seeds', type=int, default=3)
-  parser.add_argument('--only', nargs='*', default=list(ALGORITHMS))
+  parser.add_argument('--only', nargs='*', default=list(RUNS))
   args = parser.parse_args()
   seeds = range(args.seeds)
   with futures.ThreadPoolExecutor(CORES.qsize()) as pool:
@@ -137,7 +206,9 @@ def main():
   with open(os.path.join(args.out, 'table.json'), 'w') as f:
     json.dump(rows, f, indent=2)
   print(table(rows, SHOWN))
+  print(table(rows, [f'efficiency at {rate}' for rate in FRONT]))
   print(table(rows, [f'kl at {rate}' for rate in ON_THE_WAY]))
+  draw(rows, os.path.join(args.out, 'front.png'))
 
 
 if __name__ == '__main__':

@@ -5,9 +5,12 @@ With c = `kl_weight` and y from the policy, each step ascends
     E[r(y)] - c KL(pi || ref)
 
 along the estimate grad log pi(y) (R - B), where R = r(y) - c log(pi(y) /
-ref(y)) and B is the mean of the other prompts' R, as in `bond`. At each
-position of y the log-ratio in R is summed from there on: what was drawn before
-cannot depend on it. `policy_gradient` is the body of `rloo` and `tilt` as well.
+ref(y)) and B is the mean of the other prompts' R, as in `bond`.
+
+At a position of y the log-ratio of what came before could be left out of R: it
+does not depend on what is drawn there. It stays, since it takes noise away: the
+policy tends to ref exp(r / c) / Z, where R is the same for every y.
+`policy_gradient` is the body of `rloo` and `tilt` as well.
 """
 
 from collections.abc import Callable
@@ -25,7 +28,7 @@ class Rows(NamedTuple):
 
   reward: Array  # f32[B, K]
   log_reference: Array  # f32[B, K, T]
-  baseline: Array  # f32[B, K, T], of the signal at each position
+  baseline: Array  # f32[B, K]
 
 
 def make(*, kl_weight: float) -> Algorithm:
@@ -66,8 +69,8 @@ def policy_gradient(
     return x.swapaxes(0, 1) if num_policy == 1 else x
 
   def signal(reward, log_ratio):
-    """What multiplies grad log pi(y_t): [B, K], [B, K, T] -> [B, K, T]."""
-    return reward[..., None] - kl_weight * ops.sum_to_go(log_ratio)
+    """R, without its baseline: [B, K], [B, K, T] -> [B, K]."""
+    return reward - kl_weight * log_ratio.sum(-1)
 
   def select(reward, win):
     del win
@@ -92,7 +95,7 @@ def policy_gradient(
   def loss(log_policy, rows: Rows):
     log_ratio = jax.lax.stop_gradient(log_policy) - rows.log_reference
     advantage = signal(rows.reward, log_ratio) - rows.baseline
-    return -(log_policy * advantage).sum(-1).mean(-1)
+    return -(log_policy.sum(-1) * advantage).mean(-1)
 
   return Algorithm(
     num_policy=num_policy,

@@ -101,7 +101,7 @@ def test_the_baseline_leaves_the_expectation_alone(x64, name):
 
   def without(scores):
     rows, metrics = algorithm.weigh(scores)
-    assert rows.baseline.shape == scores.log_sampled.shape
+    assert rows.baseline.shape == scores.reward.shape
     return rows._replace(baseline=jnp.zeros_like(rows.baseline)), metrics
 
   def another_sampler(scores):
@@ -178,13 +178,12 @@ def weigh(algorithm, reward, *, log_sampled=0.0, log_reference=0.0, weight=1.0):
 
 
 def signal(reward, log_ratio, kl_weight):
-  to_go = np.stack([log_ratio.sum(-1), log_ratio[..., 1]], -1)
-  return np.asarray(reward)[..., None] - kl_weight * to_go
+  return np.asarray(reward) - kl_weight * log_ratio.sum(-1)
 
 
 def test_rloo_s_baseline_is_the_prompt_s_other_signals():
-  """The KL's part included, from each position on; no other prompt's. And it
-  is taken off: the gradient at each position is the advantage, of K a mean."""
+  """The KL's part included; no other prompt's. And it is taken off: the
+  gradient at each position is the advantage, of K a mean."""
   rng = np.random.default_rng(0)
   log_policy, log_reference = rng.standard_normal((2, 2, 3, 2))
   reward = np.array([[0.0, 1, 5], [2, -1, 1]])
@@ -196,7 +195,25 @@ def test_rloo_s_baseline_is_the_prompt_s_other_signals():
   others = (whole.sum(1, keepdims=True) - whole) / 2
   same(rows.baseline, others, 1e-5)
   gradient = jax.grad(lambda x: algorithm.loss(x, rows).sum())(log_policy)
-  same(gradient, -(whole - others) / 3, 1e-5)
+  advantage = np.broadcast_to((whole - others)[..., None], gradient.shape)
+  same(gradient, -advantage / 3, 1e-5)
+
+
+def test_at_the_optimum_no_batch_has_a_gradient():
+  """log pi = log ref + r / c - log Z: not on average, but in every draw."""
+  rng = np.random.default_rng(2)
+  log_reference = rng.standard_normal((2, 3, 2))
+  reward, log_z = rng.standard_normal((2, 3)), np.array([[0.3], [-1.0]])
+  log_policy = log_reference.copy()
+  # However the ratio is spread over the two tokens.
+  share = rng.standard_normal((2, 3))
+  log_policy += np.stack([share, reward / 0.5 - log_z - share], -1)
+  algorithm = rloo.make(num_policy=3, kl_weight=0.5)
+  rows, _ = weigh(
+    algorithm, reward, log_sampled=log_policy, log_reference=log_reference
+  )
+  gradient = jax.grad(lambda x: algorithm.loss(x, rows).sum())(log_policy)
+  same(gradient, 0, 1e-6)
 
 
 def test_reinforce_s_baseline_is_the_other_prompts_signals():
