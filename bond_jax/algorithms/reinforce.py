@@ -39,7 +39,7 @@ def make(*, kl_weight: float) -> Algorithm:
 
   A ValueError for any other.
   """
-  return policy_gradient(num_policy=1, kl_weight=kl_weight)
+  return policy_gradient(num_policy=1, kl_weight=kl_weight, peers='batch')
 
 
 def policy_gradient(
@@ -48,25 +48,23 @@ def policy_gradient(
   kl_weight: float,
   num_anchor: int = 0,
   reward: Callable[[Scores], Array] = lambda scores: scores.reward,
+  peers: str = 'prompt',
 ) -> Algorithm:
   """REINFORCE on K = num_policy completions of each prompt, 1 or more.
 
-  The baseline is the mean signal of the prompt's other completions; where it
-  has none, of the other prompts' completions.
+  The baseline is the mean signal of a completion's peers.
 
   Args:
     num_policy: K.
     kl_weight: >= 0, or a ValueError.
     num_anchor: completions of the reference, that are compared with.
     reward: Scores -> f32[B, K], of the policy's completions.
+    peers: 'prompt', the prompt's other completions, or 'batch', those of the
+      other prompts.
   """
   if not kl_weight >= 0:
     raise ValueError(f'kl_weight must be >= 0, got {kl_weight}')
   own = tuple(range(num_policy))
-
-  def peers(x):
-    """[B, K, ...] -> [groups, peers, ...], and back: who is whose baseline."""
-    return x.swapaxes(0, 1) if num_policy == 1 else x
 
   def signal(reward, log_ratio):
     """R, without its baseline: [B, K], [B, K, T] -> [B, K]."""
@@ -81,10 +79,16 @@ def policy_gradient(
     # that does not depend on the row's own draw.
     log_ratio = scores.log_sampled - scores.log_reference
     mine = reward(scores)
-    whole = peers(signal(mine, log_ratio))
+    whole = signal(mine, log_ratio)
     weight = jnp.broadcast_to(scores.weight[:, None], mine.shape)
-    baseline = peers(jax.vmap(ops.leave_one_out_mean)(whole, peers(weight)))
-    differ = peers(_differ(peers(mine), peers(weight)))[:, 0]
+    if peers == 'prompt':
+      baseline = jax.vmap(ops.leave_one_out_mean)(whole, weight)
+      differ = _differ(mine, weight)
+    else:
+      others = ops.leave_one_out_mean(whole.mean(1), scores.weight)
+      baseline = jnp.broadcast_to(others[:, None], mine.shape)
+      whole = _differ(mine.reshape(1, -1), weight.reshape(1, -1))
+      differ = jnp.broadcast_to(whole, scores.weight.shape)
     kl = log_ratio.sum(-1).mean(-1)
     metrics = {
       'signal/fires': ops.weighted_mean(differ * 1.0, scores.weight),
@@ -111,7 +115,7 @@ def policy_gradient(
 
 
 def _differ(reward: Array, weight: Array) -> Array:
-  """Whether the peers' rewards are not all one; all bool or f32[groups, N]."""
-  most = jnp.where(weight > 0, reward, -jnp.inf).max(1, keepdims=True)
-  least = jnp.where(weight > 0, reward, jnp.inf).min(1, keepdims=True)
-  return jnp.broadcast_to(most > least, reward.shape)
+  """Whether rewards f32[groups, N] of a group are not all one: bool[groups]."""
+  most = jnp.where(weight > 0, reward, -jnp.inf).max(1)
+  least = jnp.where(weight > 0, reward, jnp.inf).min(1)
+  return most > least

@@ -7,8 +7,8 @@ each prompt from the policy, each step ascends E[r(y)] - c KL(pi || ref) along
     R_i = r(y_i) - c log(pi(y_i) / ref(y_i))
 
 where c is `kl_weight`. BOND's figures compare with it at K = 2
-(arXiv 2407.14622). The rest, and the sum to go in R, is `reinforce`'s. A
-prompt whose rewards are all tied leaves the pull to the reference alone.
+(arXiv 2407.14622). The rest is `reinforce`'s. A prompt whose rewards are all
+tied leaves the pull to the reference alone.
 """
 
 from bond_jax.algorithms import reinforce

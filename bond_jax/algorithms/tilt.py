@@ -18,7 +18,9 @@ The estimate is `reinforce.policy_gradient`, whose reward is, by `quantile`,
               good the k are, and still not what y is.
     'pooled'  `quantiles.pooled`, by the residuals of all prompts: a model of
               the rewards, and far less noise. For rewards that are numbers; a
-              judge of pairs takes 'own'.
+              judge of pairs takes 'own'. The baseline is the mean of the other
+              prompts: at the optimum it is the same for all of them, and a
+              high reward lowers the quantiles of its own prompt's others.
 """
 
 import jax.numpy as jnp
@@ -70,4 +72,5 @@ def make(
     kl_weight=kl_weight,
     num_anchor=num_anchor,
     reward=reward,
+    peers='prompt' if quantile == 'own' else 'batch',
   )

@@ -143,3 +143,7 @@ def test_pooled_rows_are_what_the_policy_gradient_gets(x64):
   rows, _ = algorithm.weigh(scores)
   expected = quantiles.pooled(reward[:, :3], reward[:, 3:], jnp.ones(4))
   np.testing.assert_array_equal(rows.reward, expected)
+  # The log-ratios are 0 here; the baseline is of the other prompts.
+  mean = np.asarray(expected).mean(-1)
+  others = (mean.sum() - mean) / 3
+  np.testing.assert_allclose(rows.baseline, np.tile(others[:, None], 3))

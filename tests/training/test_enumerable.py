@@ -242,9 +242,10 @@ def test_the_equilibrium_is_wind_s_and_the_tilt_the_front_s():
   kl = (p * (known.equilibrium - log_policy)).sum(-1).mean()
   found = exact.measure(log_policy, known)['equilibrium_kl']
   np.testing.assert_allclose(found, kl, rtol=1e-9)
-  free = log_reference + 2 * (
-    tables.win_matrix(reward) @ np.exp(log_reference)[..., None]
-  )[..., 0]
+  free = (
+    log_reference
+    + 2 * (tables.win_matrix(reward) @ np.exp(log_reference)[..., None])[..., 0]
+  )
   law = free - np.logaddexp.reduce(free, -1, keepdims=True)
   kl = (np.exp(law) * (law - log_policy)).sum(-1).mean()
   found = exact.measure(log_policy, known)['tilt_kl']
