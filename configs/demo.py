@@ -75,5 +75,7 @@ def get_config(argument: str = 'algorithm=jbond') -> ml_collections.ConfigDict:
   config.train.optimizer.update(
     learning_rate=rate, warmup_steps=20, decay_to=0.1
   )
+  if name == 'tilt':  # small steps, to be extrapolated: docs/benchmarks.md
+    config.train.optimizer.update(decay_to=0.0, layer_rate=0.3)
   config.evaluate.update(policy_completions=32, at_once=8)
   return config
