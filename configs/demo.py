@@ -33,7 +33,7 @@ ALGORITHMS = dict(
   sppo=(180, 128, 1e-4, dict(step_size=1.0, num_anchor=4, rows='extremes')),
   rloo=(360, 128, 3e-4, dict(num_policy=2, kl_weight=0.7)),
   tilt=(720, 16, 3.5e-4, dict(
-    num_policy=7, num_anchor=1, kl_weight=0.165, quantile='pooled',
+    num_policy=7, num_anchor=1, kl_weight=0.2, quantile='pooled',
   )),
   qrpo=(180, 128, 3e-4, dict(
     num_policy=0, num_anchor=4, rows=4, transform='log', kl_weight=1 / 3,
