@@ -137,6 +137,11 @@ def usable(read: Read, encode: Encode) -> Encode:
   return make
 
 
+def order(seed: int, visit: int, prompt: int, count: int) -> np.ndarray:
+  """A random order of so many completions, for a visit: i64[count]."""
+  return np.random.default_rng((seed, visit, prompt)).permutation(count)
+
+
 def draw(
   rows: Source, read: Read, prompts: Prompts, *, num: int, length: int,
   seed: int, visit: int,
@@ -162,11 +167,9 @@ def draw(
   pieces, rewards = [], []
   for i in map(int, prompts.id):
     known = read(rows[i])
-    order = np.random.default_rng((seed, visit, i)).permutation(
-      len(known.pieces)
-    )
-    pieces += [known.pieces[k] for k in order[:num]]
-    rewards.append(known.reward[order[:num]])
+    places = order(seed, visit, i, len(known.pieces))[:num]
+    pieces += [known.pieces[k] for k in places]
+    rewards.append(known.reward[places])
   tokens, mask = pack(pieces, length)
   shape = len(rewards), num
   drawn = Rollout(

@@ -5,6 +5,7 @@ and its number, so a command that was killed goes on after the last whole row.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+import contextlib
 import functools
 import itertools
 import os
@@ -15,10 +16,10 @@ import jax
 import ml_collections
 import numpy as np
 
-from bond_jax.data import examples, sources
+from bond_jax.data import examples, sources, stored
 from bond_jax.data import tokenizer as tokenizer_lib
 from bond_jax.devices import hosts, sharding, shares
-from bond_jax.errors import UserError
+from bond_jax.errors import BadRow, UserError
 from bond_jax.evaluation import completions
 from bond_jax.models import lora, policies, sampling, stops
 from bond_jax.rewards import make
@@ -54,7 +55,8 @@ def draw(run: stages.Run, n: int, prompts: int) -> dict[str, Any]:
   path = os.path.join(folder, 'completions.jsonl')
   inputs = lambda: {**provenance.inputs(config, workdir, 'train'), 'n': str(n)}
   hosts.once(lambda: completions.begin(path, folder, inputs(), 'draw'))
-  done = hosts.once(lambda: completions.keep_whole(path, [1] * len(ids)))
+  done = hosts.once(lambda: begun(path, ids))
+  readable = text_task.stored_reader(config, tokenizer, least=n)
   if done:
     hosts.say(f'draw: goes on after {done} prompts')
   size = config.evaluate.prompts
@@ -72,16 +74,31 @@ def draw(run: stages.Run, n: int, prompts: int) -> dict[str, Any]:
         judge = completions.make_judge(judges, read, own[own < len(some)])
         texts, scores = judge(made, drawn)
       if hosts.first():
-        found = records(rows, some, texts, scores['reward'])
+        found = records(rows, some, texts, scores['reward'], readable)
         completions.append(path, list(found))
       tokens = drawn.mask[: len(some)].sum()
       alike = encoded_alike(tokenizer, texts, len(some))
       row = {'tokens/decoded': tokens, 'encoded_alike': alike}
       writer.write(begin + len(some), row)
-  metrics = os.path.join(folder, 'metrics.jsonl')
-  told = hosts.once(lambda: log.read_rows(metrics))
-  alike = [row['encoded_alike'] for row in told]
-  return {'rows': len(ids), 'encoded_alike': float(np.mean(alike))}
+
+  def summary() -> dict[str, Any]:
+    there = len(log.read_rows(path))
+    told = log.read_rows(os.path.join(folder, 'metrics.jsonl'))
+    alike = float(np.mean([row['encoded_alike'] for row in told]))
+    return {
+      'rows': there,
+      'left_out': len(ids) - there,
+      'encoded_alike': alike,
+    }
+
+  return hosts.once(summary)
+
+
+def begun(path: str, ids: Sequence[int]) -> int:
+  """Cuts off a torn row; how many of the prompts are done."""
+  if not completions.keep_whole(path, [1] * len(ids)):
+    return 0
+  return ids.index(log.read_rows(path)[-1]['id']) + 1
 
 
 def make_sample(
@@ -137,18 +154,29 @@ def numbers(ask):
 
 
 def records(
-  rows: examples.Source, ids: Sequence[int], texts, reward: np.ndarray
+  rows: examples.Source,
+  ids: Sequence[int],
+  texts,
+  reward: np.ndarray,
+  read: stored.Read,
 ) -> Iterator[completions.Row]:
-  """The rows of some prompts: what they are made of, and what was drawn."""
+  """The rows of some prompts: what they are made of, and what was drawn.
+
+  Without those that `read` refuses: a completion as long as may be can have a
+  text that is encoded in more tokens.
+  """
   for b, i in enumerate(ids):
     row = rows[i]
-    yield {
+    row = {
       'id': i,
       **{k: row[k] for k in ('text', 'messages') if k in row},
       'completions': texts[1][b],
       'rewards': reward[b].tolist(),
       'finished': texts[2].finished[b].tolist(),
     }
+    with contextlib.suppress(BadRow):
+      read(row)
+      yield row
 
 
 def encoded_alike(

@@ -78,24 +78,33 @@ def check_offline(config: ml_collections.ConfigDict) -> None:
     )
 
 
-def offline(run: stages.Run, tokenizer: tokenizer_lib.Tokenizer):
-  """The stored rows; what an encoder of them becomes; and `Task.stored`.
+def stored_reader(
+  config: ml_collections.ConfigDict,
+  tokenizer: tokenizer_lib.Tokenizer,
+  least: int,
+) -> stored.Read:
+  """What reads stored completions, at least so many of a prompt.
 
-  A completion that is finished ends as the reference ends its own: as the sft
-  stage taught it, else with the end of a turn after turns, EOS after a text.
+  One that is finished ends as the reference ends its own: as the sft stage has
+  taught it, else with the end of a turn after turns, with EOS after a text.
   """
-  config, rows = run.config, run.rows('stored')
-  num = setups.make_algorithm(config).num_anchor
   turns = config.prompt.kind == 'turn'
   if 'sft' in config:
     turns = config.sft.target == 'completion'
-  read = stored.reader(
+  return stored.reader(
     tokenizer,
     end=tokenizer.stop_ids[-1] if turns else tokenizer.eos_id,
     stop=config.stop,
     length=config.length,
-    least=num,
+    least=least,
   )
+
+
+def offline(run: stages.Run, tokenizer: tokenizer_lib.Tokenizer):
+  """The stored rows; what an encoder of them becomes; and `Task.stored`."""
+  config, rows = run.config, run.rows('stored')
+  num = setups.make_algorithm(config).num_anchor
+  read = stored_reader(config, tokenizer, num)
   draw = functools.partial(
     stored.draw, rows, read, num=num, length=config.length, seed=config.seed
   )
