@@ -81,6 +81,7 @@ def test_stored_completions_train_as_the_same_ones_drawn(
   """The sampler and the reward of one run are the stored rows of another."""
   config = get_config(name=name)
   config.train.update(dict(steps=4, save_every=2, rollouts=2, micro_batches=2))
+  toy.finished()  # a run of its own
   seen, make = [], text_task.make
 
   def recording(run):
