@@ -3,7 +3,8 @@
     python tests/several.py DATA MESH STAGE=WORKDIR ...
 
 runs stages one after the other, as their commands would, in each process; MESH
-is 'data,model'; CHANGES in the environment are JSON, of the config.
+is 'data,model'; CHANGES, in the environment and JSON, are other arguments of
+`get_config`.
 """
 
 from __future__ import annotations
@@ -32,16 +33,16 @@ MODEL = dataclasses.replace(
 
 
 def get_config(
-  folder: str, data=4, model=1, algorithm=None, **changes
+  folder: str, data=4, model=1, algorithm=None, stored=''
 ) -> ml_collections.ConfigDict:
-  """Ten steps of J-BOND, or of another; saves at 3, 6, 9 and 10."""
+  """Ten steps of J-BOND, or of another algorithm; saves at 3, 6, 9 and 10."""
   config = toy.get_config(folder)
   gemma.CONFIGS['toy'] = MODEL
   config.mesh.update(dict(data=data, model=model))
   config.length = 4
   config.sft.update(dict(steps=2, save_every=2))
   config.train.update(dict(steps=10))
-  config.update(changes)
+  config.data.stored = stored
   with config.unlocked():
     config.algorithm = algorithm or config.algorithm
   return config

@@ -152,10 +152,16 @@ def test_a_run_that_was_killed_goes_on(drawn, tmp_path):
 
 
 @pytest.mark.long
-def test_two_hosts_train_as_one(drawn, tmp_path):
+def test_two_hosts_train_as_one(tmp_path):
+  rng = np.random.default_rng(0)
+  rows = lines(os.path.join(toy.folder(), 'train.jsonl'))[:PROMPTS]
+  for row in rows:
+    row['completions'] = [*rng.choice(toy.SUBJECTS.split(), NUM)]
+    row['rewards'] = rng.normal(size=NUM).tolist()
+    row['finished'] = [False] * NUM
   config = dict(
     algorithm=dict(name='qrpo', args=ALGORITHMS['qrpo']),
-    data=dict(stored=file_of(drawn)),
+    stored=write(tmp_path / 'stored.jsonl', rows),
   )
   one = folder(tmp_path / 'one')
   for stage in ('sft', 'reward_model', 'train'):
