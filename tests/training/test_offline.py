@@ -1,22 +1,29 @@
 """Training on completions that were drawn once, with their rewards."""
 
+import contextlib
+import itertools
 import json
 import os
+import types
 
 from conftest import core
 import jax
+import language
 import numpy as np
 import pytest
 import several
 import toy
 
-from bond_jax.data import stored
+from bond_jax.data import examples, stored
 from bond_jax.data.tokenizer import Tokenizer
+from bond_jax.devices import sharding
 from bond_jax.errors import BadRow, UserError
 from bond_jax.evaluation import draw
+from bond_jax.rewards import calling
 from bond_jax.runs import provenance
 from bond_jax.training import checks, costs, distil, setups
 from bond_jax.training.tasks import text_task
+from bond_jax.types import Rollout
 
 ALGORITHMS = {
   'qrpo': dict(num_policy=0, num_anchor=4, rows=4, transform='identity',
@@ -132,6 +139,31 @@ def test_stored_completions_train_as_the_same_ones_drawn(
   }
   assert toy.rows(other, 'train') == [*map(of_sampler, toy.rows(one, 'train'))]
   assert not {*distil.OF_SAMPLER} - {*toy.rows(one, 'train')[0]}
+
+
+def test_visits_count_on():
+  """Those of an iteration, and of the next: no two are alike."""
+  seen, size = [], (2, 3)
+
+  def known(prompts, visit):
+    seen.append(visit)
+    zeros = np.zeros((*size, 4), np.int32)
+    drawn = Rollout(zeros, zeros > 0, zeros * 1.0, np.zeros(size))
+    return drawn, np.full(size, visit)
+
+  prompts = examples.padded([5, 7], [[2], [2]], 1)
+  run = types.SimpleNamespace(
+    batches=itertools.repeat(prompts), mesh=sharding.make_mesh(1, 1),
+    stored=known, submit=lambda f, *args: f(*args),
+    phase=lambda name: contextlib.nullcontext(),
+  )  # fmt: skip
+  for step in (0, 2):
+    state = types.SimpleNamespace(step=np.int32(step))
+    for index in range(2):
+      *_, own, scored = distil._draw(run, state, index)
+      assert own.tolist() == [0, 1] and scored.weight.tolist() == [1, 1]
+      np.testing.assert_array_equal(scored.value, np.full(size, step + index))
+  assert seen == [0, 1, 2, 3]
 
 
 def test_a_run_that_was_killed_goes_on(drawn, tmp_path):
@@ -251,20 +283,12 @@ def test_rows_of_other_inputs_are_set_aside(tmp_path, capsys):
 
 
 def test_a_reward_of_pairs_is_refused():
-  ask = lambda *texts: draw.stored and np.zeros((1, 2, 2))
-  judge = draw.numbers(lambda *texts: _Scored(ask()))
+  judge = draw.numbers(lambda *texts: calling.known(np.zeros((1, 2, 2))))
   with pytest.raises(UserError, match='compares pairs'):
     judge([], [], None)
 
 
-class _Scored:
-  def __init__(self, value):
-    self.value = value
-
-
 def test_drawing_needs_a_text_task():
-  import language
-
   with pytest.raises(UserError, match='no draw section'):
     draw.stages.check_stage('draw', language.get_config('jbond'), 'x')
 
