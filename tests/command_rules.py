@@ -267,6 +267,7 @@ RULES = (
   (r'(JAX_\w+=\S+ )+python -m bond_jax\.train --config=\.\.\.', hosts),
   (r'launch/local_hosts\.sh ', hosts),
   (r'python -m bond_jax\.train --config=\.\.\.', hosts),
+  (r'python -m bond_jax\.draw ', stage),
   (r'python -m bond_jax\.(sft|reward_model|train|evaluate|sample)\s', stage),
   (r'python -m bond_jax\.rewards\.serve |curl http://127', server),
   (r'launch/tpu\.sh |bucket=', tpu),

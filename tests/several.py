@@ -3,12 +3,14 @@
     python tests/several.py DATA MESH STAGE=WORKDIR ...
 
 runs stages one after the other, as their commands would, in each process; MESH
-is 'data,model'.
+is 'data,model'; CHANGES, in the environment and JSON, are other arguments of
+`get_config`.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import re
 import subprocess
@@ -30,14 +32,19 @@ MODEL = dataclasses.replace(
 )
 
 
-def get_config(folder: str, data=4, model=1) -> ml_collections.ConfigDict:
-  """Ten steps of J-BOND; saves at 3, 6, 9 and 10."""
+def get_config(
+  folder: str, data=4, model=1, algorithm=None, stored=''
+) -> ml_collections.ConfigDict:
+  """Ten steps of J-BOND, or of another algorithm; saves at 3, 6, 9 and 10."""
   config = toy.get_config(folder)
   gemma.CONFIGS['toy'] = MODEL
   config.mesh.update(dict(data=data, model=model))
   config.length = 4
   config.sft.update(dict(steps=2, save_every=2))
   config.train.update(dict(steps=10))
+  config.data.stored = stored
+  with config.unlocked():
+    config.algorithm = algorithm or config.algorithm
   return config
 
 
@@ -86,7 +93,8 @@ def errors(ended: Ended) -> list[list[str]]:
 def main() -> None:
   hosts.HEARTBEAT = 10  # it takes that long to see that a host is dead
   folder, mesh, *stages = sys.argv[1:]
-  config = get_config(folder, *map(int, mesh.split(',')))
+  changes = json.loads(os.environ.get('CHANGES', '{}'))
+  config = get_config(folder, *map(int, mesh.split(',')), **changes)
   sys.argv[1:] = []
 
   def work():

@@ -10,8 +10,9 @@ from test_pages import pages
 FOUND = {name: commands.commands(text) for name, text in pages().items()}
 PAGES = sorted(name for name, found in FOUND.items() if found)
 # Each needs the demo's run, which is made once for all of them.
-DEMO = ('README.md', 'docs/tutorial.md', 'docs/choosing_hyperparameters.md',
-        'docs/troubleshooting.md', 'docs/weights.md')  # fmt: skip
+DEMO = ('README.md', 'docs/data.md', 'docs/tutorial.md',
+        'docs/choosing_hyperparameters.md', 'docs/troubleshooting.md',
+        'docs/weights.md')  # fmt: skip
 
 
 @pytest.mark.parametrize('name', PAGES)

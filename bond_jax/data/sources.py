@@ -258,9 +258,14 @@ def _window(split: str) -> tuple[str, Callable[[int], range]]:
 
 
 def rows(config: ml_collections.ConfigDict, split: str) -> Source:
-  """The rows of a split of the run's data, or of the sources that it mixes."""
+  """The rows of a split of the run's data, or of the sources that it mixes.
+
+  Of the split 'stored' those with completions, of `data.stored`.
+  """
   section = config.data
   common = {k: section[k] for k in ('data_dir', 'bad_rows') if k in section}
+  if split == 'stored':
+    return source(section.stored, 'train', **common)
 
   def part(name, weight=1.0, fields=None, splits=None):
     names = dict(fields=fields, splits=splits)

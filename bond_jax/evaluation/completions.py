@@ -77,7 +77,9 @@ def inputs_of(folder: str) -> dict[str, str]:
   return files.read_json(path) if os.path.exists(path) else {}
 
 
-def begin(path: str, folder: str, inputs: Mapping[str, str]) -> None:
+def begin(
+  path: str, folder: str, inputs: Mapping[str, str], stage: str = 'evaluate'
+) -> None:
   """Records the `inputs` of the rows at `path`; sets aside rows of others.
 
   `folder` gets the record; `inputs` are those of `provenance.of_evaluation`.
@@ -87,7 +89,7 @@ def begin(path: str, folder: str, inputs: Mapping[str, str]) -> None:
     aside = f'{path}.before'
     os.replace(path, aside)
     print(
-      f'evaluate: {path} was begun with other inputs ({"; ".join(lines[:5])}):'
+      f'{stage}: {path} was begun with other inputs ({"; ".join(lines[:5])}):'
       f' all is drawn and judged anew. Its rows are now in {aside}.',
       flush=True,
     )

@@ -72,6 +72,10 @@ def inputs(
     if re.fullmatch(r'data\.(mix\.[^.]+\.)?name', key):
       for name in _data(key, flat, splits):
         found[f'{key} {name}'] = fingerprints.of_path(name)
+    elif key == 'data.stored':
+      if value and stage == 'train':
+        for name in _data(key, flat, ('train',)):
+          found[f'{key} {name}'] = fingerprints.of_path(name)
     elif key in ('weights', 'tokenizer.path', 'model.lora.weights'):
       if value not in ('sft', 'random'):  # of a reward model
         found[f'{key} {value}'] = fingerprints.of_path(path)

@@ -40,7 +40,7 @@ def check_stage(
 ) -> None:
   """Refuses a stage that this run does not have."""
   defaults.check(config.to_dict(), needed=defaults.COMMON)
-  if name not in config:
+  if {'draw': 'evaluate'}.get(name, name) not in config:
     raise UserError(
       f'this config has no {name} section: what {config.task} trains on needs'
       ' no such stage.'

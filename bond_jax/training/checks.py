@@ -13,6 +13,7 @@ from bond_jax.models import policies
 from bond_jax.runs import stages
 from bond_jax.runs.settings import configs, defaults
 from bond_jax.training import setups
+from bond_jax.training.tasks import enumerable, text_task
 
 
 def open_run(config: ml_collections.ConfigDict, workdir: str) -> stages.Run:
@@ -52,10 +53,15 @@ def check(config: ml_collections.ConfigDict, rows=None) -> Mesh:
         f' train.rollouts x train.epochs = {steps}: a checkpoint holds no half'
         ' iteration.'
       )
-  setups.task(config).check(config, mesh, rows)
+  task(config).check(config, mesh, rows)
   if 'reward_model' in config:
     check_reward_model(config, mesh)
   return mesh
+
+
+def task(config: ml_collections.ConfigDict):
+  """The module that `config.task` names."""
+  return {'text': text_task, 'enumerable': enumerable}[config.task]
 
 
 def check_reward_model(config: ml_collections.ConfigDict, mesh) -> None:

@@ -64,12 +64,15 @@ def cost(
 
 def of_config(config: ml_collections.ConfigDict, algorithm: Algorithm) -> Cost:
   """The cost of a run; prompts of an enumerable language are one token."""
-  return cost(
+  found = cost(
     algorithm,
     prompt=config.prompt.length if 'prompt' in config else 1,
     length=config.length,
     epochs=config.train.epochs,
   )
+  if config.task == 'text' and config.data.stored:
+    return found._replace(decodes=0.0, prefilled=0.0, decoded=0.0)
+  return found
 
 
 def line(found: Cost) -> str:

@@ -22,6 +22,9 @@ from bond_jax.training import guard as guard_lib
 from bond_jax.training import step as step_lib
 from bond_jax.types import Array, Frozen, Prompts, Rollout, TrainState
 
+# Metrics of a rollout that say nothing of completions that were stored.
+OF_SAMPLER = 'entropy/token', 'slots/busy', 'tokens/decoded'
+
 
 class Programs(NamedTuple):
   """The compiled functions of a run; `state` is donated to the last two."""
@@ -62,6 +65,7 @@ class Distillation(NamedTuple):
   programs: Programs
   batches: Iterator[Prompts]
   reward: Callable[[Prompts, Rollout], calling.Scored]  # on the host
+  stored: Callable[..., Any] | None  # in the place of both: see `Task`
   frozen: Frozen  # what a step looks at
   whole: Callable[[], Frozen]  # all of it, which the anchor's move needs
   key: Array  # of the draws
@@ -112,10 +116,15 @@ def _draw(run: Distillation, state: TrainState, index: int):
   with run.phase('sample'):
     prompts = next(run.batches)
     on_mesh = sharding.put_batch(prompts, run.mesh)
-    rollout = run.programs.rollout(state, run.frozen, on_mesh, run.key, index)
     own = shares.own(run.mesh, len(prompts.id))
-    part = shares.take((prompts, rollout), own)
-    scored = run.submit(run.reward, *part) if len(own) else None
+    if run.stored:
+      drawn, reward = run.stored(prompts, visit=int(state.step) + index)
+      rollout = sharding.put_batch(drawn, run.mesh)
+      ask, part = calling.known, (reward[own],)
+    else:
+      rollout = run.programs.rollout(state, run.frozen, on_mesh, run.key, index)
+      ask, part = run.reward, shares.take((prompts, rollout), own)
+    scored = run.submit(ask, *part) if len(own) else None
   return on_mesh, rollout, own, scored
 
 
@@ -136,6 +145,8 @@ def _weigh(run: Distillation, state: TrainState, on_mesh, rollout, own, scored):
     )
     judged = sharding.put_batch(scored.value, run.mesh)
     batch, row = run.programs.weigh(state, run.frozen, on_mesh, rollout, judged)
+  if run.stored:
+    row = {k: x for k, x in row.items() if k not in OF_SAMPLER}
   # On the device: the update need not wait for it.
   return batch, row | scored.metrics
 
@@ -165,7 +176,7 @@ def train(run: stages.Run) -> dict[str, Any]:
     provenance.of(config, mesh),
     lambda: provenance.inputs(config, workdir, 'train'),
   )  # fmt: skip
-  task = setups.task(config).make(run)
+  task = checks.task(config).make(run)
   setup = setups.make_setup(config, task.policy, task.stop, mesh)
   cost = costs.of_config(config, setup.algorithm)
   hosts.say(f'train: {costs.line(cost)}')
@@ -196,7 +207,7 @@ def train(run: stages.Run) -> dict[str, Any]:
 
     each = Distillation(
         setup, make_programs(setup, mesh, state), task.batches, task.reward,
-        frozen, whole, configs.key(config.seed, 'train'),
+        task.stored, frozen, whole, configs.key(config.seed, 'train'),
         configs.key(config.seed, 'order'), mesh, writer.phase,
         calling.worker(), broken,
     )  # fmt: skip

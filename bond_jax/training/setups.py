@@ -12,7 +12,6 @@ from bond_jax.models import policies
 from bond_jax.runs.settings import fields
 from bond_jax.training import optimizer as optimizer_lib
 from bond_jax.training import step as step_lib
-from bond_jax.training.tasks import enumerable, text_task
 from bond_jax.types import Policy
 
 
@@ -64,8 +63,3 @@ def make_setup(
     mesh=mesh,
     sampling_mesh=sharding.reshaped(mesh, **config.sampling_mesh),
   )
-
-
-def task(config: ml_collections.ConfigDict):
-  """The module that `config.task` names."""
-  return {'text': text_task, 'enumerable': enumerable}[config.task]

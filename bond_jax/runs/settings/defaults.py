@@ -100,6 +100,8 @@ TREE = dict(
     splits=S({}, _SPLITS),  # our splits -> theirs: validation='train[:5%]'
     mix=S({}, {'*': _SOURCE}),  # several in the place of one
     bad_rows=S('stop', one_of('stop', 'skip')),
+    # Rows with completions and rewards, on which train draws none: offline.
+    stored=S('', TEXT),
   ),
   weights=S('', TEXT),  # a checkpoint that the model starts from; '' = none
   # path: a SentencePiece file; '' = the sft stage trains one on the data.
@@ -307,6 +309,7 @@ _OWN = {
   f'{name}?': fields.optional(_rules(TREE[name]))
   for name in ('data', 'tokenizer', 'model', 'prompt')
 }
+del _OWN['data?']['stored?']
 RULES = fields.optional(_rules(TREE))
 _KINDS = RULES['reward_model?']
 RULES['reward_model?'] = fields.Kinds({

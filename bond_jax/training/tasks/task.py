@@ -4,6 +4,8 @@ from collections.abc import Callable, Mapping
 import types
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from bond_jax.models import stops
 from bond_jax.rewards import calling
 from bond_jax.types import Frozen, Policy, Prompts, Rollout
@@ -24,4 +26,7 @@ class Task(NamedTuple):
   # frozen -> probe, a function from params, and one that gives all of frozen,
   # to validation numbers, among them win_rate/reference and kl/reference
   make_probe: Callable[[Frozen], Callable[..., dict[str, float]]]
+  # (prompts, visit) -> completions that were drawn before, and their rewards
+  # f32[B, K], on the host, in the place of a sampler and `reward`; or None
+  stored: Callable[..., tuple[Rollout, np.ndarray]] | None = None
   facts: Mapping[str, Any] = types.MappingProxyType({})  # for the summary

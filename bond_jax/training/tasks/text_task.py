@@ -4,6 +4,7 @@ Named by `config.task`; `task.Task` says what a task is.
 """
 
 from collections.abc import Callable
+import functools
 import itertools
 from typing import Any, NamedTuple
 
@@ -11,7 +12,7 @@ import jax
 import ml_collections
 import numpy as np
 
-from bond_jax.data import examples, preferences, sources
+from bond_jax.data import examples, preferences, sources, stored
 from bond_jax.data import tokenizer as tokenizer_lib
 from bond_jax.devices import hosts, sharding, shares
 from bond_jax.errors import UserError
@@ -23,6 +24,7 @@ from bond_jax.rewards import calling
 from bond_jax.rewards import make as making
 from bond_jax.runs import stages
 from bond_jax.runs.settings import configs, defaults
+from bond_jax.training import setups
 from bond_jax.training.tasks import task
 from bond_jax.types import Context, Prompts, Rollout
 from bond_jax.weights import load
@@ -51,7 +53,62 @@ def check(config: ml_collections.ConfigDict, mesh, rows) -> None:
   for name in ('reward', 'gold'):
     making.check_reward(config[name], name)
   splits = {split: rows(split) for split in preferences.SPLITS}
-  sources.check_apart(splits, ('train', 'validation'), ('train', 'test'))
+  trained = ['train']
+  if config.data.stored:
+    check_offline(config)
+    splits['stored'] = rows('stored')
+    trained.append('stored')
+  pairs = itertools.product(trained, ('validation', 'test'))
+  sources.check_apart(splits, *pairs)
+
+
+def check_offline(config: ml_collections.ConfigDict) -> None:
+  """Refuses an algorithm that cannot do with completions drawn before."""
+  algorithm, name = setups.make_algorithm(config), config.algorithm.name
+  why = ''
+  if algorithm.num_policy:
+    why = "needs fresh completions of the policy's"
+  elif algorithm.anchor.moves:
+    why = 'draws from an anchor that moves'
+  if why:
+    raise UserError(
+      f'algorithm {name} {why}, and data.stored has those that were drawn'
+      " before; take qrpo with num_policy 0, best_of_n with anchor 'fixed' or"
+      " bonbon, or set data.stored to ''."
+    )
+
+
+def stored_reader(
+  config: ml_collections.ConfigDict,
+  tokenizer: tokenizer_lib.Tokenizer,
+  least: int,
+) -> stored.Read:
+  """What reads stored completions, at least so many of a prompt.
+
+  One that is finished ends as the reference ends its own: as the sft stage has
+  taught it, else with the end of a turn after turns, with EOS after a text.
+  """
+  turns = config.prompt.kind == 'turn'
+  if 'sft' in config:
+    turns = config.sft.target == 'completion'
+  return stored.reader(
+    tokenizer,
+    end=tokenizer.stop_ids[-1] if turns else tokenizer.eos_id,
+    stop=config.stop,
+    length=config.length,
+    least=least,
+  )
+
+
+def offline(run: stages.Run, tokenizer: tokenizer_lib.Tokenizer):
+  """The stored rows; what an encoder of them becomes; and `Task.stored`."""
+  config, rows = run.config, run.rows('stored')
+  num = setups.make_algorithm(config).num_anchor
+  read = stored_reader(config, tokenizer, num)
+  draw = functools.partial(
+    stored.draw, rows, read, num=num, length=config.length, seed=config.seed
+  )
+  return rows, functools.partial(stored.usable, read), draw
 
 
 def make(run: stages.Run) -> task.Task:
@@ -62,8 +119,11 @@ def make(run: stages.Run) -> task.Task:
   encode = load.make_encoder(config, tokenizer)
   # A bad row shows before weights are loaded, also one that is used later.
   rows, held_out = run.rows('train'), run.rows('validation')
+  usable, known = lambda make: make, None
+  if config.data.stored:
+    rows, usable, known = offline(run, tokenizer)
   whole = load.make_encoder(config, tokenizer, longer='drop')
-  facts = look_at(rows, whole, config.prompt)
+  facts = look_at(rows, usable(whole), config.prompt)
   prompts = examples.fixed_prompts(
     held_out,
     encode,
@@ -106,13 +166,14 @@ def make(run: stages.Run) -> task.Task:
     stop=stop,
     batches=examples.prompts(
       rows,
-      encode,
+      usable(encode),
       length=config.prompt.length,
       batch=config.train.batch,
       seed=config.seed,
     ),
     reward=scored,
     make_probe=make_probe,
+    stored=known,
     facts=facts,
   )
 
