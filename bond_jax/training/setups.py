@@ -35,9 +35,13 @@ def make_algorithm(config: ml_collections.ConfigDict):
 
 
 def make_setup(
-  config: ml_collections.ConfigDict, policy: Policy, stop, mesh
+  config: ml_collections.ConfigDict,
+  policy: Policy,
+  stop,
+  mesh,
+  teacher: Policy | None = None,
 ) -> step_lib.Setup:
-  """The setup that a config describes, of a policy on a mesh."""
+  """The setup that a config describes, of a policy and a teacher on a mesh."""
   settings = config.train
   return step_lib.Setup(
     policy=policy,
@@ -53,6 +57,7 @@ def make_setup(
     buckets=settings.buckets,
     mesh=mesh,
     sampling_mesh=sharding.reshaped(mesh, **config.sampling_mesh),
+    teacher=teacher,
   )
 
 

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from bond_jax.models import stops
 from bond_jax.rewards import calling
-from bond_jax.types import Frozen, Policy, Prompts, Rollout
+from bond_jax.types import Frozen, Params, Policy, Prompts, Rollout
 
 
 class Task(NamedTuple):
@@ -25,3 +25,6 @@ class Task(NamedTuple):
   # to validation numbers, among them win_rate/reference and kl/reference
   make_probe: Callable[[Frozen], Callable[..., dict[str, float]]]
   facts: Mapping[str, Any] = types.MappingProxyType({})  # for the summary
+  # Where the reference is another model, that, and what the policy starts from.
+  teacher: Policy | None = None
+  start: Params | None = None
