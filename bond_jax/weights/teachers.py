@@ -29,6 +29,7 @@ from bond_jax.types import Params, Policy
 from bond_jax.weights import identify, load, official
 
 _STAGES = ('sft', 'train')
+_PADDING = 256  # rows of an embedding beyond its pieces, at most
 
 
 class Teacher(NamedTuple):
@@ -54,19 +55,26 @@ def find(
     return None
   path = os.path.normpath(paths.expanded(config.teacher))
   folder, stage = os.path.split(os.path.abspath(path))
-  is_run = lambda path: os.path.exists(os.path.join(path, configs.VERSION))
-  if is_run(path):
+  if _is_run(path):
     raise UserError(
       f'teacher is {config.teacher}, a run; name the stage that left the'
       f' weights: {" or ".join(os.path.join(path, x) for x in _STAGES)}.'
     )
-  if stage in _STAGES and is_run(folder):
+  if stage in _STAGES and _is_run(folder):
     teacher = _of_run(config, folder, stage)
   else:
     teacher = _of_weights(config)
   if tokenizer:
     _check_pieces(teacher, tokenizer)
   return teacher
+
+
+def _is_run(folder: str) -> bool:
+  """Whether there is a run: Hugging Face's folders have a config.json too."""
+  there = functools.partial(os.path.join, folder)
+  return os.path.exists(there('config.json')) and any(
+    os.path.isdir(there(stage)) for stage in _STAGES
+  )
 
 
 def _check_pieces(teacher: Teacher, ours: Tokenizer) -> None:
@@ -91,8 +99,8 @@ def _check_pieces(teacher: Teacher, ours: Tokenizer) -> None:
   )
 
 
-def _check_size(name: str, theirs: int, ours: int) -> None:
-  if theirs != ours:
+def _check_size(name: str, theirs: int, ours: int, padding: int = 0) -> None:
+  if not 0 <= theirs - ours <= padding:
     raise UserError(
       f'the teacher {name} has a vocabulary of {theirs} pieces, and'
       f' tokenizer.vocab_size is {ours}: teacher and student must share theirs.'
@@ -152,9 +160,8 @@ def _of_weights(config) -> Teacher:
   if path not in official.RELEASES or sizes is None:
     sizes = identify.look(path).sizes
   used = config.tokenizer.vocab_size
-  sizes = dataclasses.replace(
-    sizes, vocab_size=max(sizes.vocab_size, used), used_vocab=used
-  )
+  _check_size(path, sizes.vocab_size, used, _PADDING)
+  sizes = dataclasses.replace(sizes, used_vocab=used)
   policy = gemma.make(
     sizes, temperature=model.temperature, dtype=model.dtype, scan=model.scan,
     remat='none',
