@@ -136,15 +136,12 @@ def rollout(
   """
   setup, algorithm = on_base(setup, frozen), setup.algorithm
   key = jax.random.fold_in(key, state.step + index)
+  anchor = anchor_of(setup, state, frozen)
   limits = Limits(setup.length, setup.stop, setup.slots, setup.sampling_mesh)
   parts = []
   for (policy, params), num, first in (
     ((setup.policy, state.params), algorithm.num_policy, 0),
-    (
-      anchor_of(setup, state, frozen),
-      algorithm.num_anchor,
-      algorithm.num_policy,
-    ),
+    (anchor, algorithm.num_anchor, algorithm.num_policy),
   ):
     if not num:
       continue
