@@ -62,6 +62,11 @@ def find(
     )
   if stage in _STAGES and _is_run(folder):
     teacher = _of_run(config, folder, stage)
+  elif stage in _STAGES and not os.path.isdir(path):
+    raise UserError(
+      f'teacher is {config.teacher}, and {folder} is no run: name the {stage}'
+      ' stage of a run that has finished it, or weights.'
+    )
   else:
     teacher = _of_weights(config)
   if tokenizer:
