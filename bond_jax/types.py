@@ -96,6 +96,8 @@ class Algorithm(NamedTuple):
   weigh: Callable[[Scores], tuple[Rows, dict[str, Array]]]  # rows, metrics
   loss: Callable[[Array, Rows], Array]
   anchor: AnchorRule
+  # Where the reference is what the policy starts from, nothing is left to do.
+  needs_teacher: bool = False
 
 
 class Decoder(NamedTuple):
@@ -136,7 +138,7 @@ class Policy(NamedTuple):
 class Frozen(NamedTuple):
   """Trees that no step changes and no checkpoint repeats."""
 
-  reference: Params
+  reference: Params  # of a teacher, if there is one: whole, without a base
   base: Params  # weights under policy, anchor and reference alike; may be {}
 
 

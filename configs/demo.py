@@ -41,6 +41,8 @@ ALGORITHMS = dict(
   reinforce=(720, 128, 3e-4, dict(kl_weight=0.7)),
   online_dpo=(360, 128, 1e-4, dict(kl_weight=1.0)),
   ipo=(360, 128, 3e-4, dict(kl_weight=0.2)),
+  # With --config.teacher alone.
+  on_policy_distillation=(180, 128, 3e-4, dict(num_policy=4)),
 )  # fmt: skip
 
 

@@ -46,6 +46,8 @@ ALGORITHMS = dict(
   reinforce=dict(kl_weight=0.1),
   online_dpo=dict(kl_weight=0.1),
   ipo=dict(kl_weight=0.25),
+  # Stands still: there is no teacher, and it starts from its reference.
+  on_policy_distillation=dict(num_policy=4),
 )
 
 

@@ -147,7 +147,8 @@ def test_files_and_functions_stay_short():
         assert count <= 8 or node.name in FACTORIES, (path, node.name, count)
   folders = [PACKAGE, *(p for p in PACKAGE.rglob('*') if p.is_dir())]
   for folder in folders:
-    assert len(list(folder.glob('*.py'))) <= 14, folder
+    files = [p for p in folder.glob('*.py') if p.name != '__init__.py']
+    assert len(files) <= 14, folder
 
 
 @pytest.mark.parametrize('name', COMMANDS)

@@ -9,8 +9,9 @@ ref(y)) and B is the mean of the other prompts' R, as in `bond`.
 
 At a position of y the log-ratio of what came before could be left out of R: it
 does not depend on what is drawn there. It stays, since it takes noise away: the
-policy tends to ref exp(r / c) / Z, where R is the same for every y.
-`policy_gradient` is the body of `rloo` and `tilt` as well.
+policy tends to ref exp(r / c) / Z, where R is the same for every y. Where there
+is no reward for it to meet, it is noise (`to_go`). `policy_gradient` is the
+body of `rloo`, `tilt` and `on_policy_distillation` as well.
 """
 
 from collections.abc import Callable
@@ -28,7 +29,7 @@ class Rows(NamedTuple):
 
   reward: Array  # f32[B, K]
   log_reference: Array  # f32[B, K, T]
-  baseline: Array  # f32[B, K]
+  baseline: Array  # f32[B, K, 1 or T], of the signal, at each position
 
 
 def make(*, kl_weight: float) -> Algorithm:
@@ -49,6 +50,7 @@ def policy_gradient(
   num_anchor: int = 0,
   reward: Callable[[Scores], Array] = lambda scores: scores.reward,
   peers: str = 'prompt',
+  to_go: bool = False,
 ) -> Algorithm:
   """REINFORCE on K = num_policy completions of each prompt, 1 or more.
 
@@ -61,14 +63,16 @@ def policy_gradient(
     reward: Scores -> f32[B, K], of the policy's completions.
     peers: 'prompt', the prompt's other completions, or 'batch', those of the
       other prompts.
+    to_go: at each position R has the log-ratio from there on.
   """
   if not kl_weight >= 0:
     raise ValueError(f'kl_weight must be >= 0, got {kl_weight}')
   own = tuple(range(num_policy))
 
   def signal(reward, log_ratio):
-    """R, without its baseline: [B, K], [B, K, T] -> [B, K]."""
-    return reward - kl_weight * log_ratio.sum(-1)
+    """R, without its baseline: [B, K], [B, K, T] -> [B, K, 1 or T]."""
+    whole = ops.sum_to_go(log_ratio)
+    return reward[..., None] - kl_weight * (whole if to_go else whole[..., :1])
 
   def select(reward, win):
     del win
@@ -86,9 +90,9 @@ def policy_gradient(
       differ = _differ(mine, weight)
     else:
       others = ops.leave_one_out_mean(whole.mean(1), scores.weight)
-      baseline = jnp.broadcast_to(others[:, None], mine.shape)
-      whole = _differ(mine.reshape(1, -1), weight.reshape(1, -1))
-      differ = jnp.broadcast_to(whole, scores.weight.shape)
+      baseline = jnp.broadcast_to(others[:, None], whole.shape)
+      differ = _differ(mine.reshape(1, -1), weight.reshape(1, -1))
+      differ = jnp.broadcast_to(differ, scores.weight.shape)
     kl = log_ratio.sum(-1).mean(-1)
     metrics = {
       'signal/fires': ops.weighted_mean(differ * 1.0, scores.weight),
@@ -99,7 +103,7 @@ def policy_gradient(
   def loss(log_policy, rows: Rows):
     log_ratio = jax.lax.stop_gradient(log_policy) - rows.log_reference
     advantage = signal(rows.reward, log_ratio) - rows.baseline
-    return -(log_policy.sum(-1) * advantage).mean(-1)
+    return -(log_policy * advantage).sum(-1).mean(-1)
 
   return Algorithm(
     num_policy=num_policy,

@@ -27,8 +27,8 @@ from bond_jax.runs import command, log, provenance, stages
 from bond_jax.runs.settings import configs
 from bond_jax.training import checks
 from bond_jax.training.tasks import text_task
-from bond_jax.types import Prompts, Rollout
-from bond_jax.weights import load
+from bond_jax.types import Frozen, Prompts, Rollout
+from bond_jax.weights import load, teachers
 
 
 def draw(run: stages.Run, n: int, prompts: int) -> dict[str, Any]:
@@ -109,8 +109,11 @@ def make_sample(
   n: int,
 ) -> Callable[[Prompts], Rollout]:
   """Loads the reference; `n` completions of it, of each prompt, on the host."""
-  policy = policies.make_policy(config.model, config.tokenizer.vocab_size)
-  frozen = load.load_frozen(config, policy, workdir, mesh)
+  if teacher := teachers.find(config, tokenizer):
+    policy, frozen = teacher.policy, Frozen(teacher.load(mesh), {})
+  else:
+    policy = policies.make_policy(config.model, config.tokenizer.vocab_size)
+    frozen = load.load_frozen(config, policy, workdir, mesh)
   drawn_on = sharding.reshaped(mesh, **config.sampling_mesh)
   stop = stops.of(tokenizer, config.stop)
   limits = sampling.Limits(config.length, stop, config.slots, drawn_on)

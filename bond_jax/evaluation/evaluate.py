@@ -33,7 +33,7 @@ from bond_jax.runs import (
 from bond_jax.runs.settings import configs
 from bond_jax.training import checks
 from bond_jax.training.tasks import text_task
-from bond_jax.weights import load
+from bond_jax.weights import load, teachers
 
 
 def folder_of(
@@ -88,7 +88,7 @@ def evaluate(
     length=config.prompt.length,
     count=settings.prompts,
   )
-  policy, reference = load_sides(config, workdir, str(checkpoint), mesh, factor)
+  policy, reference = load_sides(run, tokenizer, str(checkpoint), factor)
   other = reference
   if against != 'reference':
     other = load_other(against, tokenizer, mesh)
@@ -150,9 +150,22 @@ def of_reference(workdir: str, checkpoint: int) -> list[completions.Row]:
 
 
 def load_sides(
-  config, workdir: str, checkpoint: str, mesh, factor: float = 1.0
+  run: stages.Run, tokenizer, checkpoint: str, factor: float = 1.0
 ) -> tuple[completions.Model, completions.Model]:
   """The policy of a run, extrapolated by a factor, and its reference."""
+  config, workdir, mesh, _ = run
+  teacher = teachers.find(config, tokenizer)  # before any weights are read
+  policy, start = load_own(config, workdir, checkpoint, mesh, factor)
+  if teacher is None:
+    return policy, start
+  del start  # makes room
+  return policy, completions.Model(teacher.policy, teacher.load(mesh), {})
+
+
+def load_own(
+  config, workdir: str, checkpoint: str, mesh, factor: float = 1.0
+) -> tuple[completions.Model, completions.Model]:
+  """The policy of a run, extrapolated by a factor, and what it started from."""
   policy = policies.make_policy(config.model, config.tokenizer.vocab_size)
   params = load.load_policy(
     config, policy, workdir, checkpoint, mesh, alone=False
@@ -179,7 +192,7 @@ def load_other(workdir: str, tokenizer, mesh) -> completions.Model:
         f' {tokenizer.sha256[:12]}): log-probs of the same completion need the'
         ' same pieces.'
       )
-    return load_sides(config, workdir, 'last', mesh)[0]
+    return load_own(config, workdir, 'last', mesh)[0]
 
 
 def make_judges(config, workdir: str, opponents, prompts, read, own):

@@ -18,7 +18,7 @@ from bond_jax.rewards import make
 from bond_jax.runs import command, environment, paths
 from bond_jax.runs.settings import configs, defaults
 from bond_jax.training.tasks import text_task
-from bond_jax.weights import identify, load
+from bond_jax.weights import identify, load, teachers
 
 
 def open_run(
@@ -35,6 +35,11 @@ def open_run(
   mesh = sharding.make_mesh(**config.mesh)
   tokenizer = load.load_tokenizer(config, workdir)
   policy = policies.make_policy(config.model, config.tokenizer.vocab_size)
+  if which == 'reference' and config.teacher:
+    teacher = teachers.find(config, tokenizer)
+    return tokenizer, make_draw(
+      config, tokenizer, mesh, teacher.policy, {}, teacher.load(mesh)
+    )
   if which != 'reference':
     params = load.load_policy(config, policy, workdir, which, mesh, alone=True)
   reference, base = load.load_frozen(config, policy, workdir, mesh)

@@ -58,7 +58,8 @@ def inputs(
   """Fingerprints all that a stage reads by a path, by the config's key.
 
   Data, weights, adapters, vocabulary, the run that it starts from; in train and
-  evaluate also the modules of the rewards, and the files in their arguments.
+  evaluate also the teacher, the modules of the rewards, and the files in their
+  arguments.
   What is not on this machine is left out.
   """
   flat = fields.leaves(json.loads(config.to_json_best_effort()))
@@ -81,6 +82,8 @@ def inputs(
         found[f'{key} {value}'] = fingerprints.of_path(path)
     elif stage not in ('train', 'evaluate'):
       continue
+    elif key == 'teacher' and value:
+      found[f'{key} {value}'] = fingerprints.of_path(path)
     elif re.fullmatch(r'(reward|gold)\.(parts\.[^.]+\.)?function', key):
       found |= _modules(key, value)
     elif re.fullmatch(r'(reward|gold)\.(parts\.[^.]+\.)?args\..+', key):
@@ -163,6 +166,8 @@ def check_start(
   now = hosts.once(lambda: inputs(config, workdir, 'train'))
   whole = alone and not config.model.lora.rank
   kinds = ('tokenizer', 'reference tokenizer') if whole else _UNDER
+  if not alone:
+    kinds += ('teacher',)
   lines = fingerprints.changed(before, now)
   under = [line for line in lines if line.startswith(kinds)]
   fingerprints.accept(f'the policy of {workdir}', under)

@@ -24,7 +24,9 @@ class Phase(NamedTuple):
   """What one phase of a step does, for one prompt in one update."""
 
   flops: float
-  passes: float  # readings of all weights, by an update or a micro-batch of it
+  # Readings of all weights, by an update or a micro-batch of it; of a teacher's
+  # as many as it is times as large.
+  passes: float
   cached: float  # numbers of the cache that are read
 
 
@@ -64,6 +66,7 @@ def phases(
   length: int,
   epochs: int,
   remat: str,
+  teacher: configs.Config | None = None,
 ) -> dict[str, Phase]:
   """The rollout, the weighing and the update.
 
@@ -75,23 +78,24 @@ def phases(
     epochs: updates on every rollout, which share what it cost.
     remat: with 'all', layers are computed again in the backward pass; the head
       always is.
+    teacher: the sizes of the reference; None where they are the model's.
   """
   a, m = algorithm, costs.num_trained(algorithm)
-  drawn = a.num_policy + a.num_anchor
-  models = bool(a.num_policy) + bool(a.num_anchor)
-  scored = len(a.anchor_rows) + len(a.reference_rows)
+  reference = teacher or sizes
+  anchor = sizes if a.anchor.moves else reference
   quantile = len(a.quantile_rows)
   row, whole = tokens_read(prompt, length), prompt + length
   w = work(sizes)
-  per_row = lambda n: n * w.layers + attention(sizes, n, n)
-  # Layers: prompts, then tokens one by one, each of which sees the whole cache.
-  before, own = columns(sizes, prompt), columns(sizes, max(1, length - 1))
-  sample = models * per_row(prompt) + drawn * (
-    (length - 1) * w.layers
-    + 4.0 * sizes.heads * sizes.head_size * (length - 1) * (before + own)
-    + length * w.head
+  per_row = lambda n: _row(sizes, n)
+  share = lambda of: work(of).weights / w.weights
+  draws = [
+    (_drawn(of, num, prompt, length), share(of))
+    for of, num in ((sizes, a.num_policy), (anchor, a.num_anchor))
+  ]
+  scored = (anchor, len(a.anchor_rows)), (reference, len(a.reference_rows))
+  score = sum(
+    num * (_row(of, row) + length * work(of).head) for of, num in scored
   )
-  score = scored * (per_row(row) + length * w.head)
   score += quantile * per_row(whole)
   # A backward pass is two forward ones, with frozen weights about one.
   back = 1 if sizes.lora_scale else 2
@@ -100,26 +104,50 @@ def phases(
   train = m * (layers * per_row(row) + (2 + back) * length * w.head)
   train += quantile * layers * per_row(whole)
   # Weights: once per token for all rows, once per pass and micro-batch else.
-  once = bool(a.anchor_rows) + bool(a.reference_rows) + bool(quantile)
-  # A prompt's keys are read once for all its completions, side by side.
-  cached = 2 * sizes.kv_heads * sizes.head_size
-  cached *= (length - 1) * (models * before + drawn * own)
+  once = sum(share(of) for of, num in scored if num) + bool(quantile)
   return {
     'rollout': Phase(
-      sample / epochs, models * length / epochs, cached / epochs
+      sum(drawn.flops for drawn, _ in draws) / epochs,
+      sum(drawn.passes * times for drawn, times in draws) / epochs,
+      sum(drawn.cached for drawn, _ in draws) / epochs,
     ),
     'weigh': Phase(score / epochs, once / epochs, 0.0),
     'update': Phase(train, (1 + bool(quantile)) * (2 + again), 0.0),
   }
 
 
+def _row(sizes: configs.Config, tokens: int) -> float:
+  """Operations of the layers on a row of tokens."""
+  return tokens * work(sizes).layers + attention(sizes, tokens, tokens)
+
+
+def _drawn(sizes: configs.Config, num: int, prompt: int, length: int) -> Phase:
+  """What a model does that draws `num` completions of a prompt, maybe none."""
+  if not num:
+    return Phase(0.0, 0.0, 0.0)
+  w = work(sizes)
+  # Layers: prompts, then tokens one by one, each of which sees the whole cache.
+  before, own = columns(sizes, prompt), columns(sizes, max(1, length - 1))
+  flops = _row(sizes, prompt) + num * (
+    (length - 1) * w.layers
+    + 4.0 * sizes.heads * sizes.head_size * (length - 1) * (before + own)
+    + length * w.head
+  )
+  # A prompt's keys are read once for all its completions, side by side.
+  cached = 2 * sizes.kv_heads * sizes.head_size
+  return Phase(flops, length, cached * (length - 1) * (before + num * own))
+
+
 def of_config(
-  config: ml_collections.ConfigDict, algorithm: Algorithm, sizes: configs.Config
+  config: ml_collections.ConfigDict,
+  algorithm: Algorithm,
+  sizes: configs.Config,
+  teacher: configs.Config | None = None,
 ) -> dict[str, Phase]:
-  """The phases of a run."""
+  """The phases of a run; `teacher` as in `phases`."""
   return phases(
     algorithm, sizes, prompt=config.prompt.length, length=config.length,
-    epochs=config.train.epochs, remat=config.model.remat,
+    epochs=config.train.epochs, remat=config.model.remat, teacher=teacher,
   )  # fmt: skip
 
 
@@ -131,14 +159,15 @@ def least_seconds(
   size: dict[str, int],
   mesh: Mesh,
   chip: chips.Chip,
+  teacher: configs.Config | None,
 ) -> dict[str, float]:
   """Of computing, of reading memory and of sending, for one program of a step.
 
   `sent` are bytes that a chip receives, `size` those of a chip's part of what
-  the run keeps, by the names of `programs.resident`.
+  the run keeps, by the names of `programs.resident`; `teacher` as in `phases`.
   """
   sizes = policies.make_sizes(config.model, config.tokenizer.vocab_size)
-  found = of_config(config, algorithm, sizes)
+  found = of_config(config, algorithm, sizes, teacher)
   part = found.get(name, Phase(0.0, 0.0, 0.0))
   itemsize = jnp.dtype(config.model.dtype).itemsize
   read = part.passes * work(sizes).weights * itemsize
@@ -149,7 +178,8 @@ def least_seconds(
   if name == 'update':  # what is read and written anew
     read += 2 * (size['parameters'] + size['optimizer'])
   if name == 'move_anchor':
-    read += size['parameters'] + size['reference'] + 2 * size['anchor']
+    read += size['parameters'] + 2 * size['anchor']
+    read += 0 if teacher else size['reference']
   prompts = config.train.batch / mesh.size
   read += part.cached * itemsize * prompts
   return {

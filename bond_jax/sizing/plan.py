@@ -17,8 +17,9 @@ from bond_jax.models import policies
 from bond_jax.runs import command, environment, files, show
 from bond_jax.runs.settings import defaults
 from bond_jax.sizing import chips, hlo, operations, programs
-from bond_jax.training import setups
+from bond_jax.training import checks, setups
 from bond_jax.training import step as step_lib
+from bond_jax.weights import teachers
 
 GIB = chips.GIB
 CHILD = 'BOND_JAX_PLAN'  # in the environment of the process that compiles
@@ -32,6 +33,7 @@ def plan(config: ml_collections.ConfigDict, topology: str) -> dict[str, Any]:
   wanted, kept = programs.of_config(config, mesh)
   size = {name: programs.bytes_of(tree) for name, tree in kept.items()}
   algorithm = setups.make_algorithm(config)
+  teacher = teachers.find(config)
   rows, too_much = {}, {}
   for name, program in wanted.items():
     if program.resident > chip.memory:  # without the program, even
@@ -46,7 +48,14 @@ def plan(config: ml_collections.ConfigDict, topology: str) -> dict[str, Any]:
     if chip.flops and not name.startswith('probe'):
       sent = sum(x['bytes'] for x in row['collectives'].values())
       row['least_seconds'] = operations.least_seconds(
-        name, sent, config, algorithm, size, mesh, chip
+        name,
+        sent,
+        config,
+        algorithm,
+        size,
+        mesh,
+        chip,
+        teacher and teacher.sizes,
       )
   code = sum(row['code_bytes'] for row in rows.values())
   for row in rows.values():  # all programs stay loaded
@@ -61,6 +70,7 @@ def plan(config: ml_collections.ConfigDict, topology: str) -> dict[str, Any]:
     'mesh': dict(mesh.shape),
     'sampling_mesh': dict(sampling_mesh.shape),
     'model': config.model.name,
+    'teacher': config.teacher,
     'algorithm': config.algorithm.name,
     'trainable': f'LoRA, rank {rank}' if rank else 'all parameters',
     'param_dtype': str(jax.tree.leaves(kept['parameters'])[0].dtype),
@@ -92,6 +102,13 @@ def check(config: ml_collections.ConfigDict, mesh: Mesh) -> None:
   for over in mesh, sharding.reshaped(mesh, **config.sampling_mesh):
     for name in 'batch', 'probe_prompts':
       sharding.check_batch(f'train.{name}', config.train[name], over, 1)
+  checks.check_teacher(config, setups.make_algorithm(config))
+  teacher = teachers.find(config)
+  if teacher and teacher.sizes is None:
+    raise UserError(
+      f'a plan is made for our own models; the teacher {teacher.name} is of the'
+      ' gemma library.'
+    )
 
 
 def too_large(found: dict[str, Any]) -> dict[str, float]:
@@ -113,7 +130,7 @@ def advice(found: dict[str, Any]) -> str:
   if kept > 0.9 * found['hbm_bytes']:
     return 'more chips, a larger mesh, or LoRA (model.lora.rank)'
   over, tips = set(too_large(found)), []
-  if over & {'rollout', 'probe/draw'}:
+  if over & {'rollout', 'probe/draw', 'probe/draw_teacher'}:
     tips.append(
       'sampling_mesh with a larger model axis, or fewer slots'
       f' (slots={max(1, (found["slots"] or found["batch"]) // 2)})'
@@ -147,6 +164,7 @@ def tables(found: dict[str, Any]) -> None:
   large = sum(found['resident_bytes'].values()) > 0.1 * GIB
   unit, size = ('GiB', GIB) if large else ('MiB', 2**20)
   shown = lambda x: f'{x / size:.2f}'
+  taught = f' of {found["teacher"]}' if found['teacher'] else ''
   where = lambda name: (
     'hosts, but in move_anchor and probe/score'
     if name == 'reference' and not found['reference_on_chip']
@@ -157,9 +175,9 @@ def tables(found: dict[str, Any]) -> None:
       ('kept all the time', f'{unit} per chip', 'on'),
       *((k, shown(v), where(k)) for k, v in found['resident_bytes'].items()),
     ],
-    f'{found["model"]}, {found["trainable"]}, {found["algorithm"]}: batch'
-    f' {found["batch"]}, {found["prompt_length"]} + {found["max_new_tokens"]}'
-    f' tokens, on {found["topology"]}',
+    f'{found["model"]}, {found["trainable"]}, {found["algorithm"]}{taught}:'
+    f' batch {found["batch"]}, {found["prompt_length"]} +'
+    f' {found["max_new_tokens"]} tokens, on {found["topology"]}',
   )
   columns = {
     'arguments': 'argument_bytes', 'beside them': 'beside_bytes',

@@ -17,6 +17,7 @@ from bond_jax.training import distil, setups
 from bond_jax.training import step as step_lib
 from bond_jax.training.tasks import text_task
 from bond_jax.types import Frozen, Params, Prompts, Rollout
+from bond_jax.weights import teachers
 
 
 class Program(NamedTuple):
@@ -49,7 +50,7 @@ def resident(state, frozen: Frozen) -> dict[str, Any]:
   }
 
 
-def shapes(config, policy, setup: step_lib.Setup, mesh: Mesh):
+def shapes(config, policy, setup: step_lib.Setup, teacher, mesh: Mesh):
   """The state and the frozen trees of a run, as shapes in their shards."""
   base: Params = {}
   if config.model.lora.rank:
@@ -59,9 +60,13 @@ def shapes(config, policy, setup: step_lib.Setup, mesh: Mesh):
     base = sharding.tree_structs(
       jax.eval_shape(full.init, jax.random.key(0)), mesh, config.model.dtype
     )
-  reference = jax.eval_shape(policy.init, jax.random.key(0))
-  frozen = Frozen(sharding.tree_structs(reference, mesh), base)
-  return distil.state_like(setup, frozen, mesh), frozen
+  start = jax.eval_shape(policy.init, jax.random.key(0))
+  start = reference = sharding.tree_structs(start, mesh)
+  if teacher:
+    reference = jax.eval_shape(teacher.policy.init, jax.random.key(0))
+    reference = sharding.tree_structs(reference, mesh, teacher.dtype)
+  frozen = Frozen(reference, base)
+  return distil.state_like(setup, frozen, mesh, start), frozen
 
 
 def of_config(config: ml_collections.ConfigDict, mesh: Mesh):
@@ -69,8 +74,10 @@ def of_config(config: ml_collections.ConfigDict, mesh: Mesh):
   policy = policies.make_policy(config.model, config.tokenizer.vocab_size)
   # Stand-ins for the ids and the pieces: the shapes are the same.
   stop = stops.make((1,), [b''] * config.tokenizer.vocab_size, config.stop)
-  setup = setups.make_setup(config, policy, stop, mesh)
-  state, frozen = shapes(config, policy, setup, mesh)
+  teacher = teachers.find(config)
+  taught_by = teacher and teacher.policy
+  setup = setups.make_setup(config, policy, stop, mesh, taught_by)
+  state, frozen = shapes(config, policy, setup, teacher, mesh)
   of_run = distil.make_programs(setup, mesh, state)
   rows = sharding.by_row(mesh)
   whole = sharding.replicated(mesh)
@@ -105,7 +112,7 @@ def of_config(config: ml_collections.ConfigDict, mesh: Mesh):
     state, frozen, prompts(b), rollouts(b, k), row(jnp.float32, b, k),
   )  # fmt: skip
   batch = jax.tree.map(lambda x: row(x.dtype, *x.shape), batch)
-  probe = text_task.probe_programs(config, policy, stop, mesh)
+  probe = text_task.probe_programs(config, policy, stop, mesh, taught_by)
   shown, n = config.train.probe_prompts, config.train.probe_completions
 
   def turns(completions):
@@ -121,7 +128,7 @@ def of_config(config: ml_collections.ConfigDict, mesh: Mesh):
   judged = prompts(b), rollouts(b, k), row(jnp.float32, b, k)
   probed = prompts(shown), rollouts(shown, n)
   of_step = lambda f, *more: (f, (state, light), more, light_size)
-  return {
+  found = {
     'rollout': Program(*of_step(of_run.rollout, prompts(b), key, index), drawn),
     'weigh': Program(*of_step(of_run.weigh, *judged), folds),
     'update': Program(*of_step(of_run.update, batch), folds),
@@ -131,7 +138,13 @@ def of_config(config: ml_collections.ConfigDict, mesh: Mesh):
       light_size, turns(shown * n),
     ),
     'probe/score': Program(probe.score, (frozen,), probed, size, 1),
-  }, resident(state, frozen)  # fmt: skip
+  }  # fmt: skip
+  if teacher:  # before there is a state
+    found['probe/draw_teacher'] = Program(
+      probe.draw_teacher, (frozen.reference,), (prompts(shown), key),
+      bytes_of((frozen, state.params)), turns(shown * n),
+    )  # fmt: skip
+  return found, resident(state, frozen)
 
 
 def compile_program(program: Program) -> dict[str, Any] | float:

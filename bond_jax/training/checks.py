@@ -13,7 +13,9 @@ from bond_jax.models import policies
 from bond_jax.runs import stages
 from bond_jax.runs.settings import configs, defaults
 from bond_jax.training import setups
+from bond_jax.training import step as step_lib
 from bond_jax.training.tasks import enumerable, text_task
+from bond_jax.types import Algorithm
 
 
 def open_run(config: ml_collections.ConfigDict, workdir: str) -> stages.Run:
@@ -40,6 +42,8 @@ def check(config: ml_collections.ConfigDict, rows=None) -> Mesh:
   # Each part of the mesh draws whole prompts.
   sharding.check_batch('train.batch', settings.batch, drawn_on, 1)
   algorithm = setups.make_algorithm(config)
+  if config.task == 'text':
+    check_teacher(config, algorithm)
   steps = settings.rollouts * settings.epochs
   if steps > 1 and algorithm.num_policy:
     raise UserError(
@@ -62,6 +66,26 @@ def check(config: ml_collections.ConfigDict, rows=None) -> Mesh:
 def task(config: ml_collections.ConfigDict):
   """The module that `config.task` names."""
   return {'text': text_task, 'enumerable': enumerable}[config.task]
+
+
+def check_teacher(
+  config: ml_collections.ConfigDict, algorithm: Algorithm
+) -> None:
+  """Refuses a teacher that no step would look at, and one that is missing."""
+  name = config.algorithm.name
+  if algorithm.needs_teacher and not config.teacher:
+    raise UserError(
+      f'algorithm {name} draws the policy to its reference, from which it'
+      ' starts: without a teacher nothing is to learn; set config.teacher, for'
+      " instance to 'runs/large/sft' or 'gemma3_27b_it'."
+    )
+  if config.teacher and not step_lib.reads_reference(algorithm):
+    raise UserError(
+      f'algorithm {name} looks at its anchor alone, which follows the policy,'
+      f' and never at the teacher {config.teacher}; take bond or best_of_n with'
+      " anchor 'fixed', wind or ipo with a kl_weight, or start from the teacher"
+      ' (config.reference, config.weights).'
+    )
 
 
 def check_reward_model(config: ml_collections.ConfigDict, mesh) -> None:

@@ -20,7 +20,7 @@ from bond_jax.runs.settings import configs
 from bond_jax.training import checks, costs, loop, setups, watch
 from bond_jax.training import guard as guard_lib
 from bond_jax.training import step as step_lib
-from bond_jax.types import Array, Frozen, Prompts, Rollout, TrainState
+from bond_jax.types import Array, Frozen, Params, Prompts, Rollout, TrainState
 
 # Metrics of a rollout that say nothing of completions that were stored.
 OF_SAMPLER = 'entropy/token', 'slots/busy', 'tokens/decoded'
@@ -177,7 +177,7 @@ def train(run: stages.Run) -> dict[str, Any]:
     lambda: provenance.inputs(config, workdir, 'train'),
   )  # fmt: skip
   task = checks.task(config).make(run)
-  setup = setups.make_setup(config, task.policy, task.stop, mesh)
+  setup = setups.make_setup(config, task.policy, task.stop, mesh, task.teacher)
   cost = costs.of_config(config, setup.algorithm)
   hosts.say(f'train: {costs.line(cost)}')
   limits = settings.watch.to_dict()
@@ -193,14 +193,14 @@ def train(run: stages.Run) -> dict[str, Any]:
     with writer.phase('evaluate'):
       probe = task.make_probe(task.frozen)
     if saver.start is None:
-      state = init_state(setup, task.frozen, mesh)
+      state = init_state(setup, task.frozen, mesh, task.start)
     else:  # into shapes: two states at one time may be too much for a device
-      like = state_like(setup, task.frozen, mesh)
+      like = state_like(setup, task.frozen, mesh, task.start)
       state, position = saver.restore(like)
       task.batches.set_state(position)
       guard.catch_up(folder)
     frozen, whole = rest_reference(setup, task.frozen)
-    task = task._replace(frozen=None)  # all of it is nowhere else
+    task = task._replace(frozen=None, start=None)  # it is nowhere else
 
     def broken(state, batch):
       guard.broken = guard_lib.find(setup, state, frozen, batch)
@@ -233,7 +233,7 @@ def train(run: stages.Run) -> dict[str, Any]:
     'steps': last['step'],
     'win_rate_validation': last['win_rate/reference'],
     'kl_validation': last['kl/reference'],
-    'anchor_drift': last['anchor/drift'] if moves else None,
+    'anchor_drift': last.get('anchor/drift') if moves else None,
     'signal_fires': float(np.mean([row['signal/fires'] for row in rows])),
     'compilations_after_first_step': compiled[-1] - compiled[0],
     **times,
@@ -242,22 +242,26 @@ def train(run: stages.Run) -> dict[str, Any]:
   }
 
 
-def init_state(setup, frozen: Frozen, mesh) -> TrainState:
+def init_state(
+  setup, frozen: Frozen, mesh, start: Params | None = None
+) -> TrainState:
   """The state before the first step, created in its shards."""
-  like = state_like(setup, frozen, mesh)
+  like = state_like(setup, frozen, mesh, start)
   shards = jax.tree.map(lambda x: x.sharding, like)
   init = functools.partial(step_lib.init_state, setup)
-  return jax.jit(init, out_shardings=shards)(frozen)
+  return jax.jit(init, out_shardings=shards)(frozen, start)
 
 
-def state_like(setup, frozen: Frozen, mesh) -> TrainState:
-  """The shapes of a state in their shards; `frozen` may be shapes too.
+def state_like(
+  setup, frozen: Frozen, mesh, start: Params | None = None
+) -> TrainState:
+  """The shapes of a state in their shards; what it is made of may be shapes.
 
   A UserError if a large parameter would be whole on every device.
   """
   sharding.check_split(frozen, mesh)
   init = functools.partial(step_lib.init_state, setup)
-  return sharding.tree_structs(jax.eval_shape(init, frozen), mesh)
+  return sharding.tree_structs(jax.eval_shape(init, frozen, start), mesh)
 
 
 def main(config: ml_collections.ConfigDict, workdir: str) -> None:

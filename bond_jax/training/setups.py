@@ -34,9 +34,13 @@ def make_algorithm(config: ml_collections.ConfigDict):
 
 
 def make_setup(
-  config: ml_collections.ConfigDict, policy: Policy, stop, mesh
+  config: ml_collections.ConfigDict,
+  policy: Policy,
+  stop,
+  mesh,
+  teacher: Policy | None = None,
 ) -> step_lib.Setup:
-  """The setup that a config describes, of a policy on a mesh."""
+  """The setup that a config describes, of a policy and a teacher on a mesh."""
   settings = config.train
   if config.model.lora.rank and settings.optimizer.layer_rate != 1:
     raise UserError(
@@ -62,4 +66,5 @@ def make_setup(
     restart=settings.restart,
     mesh=mesh,
     sampling_mesh=sharding.reshaped(mesh, **config.sampling_mesh),
+    teacher=teacher,
   )

@@ -58,6 +58,8 @@ class Setup(NamedTuple):
   buckets: int = 1
   # Each iteration begins with a new optimizer, and its schedule.
   restart: bool = False
+  # What the reference is called with, where it is another model: a teacher.
+  teacher: Policy | None = None
 
 
 class Batch(NamedTuple):
@@ -72,12 +74,15 @@ class Batch(NamedTuple):
   quantile_target: Array  # f32[B, len(quantile_rows)], for the learned one
 
 
-def init_state(setup: Setup, frozen: Frozen) -> TrainState:
+def init_state(
+  setup: Setup, frozen: Frozen, start: Params | None = None
+) -> TrainState:
   """The state before step 0: the policy is the reference, and the anchor too.
 
-  They are copies, since state is donated.
+  Where the reference is a teacher, both are `start`. They are copies, since
+  state is donated.
   """
-  anchor, params = {}, frozen.reference
+  anchor, params = {}, frozen.reference if start is None else start
   if setup.algorithm.anchor.moves:
     view = setup.algorithm.anchor.view(params)
     anchor = jax.tree.map(lambda x: x.astype(jnp.float32), view)
@@ -94,9 +99,18 @@ def init_state(setup: Setup, frozen: Frozen) -> TrainState:
   )
 
 
-def anchor_of(setup: Setup, state: TrainState, frozen: Frozen) -> Params:
-  """The anchor's parameters: the reference's where it never moves."""
-  return state.anchor if setup.algorithm.anchor.moves else frozen.reference
+def anchor_of(
+  setup: Setup, state: TrainState, frozen: Frozen
+) -> tuple[Policy, Params]:
+  """The anchor, of a setup `on_base`: the reference where it never moves."""
+  if setup.algorithm.anchor.moves:
+    return setup.policy, state.anchor
+  return reference_of(setup, frozen)
+
+
+def reference_of(setup: Setup, frozen: Frozen) -> tuple[Policy, Params]:
+  """The reference, of a setup `on_base`: the teacher if there is one."""
+  return setup.teacher or setup.policy, frozen.reference
 
 
 def reads_reference(algorithm: Algorithm) -> bool:
@@ -127,17 +141,15 @@ def rollout(
   anchor = anchor_of(setup, state, frozen)
   limits = Limits(setup.length, setup.stop, setup.slots, setup.sampling_mesh)
   parts = []
-  for params, num, first in (
-    (state.params, algorithm.num_policy, 0),
+  for (policy, params), num, first in (
+    ((setup.policy, state.params), algorithm.num_policy, 0),
     (anchor, algorithm.num_anchor, algorithm.num_policy),
   ):
     if not num:
       continue
     # One after the other: a device holds the weights and cache of one sampler.
     params, parts = jax.lax.optimization_barrier((params, parts))
-    drawn = sample(
-      setup.policy, params, prompts, key, limits, num=num, first=first
-    )
+    drawn = sample(policy, params, prompts, key, limits, num=num, first=first)
     parts.append(drawn)
   return jax.tree.map(lambda *x: jnp.concatenate(x, 1), *parts)
 
@@ -182,18 +194,19 @@ def score(
     params, x = state.aux['params'], micro_batches.trim(size, *x)
     return jax.nn.log_sigmoid(scalar_head.logits(setup.policy, params, *x))
 
-  log_of = lambda params: functools.partial(log_policy_of, setup, params)
+  log_of = lambda policy, params: functools.partial(
+    log_policy_of, setup._replace(policy=policy), params
+  )
   t = drawn.mask.shape[-1]
   anchor = anchor_of(setup, state, frozen)
+  reference = reference_of(setup, frozen)
   scores = Scores(
     reward=reward,
     win=win,
     index=index,
     log_sampled=chosen.log_prob,
-    log_anchor=of_rows(log_of(anchor), algorithm.anchor_rows, t),
-    log_reference=of_rows(
-      log_of(frozen.reference), algorithm.reference_rows, t
-    ),
+    log_anchor=of_rows(log_of(*anchor), algorithm.anchor_rows, t),
+    log_reference=of_rows(log_of(*reference), algorithm.reference_rows, t),
     log_quantile=of_rows(log_quantile, algorithm.quantile_rows),
     weight=prompts.weight,
   )
@@ -338,13 +351,16 @@ def move_anchor(
   """The anchor's move, after all updates of an iteration.
 
   `anchor/drift` is its distance from the reference, against the norm of all
-  weights that the reference is called with, the base among them.
+  weights that the reference is called with, the base among them. There is none
+  to a teacher.
   """
   rule = setup.algorithm.anchor
   if not rule.moves:
     return state, {'anchor/drift': jnp.float32(0)}
   iteration = state.step // (setup.rollouts * setup.epochs)
   anchor = rule.update(state.anchor, rule.view(state.params), iteration)
+  if setup.teacher:
+    return state._replace(anchor=anchor), {}
   start = rule.view(frozen.reference)
   moved = jax.tree.map(jnp.subtract, anchor, start)
   whole = lora.join(frozen.base, start)

@@ -45,6 +45,7 @@ def export(
   config = configs.read_config(workdir)
   if 'tokenizer' not in config or 'model' not in config:
     raise UserError(f'{workdir} trains no language model: nothing to export.')
+  _check_teacher(config, workdir, which)
   rank = config.model.lora.rank
   if form == 'adapter' and not rank:
     raise UserError(
@@ -99,6 +100,14 @@ def export(
     'parameters': sum(x.size for x in jax.tree.leaves(params)),
     'bytes': size_of(out),
   }
+
+
+def _check_teacher(config, workdir: str, which: str) -> None:
+  if which == 'reference' and config.teacher:
+    raise UserError(
+      f'the reference of {workdir} is its teacher {config.teacher}, which is'
+      ' not exported from here; leave out --checkpoint=reference.'
+    )
 
 
 def tokenizer_path(config: ml_collections.ConfigDict, workdir: str) -> str:

@@ -20,7 +20,7 @@ class Weights(NamedTuple):
 
   path: str
   sizes: gemma.Config
-  tokenizer: str  # path of its vocabulary
+  tokenizer: str  # path of its vocabulary; '' where that is not known
   turns: bool  # whether it was tuned to answer
 
 
@@ -34,22 +34,34 @@ def identify(path: str, tokenizer: str) -> Weights:
   Returns:
     What they are. A UserError where the files do not say it.
   """
+  found = look(path)
+  found = found._replace(tokenizer=tokenizer or found.tokenizer)
+  if not found.tokenizer:
+    raise UserError(
+      f'{path} has no {tokenizer_lib.FILE} beside it; give --tokenizer=PATH,'
+      ' the SentencePiece file that came with the weights.'
+    )
+  return found
+
+
+def look(path: str) -> Weights:
+  """The same; the vocabulary is the one beside the weights, '' = none."""
   found = official.find(path)
   if gguf.is_file(found):
     from bond_jax.weights.gguf import reader
 
     header = gguf.read(found)
     turns = 'tokenizer.chat_template' in header.fields
-    return Weights(path, reader.read_config(header), tokenizer or found, turns)
+    return Weights(path, reader.read_config(header), found, turns)
   if found.startswith('gs://') or not official.is_hugging_face(found):
     sizes, turns = official.sizes_of(found), bool(_ANSWERS.search(path))
-    return Weights(path, sizes, tokenizer or _beside(found, path), turns)
+    return Weights(path, sizes, _beside(found), turns)
   from bond_jax.weights.huggingface import config_json, reader
 
   folder = reader.resolve(found)
   file = os.path.join(folder, 'config.json')
   sizes = config_json.from_json(reader.read_config(folder), file)
-  return Weights(path, sizes, tokenizer or _beside(folder, path), _has(folder))
+  return Weights(path, sizes, _beside(folder), _has(folder))
 
 
 def _has(folder: str) -> bool:
@@ -63,13 +75,10 @@ def _has(folder: str) -> bool:
   return bool(described.get('chat_template'))
 
 
-def _beside(folder: str, path: str) -> str:
-  """The vocabulary in a folder of weights, or in the one around it."""
+def _beside(folder: str) -> str:
+  """The vocabulary beside weights, or in the folder around; '' = none."""
   for place in folder, os.path.dirname(folder):
     file = os.path.join(place, tokenizer_lib.FILE)
     if os.path.exists(file):
       return file
-  raise UserError(
-    f'{path} has no {tokenizer_lib.FILE} beside it; give --tokenizer=PATH, the'
-    ' SentencePiece file that came with the weights.'
-  )
+  return ''

@@ -101,7 +101,7 @@ def test_the_baseline_leaves_the_expectation_alone(x64, name):
 
   def without(scores):
     rows, metrics = algorithm.weigh(scores)
-    assert rows.baseline.shape == scores.reward.shape
+    assert rows.baseline.shape == (*scores.reward.shape, 1)
     return rows._replace(baseline=jnp.zeros_like(rows.baseline)), metrics
 
   def another_sampler(scores):
@@ -178,7 +178,9 @@ def weigh(algorithm, reward, *, log_sampled=0.0, log_reference=0.0, weight=1.0):
 
 
 def signal(reward, log_ratio, kl_weight):
-  return np.asarray(reward) - kl_weight * log_ratio.sum(-1)
+  return np.asarray(reward)[..., None] - kl_weight * log_ratio.sum(
+    -1, keepdims=True
+  )
 
 
 def test_rloo_s_baseline_is_the_prompt_s_other_signals():
@@ -195,7 +197,7 @@ def test_rloo_s_baseline_is_the_prompt_s_other_signals():
   others = (whole.sum(1, keepdims=True) - whole) / 2
   same(rows.baseline, others, 1e-5)
   gradient = jax.grad(lambda x: algorithm.loss(x, rows).sum())(log_policy)
-  advantage = np.broadcast_to((whole - others)[..., None], gradient.shape)
+  advantage = np.broadcast_to(whole - others, gradient.shape)
   same(gradient, -advantage / 3, 1e-5)
 
 

@@ -146,4 +146,6 @@ def test_pooled_rows_are_what_the_policy_gradient_gets(x64):
   # The log-ratios are 0 here; the baseline is of the other prompts.
   mean = np.asarray(expected).mean(-1)
   others = (mean.sum() - mean) / 3
-  np.testing.assert_allclose(rows.baseline, np.tile(others[:, None], 3))
+  np.testing.assert_allclose(
+    rows.baseline, np.tile(others[:, None, None], (3, 1))
+  )

@@ -125,7 +125,7 @@ BAD = [
     data.name data.data_dir data.fields.text data.splits.train data.splits.test
     data.splits.validation data.mix.name data.mix.fields.text
     data.mix.splits.test data.mix.splits.train data.mix.splits.validation
-    weights tokenizer.path
+    weights teacher tokenizer.path
     reward_model.tokenizer.path model.lora.targets model.lora.weights
     reward.function gold.function reward.parts.function task algorithm.name
     """,
@@ -422,6 +422,7 @@ def test_the_choices_are_those_of_the_code(path, choices):
     ('reinforce', 'kl_weight', [*NO_FINITE, -1]),
     ('online_dpo', 'kl_weight', [*NO_FINITE, 0, -1]),
     ('ipo', 'kl_weight', [*NO_FINITE, 0, -1]),
+    ('on_policy_distillation', 'num_policy', NO_COUNT),
   ],
 )
 def test_arguments_that_no_algorithm_could_work_with(algorithm, name, bad):

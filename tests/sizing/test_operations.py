@@ -24,10 +24,11 @@ JBOND = jbond.make(
 )
 
 
-def phases(algorithm=JBOND, sizes=SIZES, remat='none', epochs=1):
+def phases(algorithm=JBOND, sizes=SIZES, remat='none', epochs=1, teacher=None):
   return operations.phases(
-    algorithm, sizes, prompt=P, length=T, epochs=epochs, remat=remat
-  )
+    algorithm, sizes, prompt=P, length=T, epochs=epochs, remat=remat,
+    teacher=teacher,
+  )  # fmt: skip
 
 
 def total(*args, **kwargs):
@@ -105,6 +106,28 @@ def parts(remat):
     trained=only(select=two) - base,
     decoded=(longer - head) / (T - 1),
   )
+
+
+def test_a_teacher_does_its_own_work():
+  """What is drawn from it and scored under it is as of a model of its size."""
+  large = dataclasses.replace(SIZES, layers=5, features=256, kv_heads=1)
+  fixed = JBOND._replace(reference_rows=(0, 1))._replace(
+    anchor=JBOND.anchor._replace(moves=False)
+  )
+  found = phases(fixed, teacher=large)
+  own = phases(fixed._replace(num_anchor=0))
+  theirs = phases(fixed._replace(num_policy=0), sizes=large)
+  add = lambda name: own['rollout'][name] + theirs['rollout'][name]
+  assert found['rollout'].flops == pytest.approx(add(0))
+  assert found['rollout'].cached == pytest.approx(add(2))
+  times = operations.work(large).weights / operations.work(SIZES).weights
+  assert found['rollout'].passes == pytest.approx(T + T * times)
+  assert found['weigh'].flops == pytest.approx(theirs['weigh'].flops)
+  assert found['weigh'].passes == pytest.approx(2 * times)
+  assert found['update'] == own['update']
+  # An anchor that moves is as large as the policy.
+  moving = fixed._replace(anchor=JBOND.anchor, reference_rows=())
+  assert phases(moving, teacher=large) == phases(moving)
 
 
 def test_frozen_weights_have_no_gradient():

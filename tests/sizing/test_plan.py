@@ -14,7 +14,9 @@ import toy
 
 from bond_jax.devices import sharding
 from bond_jax.errors import UserError
+from bond_jax.models.gemma import model as gemma
 from bond_jax.sizing import chips, plan, programs
+from bond_jax.weights import official
 from configs import gemma_jbond
 
 PROGRAMS = ['rollout', 'weigh', 'update', 'move_anchor', 'probe/draw',
@@ -105,6 +107,38 @@ def test_a_reference_that_is_the_anchor_stays():
   assert kept['anchor'] == {}
   all_kept = sum(programs.bytes_of(v) for v in kept.values())
   assert wanted['update'].resident == pytest.approx(all_kept, abs=64)
+
+
+def test_a_teacher_is_counted_in_its_own_sizes(monkeypatch):
+  """By the name of a release, without its weights."""
+  sizes = dataclasses.replace(
+    TINY['gemma2'], vocab_size=256, features=256, layers=6, heads=8,
+    feed_forward=512, head_size=32, window=64, used_vocab=None,
+  )  # fmt: skip
+  monkeypatch.setitem(gemma.CONFIGS, 'large', sizes)
+  monkeypatch.setitem(official.RELEASES, 'large_it', 'gs://nowhere/at/all')
+  config, mesh = small(algorithm='rloo'), sharding.make_mesh(8, 1)
+  alone, kept_alone = programs.of_config(config, mesh)
+  config.teacher = 'large_it'
+  plan.check(config, mesh)
+  wanted, kept = programs.of_config(config, mesh)
+  assert [*wanted] == [*PROGRAMS, 'probe/draw_teacher'] != [*alone]
+  shapes = jax.eval_shape(lambda: gemma.init(sizes, jax.random.key(0)))
+  count = sum(x.size for x in jax.tree.leaves(shapes))
+  size = {k: programs.bytes_of(v) for k, v in kept.items()}
+  before = {k: programs.bytes_of(v) for k, v in kept_alone.items()}
+  whole = 2 * count / 8  # in bfloat16; norms are on every chip
+  assert whole <= size['reference'] <= 1.1 * whole
+  assert before | {'reference': 0} == size | {'reference': 0}
+  more = size['reference'] - before['reference']
+  for name in ('rollout', 'weigh', 'update'):
+    assert wanted[name].resident - alone[name].resident == more
+  beside = size['reference'] + size['parameters']
+  assert wanted['probe/draw_teacher'].resident == beside
+  config = small()
+  config.teacher = 'large_it'
+  with pytest.raises(UserError, match='jbond looks at its anchor alone'):
+    plan.check(config, mesh)
 
 
 def test_what_does_not_fit_is_said_with_what_to_try():

@@ -1,5 +1,6 @@
 """The third stage as a whole: what goes wrong in it, and what it survives."""
 
+import functools
 import json
 import os
 
@@ -284,8 +285,8 @@ def test_the_probe_draws_the_two_sides_apart():
   gold = lambda prompts, completions, context: -2 * np.array(context.rows)
   ratio = lambda frozen, drawn: frozen + drawn
   probe = text_task.probe_of(
-    draw, ratio, calling.asker(reward), calling.asker(gold), read, 0.0,
-    np.arange(4),
+    draw, functools.partial(draw, 0.0), ratio, calling.asker(reward),
+    calling.asker(gold), read, np.arange(4),
   )  # fmt: skip
   assert probe(0.0, lambda: 0.0)['win_rate/reference'] != 0.5
   found = probe(2.0, lambda: 0.0)
@@ -308,8 +309,8 @@ def test_a_probe_that_has_nothing_to_compare_is_one_line(compares):
 
   gold = calling.asker(lambda p, c, x: np.zeros((len(p), len(c[0]))))
   probe = text_task.probe_of(
-    lambda *_: None, lambda *_: np.zeros(1),
-    calling.asker(picky, failure='skip'), gold, read, None, np.arange(4),
+    lambda *_: None, lambda _: None, lambda *_: np.zeros(1),
+    calling.asker(picky, failure='skip'), gold, read, np.arange(4),
   )  # fmt: skip
   assert probe(None, lambda: None)['win_rate/reference'] == 0.5
   failing[:] = [2, 3]

@@ -104,6 +104,8 @@ TREE = dict(
     stored=S('', TEXT),
   ),
   weights=S('', TEXT),  # a checkpoint that the model starts from; '' = none
+  # The reference, if it is another model: weights, or a run's stage; '' = none.
+  teacher=S('', TEXT),
   # path: a SentencePiece file; '' = the sft stage trains one on the data.
   tokenizer=dict(
     path=S('', TEXT),
@@ -230,8 +232,8 @@ COMMON = (
   'length', 'chunk', 'slots', 'train', 'algorithm',
 )  # fmt: skip
 TASKS = {
-  'text': ('data', 'weights', 'tokenizer', 'prompt', 'stop', 'reward', 'gold',
-           'evaluate'),
+  'text': ('data', 'weights', 'teacher', 'tokenizer', 'prompt', 'stop',
+           'reward', 'gold', 'evaluate'),
   'enumerable': ('enumerable',),
 }  # fmt: skip
 PROBE = ('probe_prompts', 'probe_completions')  # of train, for text alone

@@ -8,7 +8,7 @@ import numpy as np
 
 from bond_jax.models import stops
 from bond_jax.rewards import calling
-from bond_jax.types import Frozen, Policy, Prompts, Rollout
+from bond_jax.types import Frozen, Params, Policy, Prompts, Rollout
 
 
 class Task(NamedTuple):
@@ -30,3 +30,6 @@ class Task(NamedTuple):
   # f32[B, K], on the host, in the place of a sampler and `reward`; or None
   stored: Callable[..., tuple[Rollout, np.ndarray]] | None = None
   facts: Mapping[str, Any] = types.MappingProxyType({})  # for the summary
+  # Where the reference is another model, that, and what the policy starts from.
+  teacher: Policy | None = None
+  start: Params | None = None

@@ -27,7 +27,7 @@ from bond_jax.runs.settings import configs, defaults
 from bond_jax.training import setups
 from bond_jax.training.tasks import task
 from bond_jax.types import Context, Prompts, Rollout
-from bond_jax.weights import load
+from bond_jax.weights import load, teachers
 
 
 def check(config: ml_collections.ConfigDict, mesh, rows) -> None:
@@ -50,6 +50,7 @@ def check(config: ml_collections.ConfigDict, mesh, rows) -> None:
   parts = drawn_on.shape['data']
   stop = stops.make((), [b''], config.stop)  # the ids come with a vocabulary
   sampling.check(policy, Limits(config.length, stop, config.slots), parts)
+  teachers.find(config)
   for name in ('reward', 'gold'):
     making.check_reward(config[name], name)
   splits = {split: rows(split) for split in preferences.SPLITS}
@@ -115,6 +116,7 @@ def make(run: stages.Run) -> task.Task:
   """The task of a run whose sft stage has finished."""
   config, workdir, mesh = run.config, run.workdir, run.mesh
   tokenizer = load.load_tokenizer(config, workdir)
+  teacher = teachers.find(config, tokenizer)
   stop = stops.of(tokenizer, config.stop)
   encode = load.make_encoder(config, tokenizer)
   # A bad row shows before weights are loaded, also one that is used later.
@@ -135,6 +137,10 @@ def make(run: stages.Run) -> task.Task:
     list(itertools.islice(made, config.evaluate.prompts))
   policy = policies.make_policy(config.model, config.tokenizer.vocab_size)
   frozen = load.load_frozen(config, policy, workdir, mesh)
+  start = None
+  if teacher:
+    start = frozen.reference
+    frozen = frozen._replace(reference=teacher.load(mesh))
   ask, ask_gold = (
     making.make_ask(config, name, workdir) for name in ('reward', 'gold')
   )
@@ -144,11 +150,18 @@ def make(run: stages.Run) -> task.Task:
 
   def make_probe(frozen):
     on_mesh = sharding.put_batch(prompts, mesh)
-    probe = probe_programs(config, policy, stop, mesh)
-    key, base = configs.key(config.seed, 'probe'), frozen.base
-    draw = lambda params, stream: probe.draw(
-      params, base, on_mesh, jax.random.fold_in(key, stream)
+    probe = probe_programs(
+      config, policy, stop, mesh, teacher and teacher.policy
     )
+    key, base = configs.key(config.seed, 'probe'), frozen.base
+    of_stream = functools.partial(jax.random.fold_in, key)
+    draw = lambda params, stream: probe.draw(
+      params, base, on_mesh, of_stream(stream)
+    )
+    draw_teacher = lambda stream: probe.draw_teacher(
+      frozen.reference, on_mesh, of_stream(stream)
+    )
+    draw_own = functools.partial(draw, frozen.reference)
     log_ratio = lambda frozen, drawn: shares.fetch(
       probe.score(frozen, on_mesh, drawn)
     )
@@ -157,8 +170,9 @@ def make(run: stages.Run) -> task.Task:
     )
     own = shares.own(mesh, config.train.probe_prompts)
     return probe_of(
-      draw, log_ratio, ask, ask_gold, fetched, frozen.reference, own
-    )
+      draw, draw_teacher if teacher else draw_own, log_ratio, ask, ask_gold,
+      fetched, own,
+    )  # fmt: skip
 
   return task.Task(
     policy=policy,
@@ -175,6 +189,8 @@ def make(run: stages.Run) -> task.Task:
     make_probe=make_probe,
     stored=known,
     facts=facts,
+    teacher=teacher and teacher.policy,
+    start=start,
   )
 
 
@@ -206,13 +222,15 @@ def look_at(
 
 
 class Probe(NamedTuple):
-  """Two programs: the reference is not there while the policy draws."""
+  """Programs of their own: no reference is there while the policy draws."""
 
   draw: Callable[..., Any]  # params, base, prompts, key -> rollout
+  draw_teacher: Callable[..., Any]  # params, prompts, key -> rollout
   score: Callable[..., Any]  # frozen, prompts, rollout -> log-ratio f32[B, K]
 
 
-def probe_programs(config, policy, stop, mesh) -> Probe:
+def probe_programs(config, policy, stop, mesh, teacher=None) -> Probe:
+  """The programs of a probe; the reference is the `teacher`'s, if not None."""
   sampling_mesh = sharding.reshaped(mesh, **config.sampling_mesh)
   limits = Limits(config.length, stop, config.slots, sampling_mesh)
   num = config.train.probe_completions
@@ -221,20 +239,21 @@ def probe_programs(config, policy, stop, mesh) -> Probe:
     of_base = lora.over(policy, base)
     return sample(of_base, params, prompts, key, limits, num=num)
 
+  def draw_teacher(params, prompts, key):
+    return sample(teacher, params, prompts, key, limits, num=num)
+
   def score(frozen, prompts, drawn):
     log_reference = log_probs(
-        lora.over(policy, frozen.base), frozen.reference, prompts,
+        teacher or lora.over(policy, frozen.base), frozen.reference, prompts,
         drawn.completion, drawn.mask, chunk=config.chunk,
     )  # fmt: skip
     return (drawn.log_prob - log_reference).sum(-1)
 
-  rows = sharding.by_row(mesh)
-  return Probe(
-    jax.jit(draw, out_shardings=rows), jax.jit(score, out_shardings=rows)
-  )
+  jit = functools.partial(jax.jit, out_shardings=sharding.by_row(mesh))
+  return Probe(jit(draw), jit(draw_teacher), jit(score))
 
 
-def probe_of(draw, log_ratio, ask, ask_gold, read, reference, own):
+def probe_of(draw, draw_reference, log_ratio, ask, ask_gold, read, own):
   """How the policy does against the reference on fixed validation prompts.
 
   The reference's completions are drawn once, with a key of their own, so that
@@ -253,7 +272,7 @@ def probe_of(draw, log_ratio, ask, ask_gold, read, reference, own):
     of = lambda i: calling.join([(rows, x and x[i]) for rows, x in told])
     return of(0), of(1).value
 
-  opponents = read(draw(reference, 1))
+  opponents = read(draw_reference(1))
   before, gold_before = judge(ask, opponents)
   if gold_before.ndim == 3:
     raise UserError(
