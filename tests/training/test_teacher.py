@@ -201,11 +201,16 @@ def taught(large, tmp_path_factory):
   return str(workdir)
 
 
+def left_by(workdir, stage):
+  """The parameters that a stage has left."""
+  return jax.tree.map(jnp.asarray, toy.saved(workdir, stage, 6)['params'])
+
+
 def model_of(large):
   """The large model's policy and parameters, by no way of `teachers`."""
   config = large_config()
   policy = policies.make_policy(config.model, config.tokenizer.vocab_size)
-  return policy, toy.saved(large, 'sft', 6)['params']
+  return policy, left_by(large, 'sft')
 
 
 def held_out(config, workdir, split, count):
@@ -220,7 +225,7 @@ def held_out(config, workdir, split, count):
 
 def test_the_teacher_has_more_than_three_times_the_parameters(large):
   size = lambda tree: sum(x.size for x in jax.tree.leaves(tree))
-  own = toy.saved(toy.finished(), 'sft', 6)['params']
+  own = left_by(toy.finished(), 'sft')
   assert size(model_of(large)[1]) > 3 * size(own)
 
 
@@ -229,7 +234,7 @@ def test_the_probe_compares_with_the_teacher(large, tmp_path):
   workdir = toy.before('train', str(tmp_path), config)
   run = checks.open_run(config, workdir)
   task = text_task.make(run)
-  own = toy.saved(toy.finished(), 'sft', 6)['params']
+  own = left_by(toy.finished(), 'sft')
   jax.tree.map(np.testing.assert_array_equal, task.start, own)
   probe = task.make_probe(task.frozen)
   found = probe(task.start, lambda: task.frozen)
@@ -373,8 +378,8 @@ def test_a_policy_of_adapters(large, some, tmp_path):
   toy.run('train', config, str(tmp_path))
   policy = policies.make_policy(config.model, config.tokenizer.vocab_size)
   joined = lora.join(
-    toy.saved(large, 'sft', 6)['params'],
-    toy.saved(str(tmp_path), 'train', 6)['params'],
+    left_by(large, 'sft'),
+    left_by(str(tmp_path), 'train'),
   )
   prompts, drawn = some
   hand = log_probs(
