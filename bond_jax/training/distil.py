@@ -65,7 +65,6 @@ class Distillation(NamedTuple):
   programs: Programs
   batches: Iterator[Prompts]
   reward: Callable[[Prompts, Rollout], calling.Scored]  # on the host
-  stored: Callable[..., Any] | None  # in the place of both: see `Task`
   frozen: Frozen  # what a step looks at
   whole: Callable[[], Frozen]  # all of it, which the anchor's move needs
   key: Array  # of the draws
@@ -74,6 +73,8 @@ class Distillation(NamedTuple):
   phase: Callable[[str], contextlib.AbstractContextManager]
   submit: Callable[..., futures.Future]  # hands a call to the reward's thread
   broken: Callable[[TrainState, step_lib.Batch], None]  # sees a skipped step
+  # In the place of a sampler and `reward`, see `Task`.
+  stored: Callable[..., Any] | None = None
 
 
 def iterate(
@@ -207,9 +208,9 @@ def train(run: stages.Run) -> dict[str, Any]:
 
     each = Distillation(
         setup, make_programs(setup, mesh, state), task.batches, task.reward,
-        task.stored, frozen, whole, configs.key(config.seed, 'train'),
+        frozen, whole, configs.key(config.seed, 'train'),
         configs.key(config.seed, 'order'), mesh, writer.phase,
-        calling.worker(), broken,
+        calling.worker(), broken, task.stored,
     )  # fmt: skip
 
     def iteration(state):

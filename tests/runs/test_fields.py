@@ -125,7 +125,7 @@ BAD = [
     data.name data.data_dir data.fields.text data.splits.train data.splits.test
     data.splits.validation data.mix.name data.mix.fields.text
     data.mix.splits.test data.mix.splits.train data.mix.splits.validation
-    weights teacher tokenizer.path
+    weights teacher data.stored tokenizer.path
     reward_model.tokenizer.path model.lora.targets model.lora.weights
     reward.function gold.function reward.parts.function task algorithm.name
     """,

@@ -11,6 +11,7 @@ from bond_jax.algorithms import jbond
 from bond_jax.models.gemma import model as gemma
 from bond_jax.models.log_probs import log_probs
 from bond_jax.sizing import operations
+from bond_jax.training import costs
 from bond_jax.types import Prompts
 
 P, T, BATCH = 3, 5, 8
@@ -115,6 +116,10 @@ def test_a_teacher_does_its_own_work():
     anchor=JBOND.anchor._replace(moves=False)
   )
   found = phases(fixed, teacher=large)
+  rows = costs.num_trained(fixed)
+  fixed = fixed._replace(
+    select=lambda reward, win: jnp.zeros((len(reward), rows), int)
+  )
   own = phases(fixed._replace(num_anchor=0))
   theirs = phases(fixed._replace(num_policy=0), sizes=large)
   add = lambda name: own['rollout'][name] + theirs['rollout'][name]
