@@ -11,7 +11,6 @@ from bond_jax.algorithms import jbond
 from bond_jax.models.gemma import model as gemma
 from bond_jax.models.log_probs import log_probs
 from bond_jax.sizing import operations
-from bond_jax.training import costs
 from bond_jax.types import Prompts
 
 P, T, BATCH = 3, 5, 8
@@ -112,14 +111,12 @@ def parts(remat):
 def test_a_teacher_does_its_own_work():
   """What is drawn from it and scored under it is as of a model of its size."""
   large = dataclasses.replace(SIZES, layers=5, features=256, kv_heads=1)
-  fixed = JBOND._replace(reference_rows=(0, 1))._replace(
-    anchor=JBOND.anchor._replace(moves=False)
+  fixed = JBOND._replace(
+    reference_rows=(0, 1),
+    select=lambda reward, win: jnp.zeros((len(reward), 2), int),
+    anchor=JBOND.anchor._replace(moves=False),
   )
   found = phases(fixed, teacher=large)
-  rows = costs.num_trained(fixed)
-  fixed = fixed._replace(
-    select=lambda reward, win: jnp.zeros((len(reward), rows), int)
-  )
   own = phases(fixed._replace(num_anchor=0))
   theirs = phases(fixed._replace(num_policy=0), sizes=large)
   add = lambda name: own['rollout'][name] + theirs['rollout'][name]
