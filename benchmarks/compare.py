@@ -50,7 +50,7 @@ RUNS = {
     'tilt', ('train.optimizer.decay_to=0.1', 'train.optimizer.layer_rate=1'),
   ),
 }  # fmt: skip
-FACTORS = (0.6, 0.8, 1.2, 1.4)  # and 1
+FACTORS = (0.4, 0.6, 0.8, 1.2, 1.4, 1.6)  # and 1
 SHOWN = ('win_rate', 'kl', 'frontier_efficiency', 'effective_n',
          'gold_win_rate', 'signal_fires', 'seconds')  # fmt: skip
 ON_THE_WAY = (0.65, 0.7, 0.75, 0.8)
