@@ -130,15 +130,22 @@ def efficiency_at(points) -> dict[str, float | None]:
 def draw(rows: dict[str, list[dict]], path: str) -> None:
   """front.png: efficiency against win rate, a line for each run."""
   fig, axis = plt.subplots(figsize=(8, 5))
-  colours = plt.get_cmap('tab20').colors
+  colours = plt.get_cmap('tab10' if len(rows) <= 10 else 'tab20').colors
   for i, (label, found) in enumerate(rows.items()):
     for j, row in enumerate(found):
       x, y = zip(*front(row), strict=True)
       axis.plot(
-        x, y, color=colours[i % 20], linewidth=1, label=label if not j else None
+        x,
+        y,
+        color=colours[i % len(colours)],
+        linewidth=1,
+        label=label if not j else None,
       )
       axis.plot(
-        row['win_rate'], row['frontier_efficiency'], 'o', color=colours[i % 20]
+        row['win_rate'],
+        row['frontier_efficiency'],
+        'o',
+        color=colours[i % len(colours)],
       )
   axis.axhline(1, color='grey', linewidth=0.8, linestyle=':')
   axis.set(
