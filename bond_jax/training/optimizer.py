@@ -30,9 +30,8 @@ def adam(
 
   The rate rises linearly to `learning_rate` in `warmup_steps`, then follows a
   cosine, or with `decay='linear'` a line, down to `decay_to` times that at
-  `steps` (1 = no decay). All weights
-  but the embedding's, which is the output layer as well, have `layer_rate`
-  times the rate.
+  `steps` (1 = no decay). All weights but the embedding, which is the output
+  layer as well, have `layer_rate` times the rate.
   """
   end, steps = decay_to * learning_rate, max(steps, warmup_steps + 1)
   if decay == 'linear':
