@@ -192,7 +192,7 @@ def test_the_name_of_the_first_adapter_is_none(tmp_path):
 
 @pytest.mark.long
 def test_a_run_from_an_adapter(release, tmp_path):
-  """The adapter is reference, policy and anchor before the first update."""
+  """Its law is that of the merged weights; test_load trains one."""
   folder, params = release
   config = test_load.gemma_config(folder, rank=RANK)
   config.model.lora.alpha = ALPHA
@@ -203,15 +203,6 @@ def test_a_run_from_an_adapter(release, tmp_path):
   config.model.lora.weights = low
   config.mesh.data = 1
   workdir = str(tmp_path / 'run')
-  toy.run('train', config, workdir)
-  first, last = (toy.saved(workdir, 'train', step) for step in (1, 2))
-  same(first['params'], adapters)  # the warm-up begins at a rate of 0
-  close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6)
-  jax.tree.map(close, first['rest']['anchor'], adapters)
-  moved = jax.tree.map(lambda a, b: (a != b).any(), last['params'], adapters)
-  assert all(jax.tree.leaves(moved))
-  assert abs(toy.rows(workdir, 'train')[0]['kl/reference']) < 1e-5
-
   mesh = sharding.make_mesh(**config.mesh)
   policy = policies.make_policy(config.model, test_load.VOCAB)
   frozen = origin.load_frozen(config, policy, workdir, mesh)
