@@ -30,6 +30,7 @@ import matplotlib.pyplot as plt
 
 # What the demo's tilt has beside its quantile.
 SMALL_STEPS = ('train.optimizer.decay_to=0', 'train.optimizer.layer_rate=0.3')
+ON_POLICY = 'num_policy', 'num_anchor', 'rows'
 # Label -> algorithm of the demo's config, and settings.
 RUNS = {
   'J-BOND': ('jbond', ()),
@@ -37,6 +38,10 @@ RUNS = {
   'BOND': ('bond', ()),
   'Best-of-4 SFT': ('best_of_n', ()),
   'QRPO': ('qrpo', ()),
+  'QRPO, on-policy': (
+    'qrpo', tuple(f'algorithm.args.{k}=2' for k in ON_POLICY),
+  ),
+  'QRPO, offline': ('qrpo', ('data.stored={start}/draw/completions.jsonl',)),
   'WIND squared': ('wind', ()),
   'WIND, small steps': ('wind', SMALL_STEPS),
   'WIND KL': ('wind', ('algorithm.args.risk=kl',)),
@@ -78,12 +83,14 @@ def stage(name: str, workdir: str, config: str, *flags: str) -> None:
     CORES.put(core)
 
 
-def start(out: str, seed: int) -> str:
-  """The start and the reward that a seed's algorithms share: their folder."""
+def start(out: str, offline: bool, seed: int) -> None:
+  """The start, the reward and the stored completions of a seed's runs."""
   workdir = os.path.join(out, f'start_{seed}')
   for name in ('sft', 'reward_model'):
     stage(name, workdir, 'demo.py', f'--config.seed={seed}')
-  return workdir
+  if offline:
+    drawn = ('--n=11', '--prompts=8378')  # 92,158 completions
+    stage('draw', workdir, 'demo.py', f'--config.seed={seed}', *drawn)
 
 
 def run(out: str, seed: int, label: str) -> dict:
@@ -91,8 +98,9 @@ def run(out: str, seed: int, label: str) -> dict:
   algorithm, settings = RUNS[label]
   folder = label.replace(',', '').replace(' ', '_')
   workdir = os.path.join(out, f'{folder}_{seed}')
-  flags = [f'--config.{x}' for x in settings]
-  flags.append(f'--config.reference={os.path.join(out, f"start_{seed}")}')
+  begun = os.path.join(out, f'start_{seed}')
+  flags = [f'--config.{x.format(start=begun)}' for x in settings]
+  flags.append(f'--config.reference={begun}')
   flags.append(f'--config.seed={seed}')
   config = f'demo.py:algorithm={algorithm}'
   stage('train', workdir, config, *flags)
@@ -202,7 +210,8 @@ def main():
   args = parser.parse_args()
   seeds = range(args.seeds)
   with futures.ThreadPoolExecutor(CORES.qsize()) as pool:
-    list(pool.map(functools.partial(start, args.out), seeds))
+    offline = any('offline' in label for label in args.only)
+    list(pool.map(functools.partial(start, args.out, offline), seeds))
     pairs = list(itertools.product(seeds, args.only))
     found = pool.map(
       functools.partial(run, args.out), *zip(*pairs, strict=True)
