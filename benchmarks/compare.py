@@ -28,7 +28,7 @@ import matplotlib
 matplotlib.use('Agg')
 import matplotlib.pyplot as plt
 
-# What the demo's tilt has beside its quantile.
+# What the demo's tilt and QRPO have beside their quantile.
 SMALL_STEPS = ('train.optimizer.decay_to=0', 'train.optimizer.layer_rate=0.3')
 ON_POLICY = 'num_policy', 'num_anchor', 'rows'
 # Label -> algorithm of the demo's config, and settings.
@@ -39,9 +39,11 @@ RUNS = {
   'Best-of-4 SFT': ('best_of_n', ()),
   'QRPO': ('qrpo', ()),
   'QRPO, on-policy': (
-    'qrpo', tuple(f'algorithm.args.{k}=2' for k in ON_POLICY),
+    'qrpo', tuple(f'algorithm.args.{k}=6' for k in ON_POLICY),
   ),
-  'QRPO, offline': ('qrpo', ('data.stored={start}/draw/completions.jsonl',)),
+  'QRPO, offline': (
+    'qrpo', ('data.stored={start}/draw/completions.jsonl', 'train.steps=720'),
+  ),
   'WIND squared': ('wind', ()),
   'WIND, small steps': ('wind', SMALL_STEPS),
   'WIND KL': ('wind', ('algorithm.args.risk=kl',)),
@@ -89,7 +91,7 @@ def start(out: str, offline: bool, seed: int) -> None:
   for name in ('sft', 'reward_model'):
     stage(name, workdir, 'demo.py', f'--config.seed={seed}')
   if offline:
-    drawn = ('--n=11', '--prompts=8378')  # 92,158 completions
+    drawn = ('--n=12', '--prompts=7680')  # 92,160 completions
     stage('draw', workdir, 'demo.py', f'--config.seed={seed}', *drawn)
 
 

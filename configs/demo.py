@@ -35,8 +35,8 @@ ALGORITHMS = dict(
   tilt=(720, 16, 3.5e-4, dict(
     num_policy=7, num_anchor=1, kl_weight=0.2, quantile='pooled',
   )),
-  qrpo=(180, 128, 3e-4, dict(
-    num_policy=0, num_anchor=4, rows=4, transform='log', kl_weight=1 / 3,
+  qrpo=(480, 16, 3.5e-4, dict(
+    num_policy=0, num_anchor=12, rows=12, transform='identity', kl_weight=0.2,
   )),
   reinforce=(720, 128, 3e-4, dict(kl_weight=0.7)),
   online_dpo=(360, 128, 1e-4, dict(kl_weight=1.0)),
@@ -77,7 +77,7 @@ def get_config(argument: str = 'algorithm=jbond') -> ml_collections.ConfigDict:
   config.train.optimizer.update(
     learning_rate=rate, warmup_steps=20, decay_to=0.1
   )
-  if name == 'tilt':  # small steps, to be extrapolated: docs/benchmarks.md
+  if name in ('tilt', 'qrpo'):  # small steps: docs/benchmarks.md
     config.train.optimizer.update(decay_to=0.0, layer_rate=0.3)
   config.evaluate.update(policy_completions=32, at_once=8)
   return config
