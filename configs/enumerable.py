@@ -41,7 +41,7 @@ ALGORITHMS = dict(
   rloo=dict(num_policy=4, kl_weight=0.1),
   tilt=dict(num_policy=4, num_anchor=2, kl_weight=0.165, quantile='own'),
   qrpo=dict(
-    num_policy=2, num_anchor=16, rows=2, transform='log', kl_weight=1 / 3
+    num_policy=0, num_anchor=16, rows=16, transform='log', kl_weight=1 / 3
   ),
   reinforce=dict(kl_weight=0.1),
   online_dpo=dict(kl_weight=0.1),
