@@ -30,7 +30,14 @@ import matplotlib.pyplot as plt
 
 # What the demo's tilt and QRPO have beside their quantile.
 SMALL_STEPS = ('train.optimizer.decay_to=0', 'train.optimizer.layer_rate=0.3')
-ON_POLICY = 'num_policy', 'num_anchor', 'rows'
+ON_POLICY = tuple(
+  f'algorithm.args.{key}=6' for key in ('num_policy', 'num_anchor', 'rows')
+)
+# 92,158 completions, drawn once: 11 of each of 8,378 prompts, seen 1.9 times.
+OFFLINE = (
+  'data.stored={start}/draw/completions.jsonl', 'algorithm.args.num_anchor=11',
+  'algorithm.args.rows=11', 'train.steps=1000',
+)  # fmt: skip
 # Label -> algorithm of the demo's config, and settings.
 RUNS = {
   'J-BOND': ('jbond', ()),
@@ -38,12 +45,8 @@ RUNS = {
   'BOND': ('bond', ()),
   'Best-of-4 SFT': ('best_of_n', ()),
   'QRPO': ('qrpo', ()),
-  'QRPO, on-policy': (
-    'qrpo', tuple(f'algorithm.args.{k}=6' for k in ON_POLICY),
-  ),
-  'QRPO, offline': (
-    'qrpo', ('data.stored={start}/draw/completions.jsonl', 'train.steps=720'),
-  ),
+  'QRPO, on-policy': ('qrpo', ON_POLICY),
+  'QRPO, offline': ('qrpo', OFFLINE),
   'WIND squared': ('wind', ()),
   'WIND, small steps': ('wind', SMALL_STEPS),
   'WIND KL': ('wind', ('algorithm.args.risk=kl',)),
@@ -91,7 +94,7 @@ def start(out: str, offline: bool, seed: int) -> None:
   for name in ('sft', 'reward_model'):
     stage(name, workdir, 'demo.py', f'--config.seed={seed}')
   if offline:
-    drawn = ('--n=12', '--prompts=7680')  # 92,160 completions
+    drawn = ('--n=11', '--prompts=8378')
     stage('draw', workdir, 'demo.py', f'--config.seed={seed}', *drawn)
 
 

@@ -35,7 +35,7 @@ ALGORITHMS = dict(
   tilt=(720, 16, 3.5e-4, dict(
     num_policy=7, num_anchor=1, kl_weight=0.2, quantile='pooled',
   )),
-  qrpo=(480, 16, 1.75e-4, dict(
+  qrpo=(480, 16, 3.5e-4, dict(
     num_policy=0, num_anchor=12, rows=12, transform='identity', kl_weight=0.2,
   )),
   reinforce=(720, 128, 3e-4, dict(kl_weight=0.7)),
