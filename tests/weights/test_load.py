@@ -70,7 +70,7 @@ def same(a, b):
 @pytest.mark.long
 @pytest.mark.parametrize('rank, devices', [(0, 1), (2, 8)])
 def test_a_run_from_weights(release, tmp_path, rank, devices):
-  """Both stages, with rank from an adapter; what is saved is what is trained."""
+  """Both stages, with rank from an adapter; saved is what is trained."""
   folder, params = release
   workdir = str(tmp_path / 'run')
   config = gemma_config(folder, rank)
