@@ -1,4 +1,4 @@
-"""Students of a teacher with four times the parameters, three ways.
+"""Students of a teacher with 3.7 times the parameters, three ways.
 
     PYTHONPATH=. python benchmarks/teacher.py --out=runs/teacher
 

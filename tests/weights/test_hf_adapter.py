@@ -191,8 +191,8 @@ def test_the_name_of_the_first_adapter_is_none(tmp_path):
 
 
 @pytest.mark.long
-def test_a_run_from_an_adapter(release, tmp_path):
-  """Its law is that of the merged weights; test_load trains one."""
+def test_an_adapter_is_the_law_of_merged_weights(release, tmp_path):
+  """As a run reads it; test_load trains one."""
   folder, params = release
   config = test_load.gemma_config(folder, rank=RANK)
   config.model.lora.alpha = ALPHA
