@@ -416,7 +416,7 @@ def test_the_choices_are_those_of_the_code(path, choices):
     ('tilt', 'quantile', [*NO_TEXT, 'all']),
     ('qrpo', 'num_policy', [*NO_WHOLE, -1]),
     ('qrpo', 'num_anchor', [*NO_WHOLE, 0, 1]),
-    ('qrpo', 'rows', [*NO_WHOLE, 0, 5]),
+    ('qrpo', 'rows', [*NO_WHOLE, 0, 13]),
     ('qrpo', 'transform', [*NO_TEXT, 'square']),
     ('qrpo', 'kl_weight', [*NO_FINITE, 0, -1]),
     ('reinforce', 'kl_weight', [*NO_FINITE, -1]),
