@@ -58,7 +58,7 @@ def mean_target(less, at_most, k, transform, kl_weight):
   core(
     3,
     [
-      (0, 3, 2, 'log', 1 / 3),
+      (0, 3, 3, 'log', 1 / 3),
       (1, 2, 1, 'identity', 0.2),
       (2, 2, 2, 'log', 1.0),
       (0, 2, 2, 'identity', 0.5),
@@ -121,13 +121,51 @@ def test_a_small_weight_does_not_overflow():
   )
 
 
+@pytest.mark.parametrize('name', REWARDS)
+@pytest.mark.parametrize('num_policy, num_anchor', [(0, 3), (2, 1)])
+def test_fewer_rows_are_those_far_from_the_middle(
+  x64, name, num_policy, num_anchor
+):
+  """Over every batch: the rows whose quantile is farthest from 1/2."""
+  theta, reference, _ = tables(3)
+  (p, q), reward = laws(theta, reference), np.array(REWARDS[name])
+  c, num = 0.4, num_policy + num_anchor
+  drawn = num_policy or num_anchor
+  weight = np.zeros((2, len(q)))  # of each row's loss, and of its target
+  for batch in itertools.product(range(len(q)), repeat=num):
+    chance = np.prod(p[list(batch[:num_policy])])
+    chance = chance * np.prod(q[list(batch[num_policy:])])
+    found = []
+    for i in range(drawn):
+      others = [reward[batch[j]] for j in range(num_policy, num) if j != i]
+      less = np.mean([r < reward[batch[i]] for r in others])
+      at_most = np.mean([r <= reward[batch[i]] for r in others])
+      found.append((-abs((less + at_most) / 2 - 0.5), i, less, at_most))
+    for _, i, less, at_most in sorted(found)[: drawn - 1]:
+      target = log_density(less, at_most, 'identity', c, 0)
+      weight[:, batch[i]] += chance / (drawn - 1) * np.array([1, target])
+
+  def objective(theta):
+    log_ratio = log_probs(theta) - np.log(q)
+    return (c**2 * (weight[0] * log_ratio**2 - 2 * weight[1] * log_ratio)).sum()
+
+  exact = jax.grad(objective)(theta)
+  algorithm = qrpo.make(
+    num_policy=num_policy, num_anchor=num_anchor, rows=drawn - 1,
+    transform='identity', kl_weight=c,
+  )  # fmt: skip
+  mine = expected_gradient(algorithm, theta, reference, [reward])
+  np.testing.assert_allclose(mine, exact, rtol=0, atol=1e-9)
+
+
 def one_batch(win, reward, weight, **args):
   algorithm = qrpo.make(**args)
+  index = algorithm.select(reward, win)
   zeros = jnp.zeros((*reward.shape, 2))
   seen = len(algorithm.reference_rows)
   return algorithm.weigh(
     Scores(
-      reward=reward, win=win, index=None, log_sampled=zeros[:, :seen],
+      reward=reward, win=win, index=index, log_sampled=zeros[:, :seen],
       log_anchor=zeros[:, :0], log_reference=zeros[:, :seen],
       log_quantile=zeros[:, :0, 0], weight=weight,
     )
@@ -191,6 +229,7 @@ def test_a_filler_row_changes_nothing(x64):
     dict(num_anchor=1, num_policy=0),
     dict(rows=0),
     dict(rows=2),
+    dict(rows=1, num_policy=2),
     dict(transform='square'),
     dict(kl_weight=0.0),
   ],
