@@ -33,10 +33,12 @@ SMALL_STEPS = ('train.optimizer.decay_to=0', 'train.optimizer.layer_rate=0.3')
 ON_POLICY = tuple(
   f'algorithm.args.{key}=6' for key in ('num_policy', 'num_anchor', 'rows')
 )
-# 92,158 completions, drawn once: 11 of each of 8,378 prompts, seen 1.9 times.
+# 92,158 completions, drawn once: 11 of each of 8,378 prompts, of which 7 are
+# trained on, 1.9 times.
 OFFLINE = (
   'data.stored={start}/draw/completions.jsonl', 'algorithm.args.num_anchor=11',
-  'algorithm.args.rows=11', 'train.steps=1000',
+  'algorithm.args.rows=7', 'algorithm.args.kl_weight=0.22', 'train.steps=1000',
+  'train.save_every=100',
 )  # fmt: skip
 # Label -> algorithm of the demo's config, and settings.
 RUNS = {
@@ -115,6 +117,12 @@ def run(out: str, seed: int, label: str) -> dict:
     found = json.load(f)
   with open(os.path.join(workdir, 'train', 'summary.json')) as f:
     found['seconds'] = json.load(f)['seconds']
+  if settings is OFFLINE:
+    with open(os.path.join(begun, 'draw', 'metrics.jsonl')) as f:
+      rows = [json.loads(line) for line in f]
+    found['seconds'] += sum(
+      row[key] for row in rows for key in row if key.startswith('seconds/')
+    )
   print(seed, label, *(f'{k} {found[k]}' for k in SHOWN), flush=True)
   with open(os.path.join(workdir, 'train', 'metrics.jsonl')) as f:
     found |= kl_on_the_way([json.loads(line) for line in f])

@@ -17,6 +17,9 @@ from bond_jax.runs.settings import defaults
 # quarter of them trained on, which is what takes the time.
 ALGORITHMS = dict(
   sppo=(40, 16, 1.2e-4, dict(step_size=1.0, num_anchor=8, rows='extremes')),
+  qrpo=(40, 16, 2.5e-4, dict(
+    num_policy=0, num_anchor=8, rows=2, transform='identity', kl_weight=0.2,
+  )),
   jbond=(53, 32, 1.2e-4, dict(
     num_anchor=2, backward_weight=0.5, anchor_rate=0.05, drift_weight=0.0,
   )),

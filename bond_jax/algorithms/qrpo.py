@@ -67,32 +67,8 @@ def make(
 
   A ValueError for any other.
   """
-  if num_policy < 0:
-    raise ValueError(f'num_policy must be 0 or more, got {num_policy}')
-  least = 1 if num_policy else 2
-  if num_anchor < least:
-    raise ValueError(
-      f'num_anchor must be {least} or more, got {num_anchor}: a quantile needs'
-      ' completions of the reference to compare with'
-    )
+  _check(num_policy, num_anchor, rows, transform, kl_weight)
   drawn = num_policy or num_anchor
-  if rows not in range(1, drawn + 1):
-    raise ValueError(
-      f'rows must be an integer from 1 to {drawn}, the completions of'
-      f' {"the policy" if num_policy else "the reference"}, got {rows}'
-    )
-  if transform not in TRANSFORMS:
-    raise ValueError(
-      f'transform must be one of {TRANSFORMS}, got {transform!r}'
-    )
-  if transform == 'log' and rows != drawn:
-    raise ValueError(
-      f"rows must be {drawn}, all of them, with transform 'log', got {rows}:"
-      ' fewer would end at another law than Best-of-n'
-    )
-  if not kl_weight > 0:
-    raise ValueError(f'kl_weight must be > 0, got {kl_weight}')
-
   own = tuple(range(rows))
   compared = num_anchor - (not num_policy)
 
@@ -137,6 +113,34 @@ def make(
     loss=loss,
     anchor=anchors.fixed(),
   )
+
+
+def _check(num_policy, num_anchor, rows, transform, kl_weight) -> None:
+  if num_policy < 0:
+    raise ValueError(f'num_policy must be 0 or more, got {num_policy}')
+  least = 1 if num_policy else 2
+  if num_anchor < least:
+    raise ValueError(
+      f'num_anchor must be {least} or more, got {num_anchor}: a quantile needs'
+      ' completions of the reference to compare with'
+    )
+  drawn = num_policy or num_anchor
+  if rows not in range(1, drawn + 1):
+    raise ValueError(
+      f'rows must be an integer from 1 to {drawn}, the completions of'
+      f' {"the policy" if num_policy else "the reference"}, got {rows}'
+    )
+  if transform not in TRANSFORMS:
+    raise ValueError(
+      f'transform must be one of {TRANSFORMS}, got {transform!r}'
+    )
+  if transform == 'log' and rows != drawn:
+    raise ValueError(
+      f"rows must be {drawn}, all of them, with transform 'log', got {rows}:"
+      ' fewer would end at another law than Best-of-n'
+    )
+  if not kl_weight > 0:
+    raise ValueError(f'kl_weight must be > 0, got {kl_weight}')
 
 
 def tilt_density(less: Array, at_most: Array, kl_weight: float) -> Array:
