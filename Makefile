@@ -200,7 +200,10 @@ notebooks-quick: .venv/.notebooks data  ## the same with small numbers, for CI
 	@# Their starts, too: not every config has an sft stage to take a flag.
 	@sed -i -E 's/(sft\.(steps=|update\(steps=))[0-9]+/\116/' \
 	  $(QUICK)/colab/*.ipynb $(QUICK)/configs/demo.py
-	@export NOTEBOOK_FLAGS="--config.train.steps=3 \
+	@export JAX_DISABLE_MOST_OPTIMIZATIONS=true \
+	  JAX_COMPILATION_CACHE_DIR=$(CURDIR)/.pytest_cache/jax \
+	  JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0 \
+	  NOTEBOOK_FLAGS="--config.train.steps=3 \
 	  --config.train.optimizer.warmup_steps=1 --config.train.probe_prompts=16 \
 	  --config.evaluate.prompts=16 --config.evaluate.policy_completions=2 \
 	  --config.evaluate.reference_completions=16"; $(call execute,$(QUICK))

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 
+import jax
 import toy
 
 TIMEOUT = 300
@@ -153,7 +154,7 @@ class Place:
     env = {
       **os.environ,
       'JAX_DISABLE_MOST_OPTIMIZATIONS': 'true',
-      'JAX_COMPILATION_CACHE_DIR': str(self.folder.parent / 'programs'),
+      'JAX_COMPILATION_CACHE_DIR': jax.config.jax_compilation_cache_dir,
       'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
       'PATH': f'{self.folder / "bin"}:{os.environ["PATH"]}',
       'PYTHONPATH': str(self.folder),

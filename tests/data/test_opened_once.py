@@ -2,6 +2,7 @@
 
 import collections
 
+from conftest import core
 import pytest
 import toy
 
@@ -10,7 +11,9 @@ from bond_jax.data import sources
 SPLITS = {'train': 1, 'validation': 1, 'test': 1}
 
 
-@pytest.mark.parametrize('stage', toy.STAGES)
+@pytest.mark.parametrize(
+  'stage', core(3, ['sft', 'reward_model', 'evaluate', 'train'])
+)
 def test_a_command_opens_each_split_once(tmp_path, monkeypatch, stage):
   workdir, opened, source = str(tmp_path), collections.Counter(), sources.source
   if stage in ('train', 'evaluate'):

@@ -296,7 +296,7 @@ def test_the_settings_of_an_evaluation_may_change(place):
     toy.run('evaluate', config, workdir)
 
 
-@pytest.mark.parametrize('command', core(1, ['sample', 'evaluate']))
+@pytest.mark.parametrize('command', core(0, ['sample', 'evaluate']))
 def test_a_policy_stands_on_what_it_was_trained_on(command, place, monkeypatch):
   """With another reference its KL would be to something else."""
   config, workdir = with_length(place), str(place / 'run')

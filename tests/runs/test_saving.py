@@ -143,7 +143,7 @@ def on_tmpfs(tmp_path):
 @pytest.mark.parametrize(
   'how, says',
   core(
-    1,
+    0,
     [
       ('fill', 'No space left on device'),
       ('readonly', 'Read-only file system'),

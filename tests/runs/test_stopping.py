@@ -138,6 +138,7 @@ def test_sigterm_and_again_ends_as_an_undisturbed_run(tmp_path):
   toy.same_end(workdir, toy.finished(), 'train')
 
 
+@pytest.mark.long
 def test_at_the_end_of_an_iteration(tmp_path):
   """Of two rollouts and two epochs: a checkpoint holds no half of one."""
   config = toy.get_config(toy.folder())

@@ -82,7 +82,7 @@ def folder(path):
   return str(path)
 
 
-@pytest.mark.parametrize('name', core(1, list(ALGORITHMS)))
+@pytest.mark.parametrize('name', core(0, list(ALGORITHMS)))
 def test_stored_completions_train_as_the_same_ones_drawn(
   tmp_path, monkeypatch, name
 ):
@@ -167,6 +167,7 @@ def test_visits_count_on():
   assert seen == [0, 1, 2, 3]
 
 
+@pytest.mark.long
 def test_a_run_that_was_killed_goes_on(drawn, tmp_path):
   """The reward is asked by probes alone: of the reference, at steps 3 and 6."""
   whole, killed = (folder(tmp_path / name) for name in ('whole', 'killed'))

@@ -229,6 +229,7 @@ def test_the_teacher_has_more_than_three_times_the_parameters(large):
   assert size(model_of(large)[1]) > 3 * size(own)
 
 
+@pytest.mark.long
 def test_the_probe_compares_with_the_teacher(large, tmp_path):
   config = student(f'{large}/sft')
   workdir = toy.before('train', str(tmp_path), config)
@@ -251,6 +252,7 @@ def test_the_probe_compares_with_the_teacher(large, tmp_path):
   assert abs(found['kl/reference']) > 0.01
 
 
+@pytest.mark.long
 def test_a_student_learns_and_is_judged_against_the_teacher(large, taught):
   """Every completion of the reference is the teacher's own."""
   config = student(f'{large}/sft')
@@ -287,6 +289,7 @@ def test_a_student_learns_and_is_judged_against_the_teacher(large, taught):
   assert summary['kl'] == pytest.approx(np.mean(ratio), abs=1e-5)
 
 
+@pytest.mark.long
 def test_a_run_with_a_teacher_goes_on_where_it_was(large, taught, tmp_path):
   config = student(f'{large}/sft')
   workdir = toy.before('train', str(tmp_path), config)
@@ -298,6 +301,7 @@ def test_a_run_with_a_teacher_goes_on_where_it_was(large, taught, tmp_path):
   toy.same_end(workdir, taught, 'train')
 
 
+@pytest.mark.long
 def test_the_reference_that_sample_draws_from_is_the_teacher(large, taught):
   config = student(f'{large}/sft')
   _, theirs = sample.open_run(config, taught, 'reference')
@@ -404,6 +408,7 @@ def test_weights_are_kept_in_the_dtype_of_the_computation(large):
   assert found['features'] == 32 and found['used_vocab'] == 96
 
 
+@pytest.mark.long
 def test_a_run_records_its_teacher(large, taught, tmp_path):
   """Another one is refused, but where the policy is used alone."""
   other = str(tmp_path / 'other')

@@ -74,6 +74,7 @@ def test_compilations_are_counted(config, workdir):
   assert toy.rows(workdir, 'train') == toy.rows(toy.finished(), 'train')
 
 
+@pytest.mark.long
 def test_lengths_of_all_sizes_compile_nothing_anew(config, workdir):
   """Texts cut to any length, slots, buckets, stops: one program each."""
   config.prompt.update(dict(kind='text', length=12, longer='cut'))
@@ -90,6 +91,7 @@ def test_lengths_of_all_sizes_compile_nothing_anew(config, workdir):
     assert row['sampler_gap'] < 1e-4
 
 
+@pytest.mark.long
 def test_eight_devices_are_one(config, workdir):
   config.mesh.data = 8
   toy.before('train', workdir, config)
@@ -203,6 +205,7 @@ def test_two_such_steps_in_a_row_are_too_many(config, workdir, monkeypatch):
   assert toy.steps(workdir, 'train') == [3]
 
 
+@pytest.mark.long
 def test_debug_shows_where_a_nan_arose(config, workdir, monkeypatch):
   toy.before('train', workdir, config)
   poison(monkeypatch, [1])
@@ -213,6 +216,7 @@ def test_debug_shows_where_a_nan_arose(config, workdir, monkeypatch):
   assert {'guard.py', 'step.py'} <= files
 
 
+@pytest.mark.long
 def test_a_slow_fault_ends_a_run_that_asks_for_it(
   config, workdir, monkeypatch, capsys
 ):
