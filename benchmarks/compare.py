@@ -33,11 +33,11 @@ SMALL_STEPS = ('train.optimizer.decay_to=0', 'train.optimizer.layer_rate=0.3')
 ON_POLICY = tuple(
   f'algorithm.args.{key}=6' for key in ('num_policy', 'num_anchor', 'rows')
 )
-# 92,158 completions, drawn once: 11 of each of 8,378 prompts, of which 7 are
+# 92,158 completions, drawn once: 11 of each of 8,378 prompts, of which 6 are
 # trained on, 1.9 times.
 OFFLINE = (
   'data.stored={start}/draw/completions.jsonl', 'algorithm.args.num_anchor=11',
-  'algorithm.args.rows=7', 'algorithm.args.kl_weight=0.22', 'train.steps=1000',
+  'algorithm.args.rows=6', 'algorithm.args.kl_weight=0.22', 'train.steps=1000',
   'train.save_every=100',
 )  # fmt: skip
 # Label -> algorithm of the demo's config, and settings.
