@@ -1,5 +1,6 @@
 """What a run reads by its path is what it was, or the run says so."""
 
+import copy
 import json
 import os
 import shutil
@@ -168,9 +169,12 @@ def killed(stage, config, workdir):
 
 
 def accept(monkeypatch):
-  if 'accept_changes' not in flags.FLAGS:
-    flags.DEFINE_bool('accept_changes', False, '')
-  monkeypatch.setattr(flags.FLAGS['accept_changes'], 'value', True)
+  # Of a copy: the commands' own may be defined once in a process.
+  values = copy.deepcopy(flags.FLAGS)
+  if 'accept_changes' not in values:
+    flags.DEFINE_bool('accept_changes', False, '', flag_values=values)
+  values['accept_changes'].value = True
+  monkeypatch.setattr(flags, 'FLAGS', values)
 
 
 @pytest.mark.long
