@@ -13,8 +13,8 @@ Hardware: two CPU cores and 6 GB.
 
 from bond_jax.runs.settings import defaults
 
-# Steps, batch, learning rate and arguments: as many completions, and for SPPO a
-# quarter of them trained on, which is what takes the time.
+# Steps, batch, learning rate and arguments: as many completions, and for SPPO
+# and QRPO a quarter of them trained on, which is what takes the time.
 ALGORITHMS = dict(
   sppo=(40, 16, 1.2e-4, dict(step_size=1.0, num_anchor=8, rows='extremes')),
   qrpo=(40, 16, 2.5e-4, dict(

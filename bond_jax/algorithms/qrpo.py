@@ -61,7 +61,7 @@ def make(
       the policy's or, where there are none, of the reference's. The others say
       little: 6 of 11 hold nine tenths of the squares of F - 1/2. Fewer than all
       make T on the mean a steeper function of the true quantile, that still
-      rises; so 'log', whose optimum is Best-of-n, takes all.
+      rises (without ties); so 'log', whose optimum is Best-of-n, takes all.
     transform: 'identity' or 'log'.
     kl_weight: c > 0; 1 / (n - 1) with 'log' is Best-of-n.
 
@@ -73,7 +73,7 @@ def make(
   compared = num_anchor - (not num_policy)
 
   def share(win, index):
-    """Its mean over the reference's completions, but for a row itself."""
+    """[B, M]: the mean of win over the reference's, but for a row itself."""
     columns = num_policy + jnp.arange(num_anchor)[None, None]
     others = (index[..., None] != columns).astype(float)
     return (win[..., num_policy:] * others).sum(-1) / compared
